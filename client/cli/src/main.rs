@@ -1,0 +1,2 @@
+//! `ebb`: the one binary.
+fn main() {}

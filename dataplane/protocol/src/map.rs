@@ -1,0 +1,127 @@
+//! The cluster map: nodes, their cores' ports, and who holds each placement group. Computed by the
+//! controller, committed by the metadata plane, versioned; everybody else only reads it.
+
+use crate::ids::*;
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// Life of a node.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, Archive, Serialize, Deserialize,
+    serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeState {
+    /// Registered, holds no placement group yet.
+    Joining,
+    /// May hold placement groups.
+    Active,
+    /// Its groups are being moved away.
+    Draining,
+    /// Acked an epoch without groups and reported dirty = pins = 0; never comes back.
+    Gone,
+}
+
+/// A data node.
+#[derive(
+    Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize, serde::Deserialize,
+)]
+pub struct NodeInfo {
+    /// The node.
+    pub id: NodeId,
+    /// Random identity of its store; a wiped disk has another.
+    pub store: u128,
+    /// Its state.
+    pub state: NodeState,
+    /// Host name or address clients connect to.
+    pub host: String,
+    /// One port per core.
+    pub ports: Vec<u16>,
+    /// Bytes of its device that may hold chunks.
+    pub capacity_bytes: u64,
+}
+
+/// One core of one node.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Archive, Serialize, Deserialize,
+    serde::Serialize, serde::Deserialize,
+)]
+pub struct ShardRef {
+    /// The node.
+    pub node: NodeId,
+    /// The core on it.
+    pub core: CoreId,
+}
+
+/// A placement group's holders.
+#[derive(
+    Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize,
+    serde::Serialize, serde::Deserialize,
+)]
+pub struct PgEntry {
+    /// Grows with every change of the members.
+    pub epoch: PgEpoch,
+    /// The replicas in order; the first is the primary. Empty: nobody holds it (scale zero).
+    pub members: Vec<ShardRef>,
+    /// The map version in which the current primary took over; grants issued under an older one
+    /// are refused there.
+    pub since_map_version: MapVersion,
+    /// The group is changing hands: its primary refuses writes.
+    pub moving: bool,
+}
+
+impl PgEntry {
+    /// Who serves the group.
+    pub fn primary(&self) -> Option<ShardRef> {
+        self.members.first().copied()
+    }
+}
+
+/// The cluster map.
+#[derive(
+    Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize,
+    serde::Serialize, serde::Deserialize,
+)]
+pub struct ClusterMap {
+    /// Grows with every change.
+    pub version: MapVersion,
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// How often it was woken.
+    pub incarnation: Incarnation,
+    /// All nodes that are not gone.
+    pub nodes: Vec<NodeInfo>,
+    /// The placement groups; the count is fixed at format time.
+    pub pgs: Vec<PgEntry>,
+}
+
+impl ClusterMap {
+    /// The number of placement groups.
+    pub fn pg_count(&self) -> u16 {
+        u16::try_from(self.pgs.len()).expect("placement groups are counted in u16")
+    }
+    /// The group of a chunk. `None` before the cluster is formatted.
+    pub fn pg_of(&self, inode: InodeId, chunk: ChunkIndex) -> Option<(PgId, &PgEntry)> {
+        if self.pgs.is_empty() {
+            return None;
+        }
+        let id = PgId::of_chunk(inode, chunk, self.pg_count());
+        Some((id, &self.pgs[usize::from(id.0)]))
+    }
+    /// A node.
+    pub fn node(&self, id: NodeId) -> Option<&NodeInfo> {
+        self.nodes.iter().find(|n| n.id == id)
+    }
+    /// Where a core listens.
+    pub fn address(&self, shard: ShardRef) -> Option<(&str, u16)> {
+        let node = self.node(shard.node)?;
+        Some((&node.host, *node.ports.get(usize::from(shard.core.0))?))
+    }
+    /// Groups whose primary is on a node.
+    pub fn groups_of(&self, node: NodeId) -> impl Iterator<Item = (PgId, &PgEntry)> {
+        self.pgs
+            .iter()
+            .enumerate()
+            .filter(move |(_, pg)| pg.members.iter().any(|m| m.node == node))
+            .map(|(i, pg)| (PgId(i as u16), pg))
+    }
+}
