@@ -1,0 +1,240 @@
+//! File attributes and the ebb tag, as object metadata.
+//!
+//! The attribute names and forms are those of AWS's own file services (FSx for Lustre, File
+//! Gateway, DataSync), so that a bucket written here reads right there and the other way round:
+//! `file-permissions` "0100644" (octal, type bits included), `file-owner` and `file-group`
+//! (decimal), `file-mtime` and `file-atime` ("1595002920000000000ns"). A symbolic link is mode
+//! S_IFLNK with the target as body, a directory is a key that ends in `/`.
+//!
+//! Reading is tolerant: what is missing or broken gets a default and never fails a listing.
+//! Does no I/O and has no clock.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::Metadata;
+
+const PERMISSIONS: &str = "file-permissions";
+const OWNER: &str = "file-owner";
+const GROUP: &str = "file-group";
+const MTIME: &str = "file-mtime";
+const ATIME: &str = "file-atime";
+const AGENT: &str = "user-agent";
+const AGENT_EBB: &str = "ebbtide";
+/// Metadata name of the [`EbbTag`].
+pub const EBB: &str = "ebb";
+
+const S_IFMT: u32 = 0o170000;
+const S_IFREG: u32 = 0o100000;
+const S_IFDIR: u32 = 0o040000;
+const S_IFLNK: u32 = 0o120000;
+const PERMISSION_BITS: u32 = 0o7777;
+
+const NANOS_PER_SECOND: i128 = 1_000_000_000;
+
+/// What an object stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum FileKind {
+    File,
+    /// A `dir/` marker: an empty object whose key ends in `/`.
+    Directory,
+    /// The body is the target path.
+    Symlink,
+}
+
+impl FileKind {
+    fn type_bits(self) -> u32 {
+        match self {
+            FileKind::File => S_IFREG,
+            FileKind::Directory => S_IFDIR,
+            FileKind::Symlink => S_IFLNK,
+        }
+    }
+}
+
+/// Nanoseconds since 1970, before it negative.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Timestamp(pub i64);
+
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}ns", self.0)
+    }
+}
+
+impl From<std::time::SystemTime> for Timestamp {
+    fn from(time: std::time::SystemTime) -> Self {
+        let nanos = match time.duration_since(std::time::UNIX_EPOCH) {
+            Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+            Err(e) => i64::try_from(e.duration().as_nanos()).map_or(i64::MIN, |n| -n),
+        };
+        Self(nanos)
+    }
+}
+
+/// The attributes of one file, directory or link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attributes {
+    pub kind: FileKind,
+    /// Permission bits with setuid, setgid and sticky; no type bits.
+    pub permissions: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub mtime: Timestamp,
+    pub atime: Timestamp,
+}
+
+impl Attributes {
+    /// What an object without any attributes is taken for. `key` decides between file and
+    /// directory, `modified` is the object's own time.
+    pub fn default_for(key: &str, modified: Timestamp) -> Self {
+        let (kind, permissions) =
+            if key.ends_with('/') { (FileKind::Directory, 0o755) } else { (FileKind::File, 0o644) };
+        Self { kind, permissions, uid: 0, gid: 0, mtime: modified, atime: modified }
+    }
+
+    /// st_mode: type and permission bits.
+    pub fn mode(&self) -> u32 {
+        self.kind.type_bits() | (self.permissions & PERMISSION_BITS)
+    }
+
+    /// Reads what is there, with the owner of `fallback` and its other values for the rest.
+    pub fn from_metadata(key: &str, metadata: &Metadata, fallback: &Attributes) -> Self {
+        let mut found = Self {
+            // A key that ends in `/` is a directory whatever its metadata says, and no other is.
+            kind: if key.ends_with('/') { FileKind::Directory } else { FileKind::File },
+            ..fallback.clone()
+        };
+        let default = Self::default_for(key, fallback.mtime);
+        found.permissions =
+            if fallback.kind == found.kind { fallback.permissions } else { default.permissions };
+        if let Some(mode) = metadata.get(PERMISSIONS).and_then(|text| parse_mode(text)) {
+            match mode & S_IFMT {
+                S_IFLNK if found.kind == FileKind::File => found.kind = FileKind::Symlink,
+                _ => {}
+            }
+            found.permissions = mode & PERMISSION_BITS;
+        }
+        if let Some(uid) = metadata.get(OWNER).and_then(|text| text.trim().parse().ok()) {
+            found.uid = uid;
+        }
+        if let Some(gid) = metadata.get(GROUP).and_then(|text| text.trim().parse().ok()) {
+            found.gid = gid;
+        }
+        if let Some(time) = metadata.get(MTIME).and_then(|text| parse_time(text)) {
+            found.mtime = time;
+            found.atime = time;
+        }
+        if let Some(time) = metadata.get(ATIME).and_then(|text| parse_time(text)) {
+            found.atime = time;
+        }
+        found
+    }
+
+    /// Adds the attributes to an object's metadata.
+    pub fn write_to(&self, metadata: &mut Metadata) {
+        let mode = self.mode();
+        metadata.insert(PERMISSIONS.into(), format!("{mode:07o}"));
+        metadata.insert(OWNER.into(), self.uid.to_string());
+        metadata.insert(GROUP.into(), self.gid.to_string());
+        metadata.insert(MTIME.into(), self.mtime.to_string());
+        metadata.insert(ATIME.into(), self.atime.to_string());
+        metadata.insert(AGENT.into(), AGENT_EBB.into());
+    }
+
+    pub fn to_metadata(&self) -> Metadata {
+        let mut metadata = Metadata::new();
+        self.write_to(&mut metadata);
+        metadata
+    }
+}
+
+/// Octal, with or without type bits ("0100644", "0644", "100644", "0o644").
+fn parse_mode(text: &str) -> Option<u32> {
+    let text = text.trim();
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    let mode = u32::from_str_radix(digits, 8).ok()?;
+    (mode <= S_IFMT | PERMISSION_BITS).then_some(mode)
+}
+
+/// "…ns", or the forms other tools write: "…ms", and bare seconds with an optional fraction.
+fn parse_time(text: &str) -> Option<Timestamp> {
+    let text = text.trim();
+    let nanos = if let Some(nanos) = text.strip_suffix("ns") {
+        nanos.trim().parse::<i128>().ok()?
+    } else if let Some(millis) = text.strip_suffix("ms") {
+        millis.trim().parse::<i128>().ok()?.checked_mul(1_000_000)?
+    } else {
+        let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+        let seconds: i128 = whole.parse().ok()?;
+        if !fraction.bytes().all(|b| b.is_ascii_digit()) {
+            return None;
+        }
+        let nine: String = fraction.chars().chain("000000000".chars()).take(9).collect();
+        let sign = if whole.starts_with('-') { -1 } else { 1 };
+        seconds.checked_mul(NANOS_PER_SECOND)?.checked_add(sign * nine.parse::<i128>().ok()?)?
+    };
+    i64::try_from(nanos).ok().map(Timestamp)
+}
+
+/// What marks an object as one of ours, and as which attempt (docs/PROTOCOL.md, section 9):
+/// after a lost reply a HEAD whose nonce was logged says that the attempt took effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct EbbTag {
+    pub cluster: u128,
+    pub inode: u64,
+    pub generation: u64,
+    pub nonce: u128,
+}
+
+impl EbbTag {
+    /// Version of the text form.
+    const VERSION: &'static str = "1";
+
+    /// The tag of an object, if it has a readable one. A foreign or damaged one is None: then the
+    /// object is a stranger's.
+    pub fn from_metadata(metadata: &Metadata) -> Option<Self> {
+        Self::parse(metadata.get(EBB)?)
+    }
+
+    pub fn write_to(&self, metadata: &mut Metadata) {
+        metadata.insert(EBB.into(), self.to_string());
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut fields = text.trim().split('.');
+        if fields.next()? != Self::VERSION {
+            return None;
+        }
+        let mut hex = || fields.next().filter(|t| t.bytes().all(|b| b.is_ascii_hexdigit()));
+        let (cluster, inode, generation, nonce) = (hex()?, hex()?, hex()?, hex()?);
+        if fields.next().is_some() {
+            return None;
+        }
+        Some(Self {
+            cluster: u128::from_str_radix(cluster, 16).ok()?,
+            inode: u64::from_str_radix(inode, 16).ok()?,
+            generation: u64::from_str_radix(generation, 16).ok()?,
+            nonce: u128::from_str_radix(nonce, 16).ok()?,
+        })
+    }
+}
+
+impl fmt::Display for EbbTag {
+    /// `1.CLUSTER.INODE.GENERATION.NONCE`, all in hexadecimal.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}.{:x}.{:x}.{:x}.{:x}",
+            Self::VERSION,
+            self.cluster,
+            self.inode,
+            self.generation,
+            self.nonce
+        )
+    }
+}
