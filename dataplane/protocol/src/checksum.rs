@@ -40,7 +40,9 @@ mod tests {
 
     #[test]
     fn pieces_cover_the_range_and_never_cross_a_block() {
-        for (offset, len) in [(0u64, 0usize), (0, 1), (0, 4096), (1, 4096), (4095, 2), (100, 20_000)] {
+        for (offset, len) in
+            [(0u64, 0usize), (0, 1), (0, 4096), (1, 4096), (4095, 2), (100, 20_000)]
+        {
             let mut at = 0;
             for piece in block_pieces(offset, len) {
                 assert_eq!(piece.start, at);

@@ -29,8 +29,8 @@ where
 pub fn decode<T>(bytes: &[u8]) -> Result<T, Malformed>
 where
     T: Archive,
-    T::Archived: for<'a> CheckBytes<HighValidator<'a, Rancor>>
-        + Deserialize<T, HighDeserializer<Rancor>>,
+    T::Archived:
+        for<'a> CheckBytes<HighValidator<'a, Rancor>> + Deserialize<T, HighDeserializer<Rancor>>,
 {
     // rkyv wants the archive aligned to its strictest member; sockets and disks do not promise that.
     let mut aligned = AlignedVec::<16>::with_capacity(bytes.len());

@@ -194,8 +194,17 @@ pub struct PgHolding {
 
 /// Counters of a core.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize,
-    serde::Serialize, serde::Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Archive,
+    Serialize,
+    Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 pub struct CoreStats {
     /// Bytes of the device that may hold chunks.

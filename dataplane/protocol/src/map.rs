@@ -6,8 +6,17 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 /// Life of a node.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, Archive, Serialize, Deserialize,
-    serde::Serialize, serde::Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    Archive,
+    Serialize,
+    Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum NodeState {
@@ -23,7 +32,15 @@ pub enum NodeState {
 
 /// A data node.
 #[derive(
-    Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize, serde::Deserialize,
+    Clone,
+    Debug,
+    PartialEq,
+    Eq,
+    Archive,
+    Serialize,
+    Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 pub struct NodeInfo {
     /// The node.
@@ -42,8 +59,19 @@ pub struct NodeInfo {
 
 /// One core of one node.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Archive, Serialize, Deserialize,
-    serde::Serialize, serde::Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Archive,
+    Serialize,
+    Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 pub struct ShardRef {
     /// The node.
@@ -54,8 +82,16 @@ pub struct ShardRef {
 
 /// A placement group's holders.
 #[derive(
-    Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize,
-    serde::Serialize, serde::Deserialize,
+    Clone,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Archive,
+    Serialize,
+    Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 pub struct PgEntry {
     /// Grows with every change of the members.
@@ -78,8 +114,16 @@ impl PgEntry {
 
 /// The cluster map.
 #[derive(
-    Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize,
-    serde::Serialize, serde::Deserialize,
+    Clone,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Archive,
+    Serialize,
+    Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 pub struct ClusterMap {
     /// Grows with every change.

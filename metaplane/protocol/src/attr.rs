@@ -1,0 +1,91 @@
+//! Attributes of an inode.
+
+use ebb_dataplane_protocol::{ContentId, Generation, InodeId, Lineage};
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// Nanoseconds since the Unix epoch; may be negative.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Archive,
+    Serialize,
+    Deserialize,
+)]
+pub struct Time(pub i64);
+
+/// Kind of an inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Archive, Serialize, Deserialize)]
+pub enum FileKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+}
+
+/// What `stat` shows, and what a client needs to cache.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Attr {
+    /// The inode.
+    pub inode: InodeId,
+    /// Its kind.
+    pub kind: FileKind,
+    /// Permission bits (07777), without the type.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Links; 0: unlinked but open.
+    pub nlink: u32,
+    /// Bytes (length of the target of a symlink).
+    pub size: u64,
+    /// Last access, as last set explicitly (relatime is not tracked).
+    pub atime: Time,
+    /// Last change of the content.
+    pub mtime: Time,
+    /// Last change of the inode.
+    pub ctime: Time,
+    /// Current generation.
+    pub generation: Generation,
+    /// Names the clean content.
+    pub content: ContentId,
+    /// Changes when the object was replaced from outside.
+    pub lineage: Lineage,
+    /// Whether S3 does not hold this yet (data, attributes or name).
+    pub dirty: bool,
+}
+
+/// A change of attributes; `None` leaves a field as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct SetAttr {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// New size: a truncate or an extension (PROTOCOL §3).
+    pub size: Option<u64>,
+    /// Access time.
+    pub atime: Option<TimeChange>,
+    /// Modification time.
+    pub mtime: Option<TimeChange>,
+}
+
+/// A new time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum TimeChange {
+    /// The leader's clock.
+    Now,
+    /// This time.
+    At(Time),
+}

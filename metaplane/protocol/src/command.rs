@@ -1,0 +1,179 @@
+//! What goes into the Raft log, and what applying it returns. Deterministic: the leader stamps time
+//! and randomness into the entry.
+
+use crate::attr::{Attr, Time};
+use crate::error::FsResult;
+use crate::flush::*;
+use crate::node::NodeCall;
+use crate::op::Op;
+use ebb_dataplane_protocol::*;
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// One log entry's payload.
+#[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
+pub struct LogEntry {
+    /// The leader's clock when it proposed; the state machine uses max(this, the last one).
+    pub now: Time,
+    /// The commands; applied in order, each atomic (batching shares one log write).
+    pub commands: Vec<Command>,
+}
+
+/// A command.
+#[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
+pub enum Command {
+    /// Formats an empty state machine: cluster identity, group count, incarnation. Once.
+    Format {
+        /// The cluster.
+        cluster: ClusterId,
+        /// Placement groups.
+        pg_count: u16,
+        /// Woken how often.
+        incarnation: Incarnation,
+        /// The root's entries must be listed from S3.
+        backed: bool,
+    },
+    /// A client's mutation.
+    Client {
+        /// The session.
+        session: SessionId,
+        /// Its sequence.
+        sequence: Sequence,
+        /// Replies below may be forgotten.
+        answered_below: Sequence,
+        /// The operation.
+        op: Op,
+    },
+    /// A new session (or the one this client already has).
+    OpenSession {
+        /// Identity of the client.
+        client: u128,
+        /// For people.
+        label: String,
+    },
+    /// Renews sessions (batched by the leader).
+    RenewSessions(Vec<SessionId>),
+    /// Ends sessions, by close or expiry: handles go, inodes held for write are fenced (§4).
+    EndSessions(Vec<SessionId>),
+    /// A data node registers. Reply [`CommandReply::Node`].
+    RegisterNode(NodeCall),
+    /// Changes a node's state. `Gone` removes it from the map.
+    SetNodeState(NodeId, NodeState),
+    /// Wanted nodes.
+    SetDesired(u32),
+    /// A group begins to move (map version unchanged for clients' reads; shown in status).
+    PgMoving(PgId, bool),
+    /// A group's new members: epoch + 1, map version + 1, since_map_version = it. `from` guards
+    /// against a stale decision.
+    SetPg {
+        /// The group.
+        pg: PgId,
+        /// Epoch the decision was made at.
+        from: PgEpoch,
+        /// New members.
+        members: Vec<ShardRef>,
+    },
+    /// Shutting down (no grants, creates, joins), or not any more.
+    SetShutdown(bool),
+    /// Begins flushes (§2): Dirty(g) → Sealing(g) for each that is dirty; others are skipped.
+    /// Reply [`CommandReply::Tickets`].
+    FlushBegin {
+        /// The inodes.
+        inodes: Vec<InodeId>,
+        /// Flush these to their temporary key (a cycle of names, or an unlinked-open blocker).
+        via_temporary: bool,
+    },
+    /// All primaries sealed: Sealing(g) → Flushing(g), g+1 may be granted; plans are made and
+    /// nonces logged. Reply [`CommandReply::Plans`].
+    FlushSealed(Vec<SealedInode>),
+    /// Seals failed or took too long: back to Dirty(g+1).
+    FlushAbort(Vec<InodeId>),
+    /// Results of stores (§2, §9, §10). Clean iff nothing above g was granted.
+    FlushCommit(Vec<FlushOutcome>),
+    /// The high-water marks of fenced inodes (§4): size = max(size, mark), clipped by cuts.
+    Fenced(Vec<SealedInode>),
+    /// Notices acked by every primary (keys of the notice queue).
+    NoticesDone(Vec<u64>),
+    /// A delete or a look-up of a key begins: logs the nonce, marks the key in flight. Reply
+    /// [`CommandReply::Keys`]: those that may go on.
+    KeyBegin(Vec<(String, u128)>),
+    /// Its result.
+    KeyDone {
+        /// The key.
+        key: String,
+        /// The nonce of KeyBegin.
+        nonce: u128,
+        /// What happened.
+        result: AttemptResult,
+    },
+    /// Results of LIST and HEAD (§10).
+    Ingest {
+        /// The directory.
+        dir: InodeId,
+        /// The state machine's sequence when the S3 call began: names whose key changed since are
+        /// skipped.
+        listed_at: u64,
+        /// The entries.
+        entries: Vec<IngestEntry>,
+        /// For a page of the listing: its start-after token as the directory's origin had it, and
+        /// where it goes on (`None`: complete). `None` for single HEADs.
+        page: Option<IngestPage>,
+    },
+    /// Full attributes of inodes that a LIST created, from HEADs.
+    SetIngestAttrs(Vec<(InodeId, String, IngestAttrs)>),
+    /// Outside changes found by revalidation.
+    Adopt(Vec<Adopt>),
+    /// One more step of pending directory renames: marks up to this many descendants to be moved.
+    MoveStep(u32),
+}
+
+/// Progress of a directory's listing.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct IngestPage {
+    /// Continuation the page started from (empty: the start).
+    pub from: String,
+    /// Continuation of the next page; `None`: the directory is complete.
+    pub next: Option<String>,
+}
+
+/// What an operation decided; the server signs the grant and makes an `OpReply` of it.
+#[expect(clippy::large_enum_variant, reason = "short-lived; the large variant is the common one")]
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum OpOutcome {
+    /// Done.
+    Done,
+    /// The inode after the change.
+    Attr(Attr),
+    /// An opened file: an unsigned grant.
+    Opened {
+        /// Attributes.
+        attr: Attr,
+        /// Handle.
+        handle: HandleId,
+        /// The grant to sign.
+        grant: Grant,
+        /// Create made it.
+        created: bool,
+    },
+}
+
+/// What applying a command returns.
+#[expect(clippy::large_enum_variant, reason = "short-lived; the large variant is the common one")]
+#[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
+pub enum CommandReply {
+    /// Done; nothing to say.
+    Done,
+    /// A client's operation.
+    Op(FsResult<OpOutcome>),
+    /// A session.
+    Session(FsResult<SessionId>),
+    /// A registered node.
+    Node(FsResult<NodeId>),
+    /// Refused, and why (internal commands).
+    Refused(String),
+    /// Begun flushes.
+    Tickets(Vec<FlushTicket>),
+    /// Plans, in the order of the sealed inodes.
+    Plans(Vec<FlushPlan>),
+    /// Keys that may go on.
+    Keys(Vec<String>),
+}

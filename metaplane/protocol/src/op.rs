@@ -1,0 +1,176 @@
+//! Mutations of a client. Each is one log entry, atomic, exactly once.
+
+use crate::attr::{Attr, SetAttr, Time};
+use ebb_dataplane_protocol::{Generation, HandleId, InodeId, Lineage, SignedGrant};
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// Rename must not replace an existing target (RENAME_NOREPLACE).
+pub const RENAME_NOREPLACE: u32 = 1;
+/// Exchange the two names (RENAME_EXCHANGE).
+pub const RENAME_EXCHANGE: u32 = 2;
+
+/// Name bytes: anything but `/` and NUL, 1..=255.
+pub type Name = Vec<u8>;
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct OpenMode {
+    /// A write grant is wanted with the open: the file becomes dirty in the same log entry (I2).
+    pub write: bool,
+    /// Truncate to zero (implies a generation step).
+    pub truncate: bool,
+}
+
+/// A mutation.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum Op {
+    /// Creates a regular file and opens it for writing. If it exists: `Exists` when `exclusive`,
+    /// else it is opened with `mode`. Reply [`OpReply::Opened`].
+    Create {
+        /// Directory.
+        parent: InodeId,
+        /// Name.
+        name: Name,
+        /// Permission bits.
+        mode: u32,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+        /// O_EXCL.
+        exclusive: bool,
+        /// How it is opened.
+        open: OpenMode,
+    },
+    /// Opens an existing file. Reply [`OpReply::Opened`].
+    Open {
+        /// The file.
+        inode: InodeId,
+        /// How.
+        open: OpenMode,
+    },
+    /// A fresh grant for an open handle: after `NeedGrant`, `StaleView`, `StaleGeneration`, a new
+    /// map, or a first write of a read-write handle opened without `write`. `Stale` if the lineage
+    /// changed. `write_end`: highest byte the writer means to write; raises `alloc_limit` to cover it.
+    /// Reply [`OpReply::Opened`].
+    Regrant {
+        /// The handle.
+        handle: HandleId,
+        /// Write grant wanted.
+        write: bool,
+        /// Highest byte to be written, 0 for none.
+        write_end: u64,
+    },
+    /// Ends a handle, merging a last commit into it. Reply [`OpReply::Done`].
+    Release {
+        /// The handle.
+        handle: HandleId,
+        /// A commit to apply first.
+        commit: Option<CommitWrite>,
+    },
+    /// The writer's ends and times (close, fsync). Reply [`OpReply::Attr`].
+    Commit(CommitWrite),
+    /// chmod, chown, utimens, truncate. Reply [`OpReply::Attr`], with a grant when the size changed
+    /// and `handle` is open for writing.
+    SetAttr {
+        /// The inode.
+        inode: InodeId,
+        /// The changes.
+        set: SetAttr,
+    },
+    /// Creates a directory. Reply [`OpReply::Attr`].
+    Mkdir {
+        /// Directory.
+        parent: InodeId,
+        /// Name.
+        name: Name,
+        /// Permission bits.
+        mode: u32,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+    },
+    /// Creates a symbolic link. Reply [`OpReply::Attr`].
+    Symlink {
+        /// Directory.
+        parent: InodeId,
+        /// Name.
+        name: Name,
+        /// Target, at most 4095 bytes.
+        target: Vec<u8>,
+        /// Owner.
+        uid: u32,
+        /// Group.
+        gid: u32,
+    },
+    /// Removes a file or symbolic link; an open one lives on. Reply [`OpReply::Done`].
+    Unlink {
+        /// Directory.
+        parent: InodeId,
+        /// Name.
+        name: Name,
+    },
+    /// Removes an empty directory. Reply [`OpReply::Done`].
+    Rmdir {
+        /// Directory.
+        parent: InodeId,
+        /// Name.
+        name: Name,
+    },
+    /// Renames; over an existing target the replaced inode, its key and its dirtiness go in the same
+    /// entry (I6). Reply [`OpReply::Done`].
+    Rename {
+        /// Old directory.
+        parent: InodeId,
+        /// Old name.
+        name: Name,
+        /// New directory.
+        new_parent: InodeId,
+        /// New name.
+        new_name: Name,
+        /// [`RENAME_NOREPLACE`], [`RENAME_EXCHANGE`].
+        flags: u32,
+    },
+}
+
+/// What a writer reports of its own writes at one generation (PROTOCOL §3): merged by max, clipped
+/// by later cuts, so that a close never regrows what another truncated.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct CommitWrite {
+    /// The inode.
+    pub inode: InodeId,
+    /// Per generation written: one past the last byte of this writer's acked writes.
+    pub ends: Vec<(Generation, u64)>,
+    /// Time of the last write, if it wrote.
+    pub mtime: Option<Time>,
+    /// Attribute changes that rode along (never a size).
+    pub set: SetAttr,
+}
+
+/// An opened file.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Opened {
+    /// Its attributes after the open.
+    pub attr: Attr,
+    /// The handle.
+    pub handle: HandleId,
+    /// The grant, of the mode that was asked for.
+    pub grant: SignedGrant,
+    /// Whether Create made it.
+    pub created: bool,
+    /// Lineage the handle is bound to.
+    pub lineage: Lineage,
+}
+
+/// Answers to mutations. The grant inside `Opened` is signed by the server after the state machine
+/// decided; the state machine itself returns [`crate::command::OpOutcome`].
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum OpReply {
+    /// Done.
+    Done,
+    /// The inode after the change.
+    Attr(Attr),
+    /// An opened file.
+    Opened(Box<Opened>),
+}

@@ -1,0 +1,94 @@
+//! Linearizable reads.
+
+use crate::attr::Attr;
+use crate::op::Name;
+use ebb_dataplane_protocol::{ClusterMap, InodeId, MapVersion};
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// Entries of one page of a directory at most.
+pub const PAGE_ENTRIES_MAX: u32 = 1000;
+
+/// A read.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum Query {
+    /// An entry of a directory. In a directory that is not completely listed the leader asks S3
+    /// first. Reply [`QueryReply::Attr`].
+    Lookup {
+        /// Directory.
+        parent: InodeId,
+        /// Name.
+        name: Name,
+    },
+    /// A path from the root, symbolic links not followed. Reply [`QueryReply::Attr`].
+    Resolve {
+        /// Components.
+        path: Vec<Name>,
+    },
+    /// Attributes. Reply [`QueryReply::Attr`].
+    GetAttr(InodeId),
+    /// A page of a directory in name order, with attributes. Reply [`QueryReply::Page`].
+    ReadDir {
+        /// Directory.
+        inode: InodeId,
+        /// Entries after this name; empty: from the start.
+        after: Name,
+        /// At most this many (and [`PAGE_ENTRIES_MAX`]).
+        limit: u32,
+    },
+    /// Target of a symbolic link. Reply [`QueryReply::Link`].
+    ReadLink(InodeId),
+    /// The parent of a directory (for `..`). Reply [`QueryReply::Attr`].
+    Parent(InodeId),
+    /// The cluster map if newer than `have`. Reply [`QueryReply::Map`]. `wake`: a placement group
+    /// without a holder is needed now (scale zero).
+    Map {
+        /// Version the caller has.
+        have: MapVersion,
+        /// Data is needed: bring nodes back.
+        wake: bool,
+    },
+    /// Space and counts. Reply [`QueryReply::StatFs`].
+    StatFs,
+}
+
+/// An entry of a directory page.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct DirEntry {
+    /// Name.
+    pub name: Name,
+    /// Attributes.
+    pub attr: Attr,
+}
+
+/// Answers to reads.
+#[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
+pub enum QueryReply {
+    /// Attributes.
+    Attr(Attr),
+    /// A page and whether it was the last.
+    Page {
+        /// Entries in name order.
+        entries: Vec<DirEntry>,
+        /// No more after these.
+        end: bool,
+    },
+    /// Target of a link.
+    Link(Vec<u8>),
+    /// The map; `None`: the caller's is current.
+    Map(Option<ClusterMap>),
+    /// Space and counts.
+    StatFs(StatFs),
+}
+
+/// Space and counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct StatFs {
+    /// Inodes known.
+    pub inodes: u64,
+    /// Bytes of all known files.
+    pub used_bytes: u64,
+    /// Bytes of the nodes' devices.
+    pub capacity_bytes: u64,
+    /// Bytes not yet in S3.
+    pub dirty_bytes: u64,
+}
