@@ -1,0 +1,276 @@
+//! A multiplexed client connection: many calls in flight, answers in any order.
+//!
+//! One task reads; callers write under a lock, one frame at a time. When the connection breaks,
+//! every call in flight fails with `Closed` and the connection stays closed: reconnecting is the
+//! caller's decision, since only it knows what may be repeated.
+
+use crate::error::RpcError;
+use crate::frame::Frame;
+use crate::handshake::{self, Identity};
+use bytes::{Buf, Bytes};
+use ebb_dataplane_protocol::control::{Control, ControlReply};
+use ebb_dataplane_protocol::header::BODY_BYTES_MAX_META;
+use ebb_dataplane_protocol::{ClusterId, Header, Opcode, Status, codec};
+use ebb_metaplane_protocol::{Request, Response};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
+
+/// Calls in flight on one connection at most; further ones wait (I9).
+const IN_FLIGHT_MAX: usize = 256;
+
+/// A connection to one port.
+#[derive(Clone)]
+pub struct Connection {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    address: String,
+    cluster: ClusterId,
+    writer: Arc<tokio::sync::Mutex<OwnedWriteHalf>>,
+    pending: Mutex<HashMap<u64, oneshot::Sender<Frame>>>,
+    next_id: AtomicU64,
+    closed: AtomicBool,
+    in_flight: Semaphore,
+    stop: CancellationToken,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Inner {
+    fn pending(&self) -> std::sync::MutexGuard<'_, HashMap<u64, oneshot::Sender<Frame>>> {
+        self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Fails every call in flight (dropping their senders) and takes no more.
+    fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.pending().clear();
+    }
+
+    fn closed_error(&self) -> RpcError {
+        RpcError::Closed { address: self.address.clone() }
+    }
+}
+
+/// Forgets a call whose caller stopped waiting.
+struct Forget<'a>(&'a Inner, u64);
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.0.pending().remove(&self.1);
+    }
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection").field("address", &self.inner.address).finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    /// Connects and proves both sides (I12). `timeout` covers both.
+    pub async fn connect(
+        address: &str,
+        identity: &Identity,
+        timeout: Duration,
+    ) -> Result<Self, RpcError> {
+        let opening = async {
+            let mut stream = TcpStream::connect(address)
+                .await
+                .map_err(|source| RpcError::Connect { address: address.to_owned(), source })?;
+            // Requests are whole frames: waiting for more bytes would only add 40 ms.
+            let _ = stream.set_nodelay(true);
+            let cluster = handshake::connect(&mut stream, address, identity).await?;
+            Ok::<_, RpcError>((stream, cluster))
+        };
+        let (stream, cluster) = tokio::time::timeout(timeout, opening).await.map_err(|_| {
+            RpcError::Timeout { address: address.to_owned(), ms: timeout.as_millis() as u64 }
+        })??;
+        let (read, write) = stream.into_split();
+        let inner = Arc::new(Inner {
+            address: address.to_owned(),
+            cluster,
+            writer: Arc::new(tokio::sync::Mutex::new(write)),
+            pending: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            closed: AtomicBool::new(false),
+            in_flight: Semaphore::new(IN_FLIGHT_MAX),
+            stop: CancellationToken::new(),
+        });
+        tokio::spawn(read_replies(Arc::downgrade(&inner), inner.stop.clone(), read));
+        Ok(Self { inner })
+    }
+
+    /// Where it leads.
+    pub fn address(&self) -> &str {
+        &self.inner.address
+    }
+
+    /// The cluster the peer belongs to.
+    pub fn cluster(&self) -> ClusterId {
+        self.inner.cluster
+    }
+
+    /// Whether it broke or was closed.
+    pub fn is_closed(&self) -> bool {
+        self.inner.closed.load(Ordering::Acquire)
+    }
+
+    /// Closes it; calls in flight fail with `Closed`.
+    pub fn close(&self) {
+        self.inner.close();
+        self.inner.stop.cancel();
+    }
+
+    /// One call. The header's request id, lengths and checksum are filled in. Any status comes back
+    /// in the frame's header: only transport failures are errors here.
+    pub async fn call(
+        &self,
+        header: Header,
+        body: Bytes,
+        payload: Bytes,
+        timeout: Duration,
+    ) -> Result<Frame, RpcError> {
+        let inner = &*self.inner;
+        let work = async {
+            let _permit = inner.in_flight.acquire().await.map_err(|_| inner.closed_error())?;
+            let id = inner.next_id.fetch_add(1, Ordering::Relaxed);
+            let (tx, rx) = oneshot::channel();
+            inner.pending().insert(id, tx);
+            let _forget = Forget(inner, id);
+            // After the insert: a close that ran before it would leave the entry behind.
+            if self.is_closed() {
+                return Err(inner.closed_error());
+            }
+            let frame = Frame::new(Header { request_id: id, ..header }, body, payload);
+            self.send(frame).await?;
+            rx.await.map_err(|_| inner.closed_error())
+        };
+        tokio::time::timeout(timeout, work).await.map_err(|_| RpcError::Timeout {
+            address: inner.address.clone(),
+            ms: timeout.as_millis() as u64,
+        })?
+    }
+
+    /// Writes a frame whole, even if the caller gives up meanwhile: half a frame would break the
+    /// connection for everybody else. What the socket takes at once is written here; the rest by a
+    /// task of its own, which holds the lock.
+    async fn send(&self, frame: Frame) -> Result<(), RpcError> {
+        let writer = Arc::clone(&self.inner.writer).lock_owned().await;
+        let (small, payload) = frame.segments();
+        let mut unsent = small.chain(payload);
+        let first = {
+            let mut slices = [std::io::IoSlice::new(&[]); 2];
+            let n = unsent.chunks_vectored(&mut slices);
+            writer.try_write_vectored(&slices[..n])
+        };
+        match first {
+            Ok(n) => unsent.advance(n),
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => {
+                self.close();
+                return Err(self.inner.closed_error());
+            }
+        }
+        if !unsent.has_remaining() {
+            return Ok(());
+        }
+        let inner = Arc::clone(&self.inner);
+        let writing = tokio::spawn(async move {
+            let mut writer = writer;
+            let result = writer.write_all_buf(&mut unsent).await;
+            if result.is_err() {
+                inner.close();
+                inner.stop.cancel();
+            }
+            result
+        });
+        match writing.await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(self.inner.closed_error()),
+        }
+    }
+
+    /// A call that must answer `Ok`; anything else is [`RpcError::Status`].
+    pub async fn call_ok(
+        &self,
+        header: Header,
+        body: Bytes,
+        payload: Bytes,
+        timeout: Duration,
+    ) -> Result<Frame, RpcError> {
+        let reply = self.call(header, body, payload, timeout).await?;
+        match reply.header.status {
+            Status::Ok => Ok(reply),
+            status => Err(RpcError::Status {
+                status,
+                retry_after_ms: reply.header.retry_after_ms,
+                message: String::from_utf8_lossy(&reply.body).into_owned(),
+            }),
+        }
+    }
+
+    /// A control request to a core (role `Meta`).
+    pub async fn control(
+        &self,
+        control: &Control,
+        timeout: Duration,
+    ) -> Result<ControlReply, RpcError> {
+        let header = Header::request(Opcode::Control, 0);
+        let body = codec::encode(control).into();
+        let reply = self.call_ok(header, body, Bytes::new(), timeout).await?;
+        Ok(codec::decode(&reply.body)?)
+    }
+
+    /// A metadata request to this very node.
+    pub async fn meta(&self, request: &Request, timeout: Duration) -> Result<Response, RpcError> {
+        let header = Header::request(Opcode::Meta, 0);
+        let body = codec::encode(request).into();
+        let reply = self.call_ok(header, body, Bytes::new(), timeout).await?;
+        Ok(codec::decode(&reply.body)?)
+    }
+}
+
+async fn read_replies(
+    inner: std::sync::Weak<Inner>,
+    stop: CancellationToken,
+    mut read: OwnedReadHalf,
+) {
+    loop {
+        let frame = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            // The read is only abandoned together with the connection, so a cancelled half-read
+            // loses nothing that matters.
+            frame = Frame::read(&mut read, BODY_BYTES_MAX_META) => frame,
+        };
+        let Some(inner) = inner.upgrade() else { break };
+        match frame {
+            Ok(Some(frame)) if frame.header.is_reply() => {
+                let waiting = inner.pending().remove(&frame.header.request_id);
+                if let Some(tx) = waiting {
+                    let _ = tx.send(frame);
+                }
+            }
+            Ok(_) => break,
+            Err(e) => {
+                tracing::debug!(address = inner.address, error = %e, "connection broke");
+                break;
+            }
+        }
+    }
+    if let Some(inner) = inner.upgrade() {
+        inner.close();
+    }
+}
