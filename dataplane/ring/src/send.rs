@@ -1,0 +1,293 @@
+//! Sending: a bounded queue per connection, one `sendmsg` in flight for all that is in it.
+//!
+//! Messages queued while a send is in flight, or within one turn, leave in one system call.
+//! Delivery to the network is complete: a partial send is continued. A failed send breaks the
+//! connection: every queued message comes back with the error and further sends are refused.
+
+use std::collections::VecDeque;
+
+use io_uring::types::Fixed;
+use io_uring::{opcode, squeue};
+use nix::errno::Errno;
+
+use crate::conn::{Conn, ConnId};
+use crate::error::{NetError, Refusal, Rejected};
+use crate::event::{CloseReason, Event, Token};
+use crate::op::{FixedTable, Op, Send};
+use crate::reactor::Reactor;
+use crate::segment::{Segment, Segments, gather};
+use crate::slab::Key;
+
+/// Pieces in one sendmsg; the kernel's limit is 1024.
+const IOV_MAX: usize = 256;
+/// Bytes in one sendmsg, so that one connection does not hold a turn's worth of socket memory.
+const BYTES_MAX: usize = 8 << 20;
+/// Below this a zero-copy send costs more than the copy it saves.
+const ZC_MIN: usize = 64 << 10;
+/// Zero-copy sends of one connection whose memory the kernel still holds.
+pub(crate) const ZC_HELD_MAX: u32 = 4;
+
+/// One queued message.
+pub(crate) struct Message {
+    token: Token,
+    segments: Segments,
+    total: usize,
+}
+
+/// The sending side of a connection.
+#[derive(Default)]
+pub(crate) struct Sending {
+    pub(crate) queue: VecDeque<Message>,
+    /// Bytes of the front message that are sent already.
+    front_sent: usize,
+    /// A send operation covers the front of the queue; then the queue only grows at its back.
+    pub(crate) in_flight: bool,
+    /// Bytes that operation covers.
+    covered: usize,
+    zc_held: u32,
+    /// In the reactor's list of connections to send on.
+    listed: bool,
+    broken: Option<Errno>,
+    scratch: Option<Box<Scratch>>,
+}
+
+/// What the kernel reads while a send is in flight; boxed so that it stays where it is.
+struct Scratch {
+    header: libc::msghdr,
+    iov: Vec<libc::iovec>,
+}
+
+impl Scratch {
+    fn new() -> Box<Scratch> {
+        // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
+        let header: libc::msghdr = unsafe { std::mem::zeroed() };
+        Box::new(Scratch { header, iov: Vec::with_capacity(16) })
+    }
+}
+
+impl Reactor {
+    /// Queues a message of one or several segments; completes as [`Event::Sent`] when all of it
+    /// was handed to the network. Messages of a connection leave in order.
+    pub fn send(
+        &mut self,
+        conn: ConnId,
+        token: Token,
+        segments: impl Into<Segments>,
+    ) -> Result<(), Rejected<Segments>> {
+        let segments = segments.into();
+        let total = segments.total();
+        let limit = self.cfg.send_queue_max;
+        let bad_range = || {
+            total == 0
+                || segments.as_slice().iter().any(|s| match s {
+                    Segment::Buf(_, r) | Segment::Shared(_, r) => s.len() != r.len(),
+                    Segment::Bytes(_) | Segment::Static(_) => false,
+                })
+        };
+        let why = match self.conns.get_mut(conn.0) {
+            _ if self.stopping => Refusal::ShuttingDown,
+            None => Refusal::ConnClosed,
+            Some(c) if c.closing.is_some() || c.close_when_sent => Refusal::ConnClosed,
+            Some(c) if c.sending.broken.is_some() => Refusal::ConnClosed,
+            Some(c) if c.sending.queue.len() >= limit => Refusal::QueueFull,
+            Some(_) if bad_range() => Refusal::BadRange,
+            Some(c) => {
+                c.sending.queue.push_back(Message { token, segments, total });
+                self.list_for_sending(conn.0);
+                return Ok(());
+            }
+        };
+        Err(Rejected { why, back: segments })
+    }
+
+    /// Messages waiting or in flight on a connection.
+    pub fn send_queue_len(&self, conn: ConnId) -> usize {
+        self.conns.get(conn.0).map_or(0, |c| c.sending.queue.len())
+    }
+
+    fn list_for_sending(&mut self, key: Key) {
+        let Some(c) = self.conns.get_mut(key) else { return };
+        if !c.sending.listed && !c.sending.in_flight {
+            c.sending.listed = true;
+            self.send_ready.push(key);
+        }
+    }
+
+    /// Starts one send per connection that has messages and none in flight.
+    pub(crate) fn flush_sends(&mut self) {
+        let list = std::mem::take(&mut self.send_ready);
+        for &key in &list {
+            let Some(c) = self.conns.get_mut(key) else { continue };
+            c.sending.listed = false;
+            let s = &c.sending;
+            if s.in_flight || s.queue.is_empty() || c.closing.is_some() || s.broken.is_some() {
+                continue;
+            }
+            let waiting: usize = s.queue.iter().map(|m| m.total).sum::<usize>() - s.front_sent;
+            let zero_copy = self.cfg.send_zc
+                && self.ring.has_send_zc
+                && waiting >= ZC_MIN
+                && s.zc_held < ZC_HELD_MAX;
+            let op = Send { conn: key, zero_copy, held: Vec::new(), first: None };
+            if self.start(Op::Send(op)).is_err() {
+                // The slab is sized for one send per connection; try again next turn all the same.
+                self.list_for_sending(key);
+                continue;
+            }
+            if let Some(c) = self.conns.get_mut(key) {
+                c.sending.in_flight = true;
+                c.in_flight += 1;
+            }
+        }
+        // Keep the allocation unless something was listed meanwhile.
+        if self.send_ready.is_empty() {
+            self.send_ready = list;
+            self.send_ready.clear();
+        }
+    }
+
+    pub(crate) fn send_done(
+        &mut self,
+        mut op: Send,
+        res: i32,
+        more: bool,
+        notif: bool,
+    ) -> Option<Op> {
+        let key = op.conn;
+        if notif {
+            // The kernel let go of the memory of a zero-copy send.
+            self.release_held(key, &mut op);
+            if let Some(first) = op.first {
+                self.advance(key, first, None);
+            }
+            self.end_conn_op(key);
+            return None;
+        }
+        if more {
+            // First completion of a zero-copy send. If all of it went out, the next send may start
+            // now; else the rest waits for the notification, as its memory is still in use.
+            let whole =
+                self.conns.get(key).is_some_and(|c| res > 0 && res as usize == c.sending.covered);
+            if whole {
+                self.advance(key, res, Some(&mut op.held));
+                if let Some(c) = self.conns.get_mut(key) {
+                    c.sending.zc_held += 1;
+                }
+            } else {
+                op.first = Some(res);
+            }
+            return Some(Op::Send(op));
+        }
+        self.advance(key, res, None);
+        self.end_conn_op(key);
+        None
+    }
+
+    fn release_held(&mut self, key: Key, op: &mut Send) {
+        if op.first.is_none()
+            && let Some(c) = self.conns.get_mut(key)
+        {
+            c.sending.zc_held -= 1;
+        }
+        for m in op.held.drain(..) {
+            let (conn, token, segments) = (ConnId(key), m.token, m.segments);
+            self.ready.push(Event::Sent { conn, token, segments, result: Ok(()) });
+        }
+    }
+
+    /// Books `res` sent bytes (or an error) against the front of the queue. Whole messages go to
+    /// `hold`, or out as events.
+    fn advance(&mut self, key: Key, res: i32, mut hold: Option<&mut Vec<Message>>) {
+        let closing = self.is_closing(key);
+        let Some(c) = self.conns.get_mut(key) else { return };
+        let s = &mut c.sending;
+        s.in_flight = false;
+        let mut left = res.max(0) as usize;
+        assert!(left <= s.covered, "the kernel sent more than it was given");
+        s.covered = 0;
+        while let Some(front) = s.queue.front() {
+            let rest = front.total - s.front_sent;
+            if left < rest {
+                s.front_sent += left;
+                break;
+            }
+            left -= rest;
+            s.front_sent = 0;
+            let Some(m) = s.queue.pop_front() else { break };
+            match &mut hold {
+                Some(held) => held.push(m),
+                None => {
+                    let (conn, token, segments) = (ConnId(key), m.token, m.segments);
+                    self.ready.push(Event::Sent { conn, token, segments, result: Ok(()) });
+                }
+            }
+        }
+        let retry = matches!(Errno::from_raw(-res), Errno::EAGAIN | Errno::EINTR);
+        if closing {
+            self.fail_queue(key, NetError::Closed);
+        } else if res < 0 && !retry {
+            let errno = Errno::from_raw(-res);
+            if let Some(c) = self.conns.get_mut(key) {
+                c.sending.broken = Some(errno);
+            }
+            let close = self.conns.get(key).is_some_and(|c| c.close_when_sent);
+            self.fail_queue(key, NetError::Os(errno));
+            if close {
+                self.begin_close(key, CloseReason::Broken(errno));
+            }
+        } else if !self.conns.get(key).is_some_and(|c| c.sending.queue.is_empty()) {
+            self.list_for_sending(key);
+        } else if self.conns.get(key).is_some_and(|c| c.close_when_sent) {
+            self.begin_close(key, CloseReason::Finished);
+        }
+    }
+
+    /// Gives every queued message back with `error`. Only while no send is in flight.
+    pub(crate) fn fail_queue(&mut self, key: Key, error: NetError) {
+        let Some(c) = self.conns.get_mut(key) else { return };
+        debug_assert!(!c.sending.in_flight);
+        c.sending.front_sent = 0;
+        for m in c.sending.queue.drain(..) {
+            let (conn, token, segments) = (ConnId(key), m.token, m.segments);
+            self.ready.push(Event::Sent { conn, token, segments, result: Err(error) });
+        }
+    }
+}
+
+/// The submission entry for what is queued on `conn` now.
+pub(crate) fn send_entry(
+    key: Key,
+    conn: &mut Conn,
+    zero_copy: bool,
+    t: FixedTable,
+) -> squeue::Entry {
+    let s = &mut conn.sending;
+    let scratch = s.scratch.get_or_insert_with(Scratch::new);
+    scratch.iov.clear();
+    let mut skip = s.front_sent;
+    let mut covered = 0;
+    for m in &s.queue {
+        if scratch.iov.len() >= IOV_MAX || covered >= BYTES_MAX {
+            break;
+        }
+        let room = BYTES_MAX - covered;
+        let got = gather(m.segments.as_slice(), skip, IOV_MAX, room, &mut scratch.iov);
+        covered += got;
+        if got < m.total - skip {
+            break;
+        }
+        skip = 0;
+    }
+    s.covered = covered;
+    scratch.header.msg_iov = scratch.iov.as_mut_ptr();
+    scratch.header.msg_iovlen = scratch.iov.len();
+    let header: *const libc::msghdr = &raw const scratch.header;
+    // WAITALL: the kernel itself continues a partial send where it can.
+    let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
+    let fd = Fixed(t.conn(key));
+    if zero_copy {
+        opcode::SendMsgZc::new(fd, header).flags(flags).build()
+    } else {
+        opcode::SendMsg::new(fd, header).flags(flags).build()
+    }
+}

@@ -1,0 +1,147 @@
+//! Waking a sleeping core from another thread, and bounded mailboxes on top.
+//!
+//! The sleeping-flag protocol: a sender publishes its message, sets `pending`, and writes the
+//! eventfd only if it finds `sleeping` set. The core sets `sleeping`, *then* looks at `pending`, and
+//! sleeps only if it is clear. All four accesses are sequentially consistent, so in their one total
+//! order either the sender sees `sleeping` or the core sees `pending`: no wake-up is lost, and a
+//! busy core costs a sender no system call.
+
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+use crossbeam::channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+struct Shared {
+    pending: AtomicBool,
+    sleeping: AtomicBool,
+    eventfd: EventFd,
+}
+
+/// Wakes one reactor from any thread: its next (or current) turn ends with
+/// [`crate::Event::Woken`].
+#[derive(Clone)]
+pub struct Waker {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Waker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Waker")
+    }
+}
+
+impl Waker {
+    pub(crate) fn new() -> Result<Waker, Errno> {
+        // Blocking on purpose: io_uring answers EAGAIN for a non-blocking descriptor where it
+        // would otherwise wait. A write blocks only past 2^64 unread wake-ups.
+        let eventfd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
+        Ok(Waker {
+            shared: Arc::new(Shared {
+                pending: AtomicBool::new(false),
+                sleeping: AtomicBool::new(false),
+                eventfd,
+            }),
+        })
+    }
+
+    /// Makes the reactor come back from its sleep, or not fall asleep, with `Woken`. Cheap while
+    /// it is awake. Does nothing once the reactor is gone.
+    pub fn wake(&self) {
+        self.shared.pending.store(true, SeqCst);
+        if self.shared.sleeping.swap(false, SeqCst) {
+            // The only failures are EINTR (retried) and a counter at its limit, which means that
+            // a wake-up is already due.
+            while let Err(Errno::EINTR) =
+                nix::unistd::write(self.shared.eventfd.as_fd(), &1u64.to_ne_bytes())
+            {}
+        }
+    }
+
+    /// The core is about to sleep; `false` if it must not, because a wake-up is pending.
+    pub(crate) fn park(&self) -> bool {
+        self.shared.sleeping.store(true, SeqCst);
+        if self.shared.pending.load(SeqCst) {
+            self.shared.sleeping.store(false, SeqCst);
+            return false;
+        }
+        true
+    }
+
+    /// The core is awake again.
+    pub(crate) fn unpark(&self) {
+        self.shared.sleeping.store(false, SeqCst);
+    }
+
+    /// Takes the pending mark.
+    pub(crate) fn take(&self) -> bool {
+        // A plain load first: the common case is "nothing", and it needs no exclusive cache line.
+        self.shared.pending.load(SeqCst) && self.shared.pending.swap(false, SeqCst)
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.shared.eventfd.as_fd().as_raw_fd()
+    }
+}
+
+/// A message that was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum SendRefused<T> {
+    /// The mailbox is full; wait and try again.
+    #[error("the core's mailbox is full")]
+    Full(T),
+    /// The core dropped its mailbox.
+    #[error("the core is gone")]
+    Gone(T),
+}
+
+/// Sends messages to a core from any thread.
+#[derive(Debug)]
+pub struct MailSender<T> {
+    queue: Sender<T>,
+    waker: Waker,
+}
+
+impl<T> Clone for MailSender<T> {
+    fn clone(&self) -> Self {
+        MailSender { queue: self.queue.clone(), waker: self.waker.clone() }
+    }
+}
+
+impl<T> MailSender<T> {
+    /// Puts `message` into the mailbox and wakes the core. Never blocks.
+    pub fn try_send(&self, message: T) -> Result<(), SendRefused<T>> {
+        match self.queue.try_send(message) {
+            Ok(()) => {
+                self.waker.wake();
+                Ok(())
+            }
+            Err(TrySendError::Full(m)) => Err(SendRefused::Full(m)),
+            Err(TrySendError::Disconnected(m)) => Err(SendRefused::Gone(m)),
+        }
+    }
+}
+
+/// The core's end: on `Woken`, take messages until `None`.
+#[derive(Debug)]
+pub struct Mailbox<T> {
+    queue: Receiver<T>,
+}
+
+impl<T> Mailbox<T> {
+    /// The next message, if there is one now.
+    pub fn try_recv(&self) -> Option<T> {
+        match self.queue.try_recv() {
+            Ok(m) => Some(m),
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+        }
+    }
+}
+
+/// A bounded mailbox of `capacity` messages whose senders wake `waker`'s reactor.
+pub fn mailbox<T>(capacity: usize, waker: Waker) -> (MailSender<T>, Mailbox<T>) {
+    let (tx, rx) = bounded(capacity.max(1));
+    (MailSender { queue: tx, waker }, Mailbox { queue: rx })
+}
