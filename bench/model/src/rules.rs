@@ -1,0 +1,166 @@
+//! The rules of docs/PROTOCOL.md that a checker run can take away, one name each.
+//!
+//! Every model asks [`Rules::on`] where the rule bites; a negative test removes one rule and demands a
+//! counterexample. No rule does anything here: this is only the switchboard.
+
+/// One removable rule. The number in each line is the rule's number in docs/PROTOCOL.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Rule {
+    /// R1: a grant is committed (the inode is Dirty) before the client may use it.
+    GrantBeforeWrite,
+    /// R3: no grant of g+1 while g is being sealed.
+    NoGrantWhileSealing,
+    /// R4: a sealed primary refuses tags ≤ g.
+    FloorAtSeal,
+    /// R5: a seal goes to every primary below alloc_limit, also to those that hold nothing.
+    SealEveryPrimary,
+    /// R6: parts are read from what the seal pinned, not from what is newest.
+    PinAtSeal,
+    /// R7: tags never go back at one primary.
+    MonotoneTags,
+    /// R8: FlushCommit makes clean only if nothing was granted above g.
+    CleanIffNoGrantAbove,
+    /// R8: a cut counts as something above g.
+    CutCountsAsAbove,
+    /// R9: seal answers carry high-water marks, and the size takes them in.
+    SealHighWater,
+    /// R10: floors are journaled before the seal is answered.
+    FloorJournaled,
+    /// R10: pins survive a restart.
+    PinJournaled,
+    /// R10: a write is journaled before it is acked.
+    AckAfterJournal,
+    /// R11: a cut makes a new generation.
+    CutBumpsGeneration,
+    /// R11: truncate lowers backing.limit.
+    CutLowersLimit,
+    /// R12: requests name their view; a primary that is behind takes the cuts first.
+    ViewNamed,
+    /// R13: a primary that journaled a cut refuses tags ≤ the cut's generation.
+    CutRaisesFloor,
+    /// R14: truncate answers only when every primary has the cut.
+    TruncateWaits,
+    /// R15: CommitWrite is clipped by the cuts at or above its generation.
+    CommitClippedByCuts,
+    /// R16: when a cut retires, no later CommitWrite of its generations moves the size.
+    SizeFloorAtRetire,
+    /// R17: a cut during a flush also clips the object that this flush commits.
+    CutClipsFlush,
+    /// R18: an expired session is over only after its generation was sealed.
+    ExpirySeals,
+    /// R19: a window of (session, sequence) answers duplicates.
+    Window,
+    /// R19: the window is journaled with the write.
+    WindowJournaled,
+    /// R20: under a new session only what was refused in so many words is sent again.
+    ResendOnlyRefused,
+    /// R21: reads and writes need a live lease.
+    LeaseOnServe,
+    /// R22: requests carry the epoch, and unequal epochs are refused.
+    EpochEqual,
+    /// R22: a client never sends under a map older than its grant's.
+    MapNotOlderThanGrant,
+    /// R23: a new epoch without the old primary's ack waits lease + drift.
+    EpochWaitsForLease,
+    /// R24: a group whose only member is out of reach and dirty stays stranded.
+    StrandedWaits,
+    /// R25: the donor freezes before its dirt is flushed for a hand-over.
+    FreezeBeforeDrain,
+    /// R25: the freeze survives a restart.
+    FreezeJournaled,
+    /// R25: the epoch is committed only at dirty = pins = 0.
+    DrainedBeforeEpoch,
+    /// R26: a new primary refuses grants older than its since_map_version.
+    SinceMapVersion,
+    /// R27: the (session, sequence) window moves with its group.
+    WindowMoves,
+    /// R28: the nonce is logged before the request leaves.
+    NonceLoggedFirst,
+    /// R29: PUT carries the condition its key state expects.
+    PutCondition,
+    /// R29: DELETE carries the condition too.
+    DeleteCondition,
+    /// R30: one mutation in flight per key.
+    OneMutation,
+    /// R31: a lost reply is looked up, never taken for success.
+    LostReplyNotSuccess,
+    /// R31: a 412 is looked up before the object is called foreign.
+    LookUpBeforeForeign,
+    /// R31: what a look-up finds is credited to the attempt of its nonce, not to the current one.
+    AdoptByAttempt,
+    /// R32: nothing found is not the same as nothing coming: wait until the attempt is fenced or void.
+    WaitValidity,
+    /// R33: no work makes the condition of an unanswered attempt true again.
+    ConditionMayRecur,
+}
+
+impl Rule {
+    /// Every rule that can be taken out.
+    pub const ALL: [Rule; 43] = [
+        Rule::GrantBeforeWrite,
+        Rule::NoGrantWhileSealing,
+        Rule::FloorAtSeal,
+        Rule::SealEveryPrimary,
+        Rule::PinAtSeal,
+        Rule::MonotoneTags,
+        Rule::CleanIffNoGrantAbove,
+        Rule::CutCountsAsAbove,
+        Rule::SealHighWater,
+        Rule::FloorJournaled,
+        Rule::PinJournaled,
+        Rule::AckAfterJournal,
+        Rule::CutBumpsGeneration,
+        Rule::CutLowersLimit,
+        Rule::ViewNamed,
+        Rule::CutRaisesFloor,
+        Rule::TruncateWaits,
+        Rule::CommitClippedByCuts,
+        Rule::SizeFloorAtRetire,
+        Rule::CutClipsFlush,
+        Rule::ExpirySeals,
+        Rule::Window,
+        Rule::WindowJournaled,
+        Rule::ResendOnlyRefused,
+        Rule::LeaseOnServe,
+        Rule::EpochEqual,
+        Rule::MapNotOlderThanGrant,
+        Rule::EpochWaitsForLease,
+        Rule::StrandedWaits,
+        Rule::FreezeBeforeDrain,
+        Rule::FreezeJournaled,
+        Rule::DrainedBeforeEpoch,
+        Rule::SinceMapVersion,
+        Rule::WindowMoves,
+        Rule::NonceLoggedFirst,
+        Rule::PutCondition,
+        Rule::DeleteCondition,
+        Rule::OneMutation,
+        Rule::LostReplyNotSuccess,
+        Rule::LookUpBeforeForeign,
+        Rule::AdoptByAttempt,
+        Rule::WaitValidity,
+        Rule::ConditionMayRecur,
+    ];
+}
+
+/// Which rules are in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rules(u64);
+
+impl Rules {
+    /// All rules of the protocol.
+    pub const ALL: Rules = Rules(u64::MAX);
+
+    /// These rules less `removed`.
+    #[must_use]
+    pub fn without(self, removed: &[Rule]) -> Rules {
+        Rules(removed.iter().fold(self.0, |bits, r| bits & !(1 << (*r as u8))))
+    }
+
+    /// Whether `rule` is in force.
+    #[must_use]
+    pub fn on(self, rule: Rule) -> bool {
+        self.0 & (1 << (rule as u8)) != 0
+    }
+}

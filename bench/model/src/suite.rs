@@ -1,0 +1,159 @@
+//! The configurations that are checked to the end, and which of them must break when a rule is taken out.
+//!
+//! The sizes are the smallest in which every `sometimes` property is met and every removal is caught.
+
+use crate::core::Core;
+use crate::handover::Handover;
+use crate::key::Key;
+use crate::rules::{Rule, Rules};
+use crate::run::{Outcome, check};
+
+/// One bounded model.
+#[derive(Clone, Debug)]
+pub enum Bounded {
+    Core(Core),
+    Handover(Handover),
+    Key(Key),
+}
+
+impl Bounded {
+    /// Checks it under `rules`; see [`check`].
+    pub fn run(&self, rules: Rules, stop_at_failure: bool) -> Outcome {
+        match self.clone() {
+            Bounded::Core(m) => check(Core { rules, ..m }, stop_at_failure),
+            Bounded::Handover(m) => check(Handover { rules, ..m }, stop_at_failure),
+            Bounded::Key(m) => check(Key { rules, ..m }, stop_at_failure),
+        }
+    }
+}
+
+/// The configurations, by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Config {
+    /// Two flushes, one abort, a leader crash.
+    Flush,
+    /// Two clients write twice and once while one generation is flushed.
+    Writers,
+    /// One truncate to half against two writers and a flush.
+    Cut,
+    /// Two truncates and a flush.
+    CutTwice,
+    /// A session expires while its client lives, with a duplicate or lost reply.
+    Fence,
+    /// Planned hand-over with late and repeated requests.
+    Move,
+    /// The old primary is cut off, and somebody stands in.
+    StandIn,
+    /// A key that holds our object: flush, unlink, re-create, a stranger.
+    KeyOld,
+    /// A key that holds nothing.
+    KeyNew,
+}
+
+impl Config {
+    pub const ALL: [Config; 9] = [
+        Config::Flush,
+        Config::Writers,
+        Config::Cut,
+        Config::CutTwice,
+        Config::Fence,
+        Config::Move,
+        Config::StandIn,
+        Config::KeyOld,
+        Config::KeyNew,
+    ];
+
+    /// The model of this configuration, with all rules.
+    pub fn bounded(self) -> Bounded {
+        let core = Core {
+            rules: Rules::ALL,
+            script: [&[1], &[1]],
+            flushes: 1,
+            aborts: 0,
+            truncates: &[],
+            expiries: 0,
+            node_restarts: 1,
+            leader_crashes: 0,
+            dups: 0,
+        };
+        let group = Handover {
+            rules: Rules::ALL,
+            script: [1, 1],
+            flushes: 1,
+            moves: 1,
+            partitions: 0,
+            node_restarts: 1,
+            dups: 1,
+        };
+        let key = Key {
+            rules: Rules::ALL,
+            exists: true,
+            generations: 3,
+            attempts: 5,
+            unlinks: 1,
+            foreign_puts: 1,
+            leader_crashes: 1,
+        };
+        match self {
+            Config::Flush => Bounded::Core(Core {
+                script: [&[0], &[1]],
+                flushes: 2,
+                aborts: 1,
+                leader_crashes: 1,
+                dups: 1,
+                ..core
+            }),
+            Config::Writers => {
+                Bounded::Core(Core { script: [&[0, 1], &[1]], flushes: 2, aborts: 1, ..core })
+            }
+            Config::Cut => Bounded::Core(Core { truncates: &[1], flushes: 2, ..core }),
+            Config::CutTwice => {
+                Bounded::Core(Core { script: [&[0], &[1]], truncates: &[0, 2], ..core })
+            }
+            Config::Fence => Bounded::Core(Core { expiries: 1, dups: 1, ..core }),
+            Config::Move => Bounded::Handover(group),
+            Config::StandIn => Bounded::Handover(Handover { partitions: 1, dups: 1, ..group }),
+            Config::KeyOld => Bounded::Key(key),
+            Config::KeyNew => Bounded::Key(Key { exists: false, ..key }),
+        }
+    }
+}
+
+/// Rules taken out, and a configuration in which that must be seen.
+#[derive(Clone, Copy, Debug)]
+pub struct Removal {
+    pub rules: &'static [Rule],
+    pub config: Config,
+}
+
+macro_rules! removals {
+    ($($config:ident: $([$($rule:ident),+])+;)+) => {
+        /// Every removal that must be caught.
+        pub const REMOVALS: &[Removal] = &[$($(
+            Removal { rules: &[$(Rule::$rule),+], config: Config::$config },
+        )+)+];
+    };
+}
+
+removals! {
+    Flush: [GrantBeforeWrite] [NoGrantWhileSealing] [FloorAtSeal] [SealEveryPrimary]
+        [CleanIffNoGrantAbove] [FloorJournaled] [PinJournaled] [AckAfterJournal];
+    Writers: [PinAtSeal] [MonotoneTags];
+    Cut: [CutCountsAsAbove] [CutBumpsGeneration] [CutLowersLimit] [ViewNamed] [CutRaisesFloor]
+        [TruncateWaits] [CommitClippedByCuts] [SizeFloorAtRetire] [CutClipsFlush];
+    CutTwice: [SealHighWater];
+    Fence: [ExpirySeals] [Window] [WindowJournaled] [ResendOnlyRefused];
+    Move: [FreezeBeforeDrain] [FreezeJournaled] [DrainedBeforeEpoch] [SinceMapVersion] [WindowMoves];
+    StandIn: [LeaseOnServe] [EpochWaitsForLease] [StrandedWaits] [SinceMapVersion]
+        [EpochEqual, LeaseOnServe] [MapNotOlderThanGrant, LeaseOnServe];
+    KeyOld: [PutCondition] [DeleteCondition] [OneMutation] [LostReplyNotSuccess] [LookUpBeforeForeign]
+        [AdoptByAttempt] [NonceLoggedFirst] [ConditionMayRecur];
+    KeyNew: [ConditionMayRecur] [WaitValidity];
+}
+
+/// Second lines: without one of these alone the model still holds, because the lease or the grant's map
+/// version stops the same runs; together with the lease they are in [`REMOVALS`].
+pub const SECOND_LINES: &[Removal] = &[
+    Removal { rules: &[Rule::EpochEqual], config: Config::Move },
+    Removal { rules: &[Rule::MapNotOlderThanGrant], config: Config::Move },
+];

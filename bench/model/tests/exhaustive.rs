@@ -1,0 +1,44 @@
+//! With every rule in force each configuration holds in every reachable state, and none is vacuous.
+
+use ebb_model::rules::Rules;
+use ebb_model::suite::{Config, SECOND_LINES};
+
+fn holds(config: Config) {
+    let o = config.bounded().run(Rules::ALL, false);
+    println!(
+        "{config:?}: {} states, {} in all, depth {}, {:?}",
+        o.unique, o.total, o.depth, o.took
+    );
+    assert!(o.violated.is_empty(), "{:?}", o.violated);
+    assert!(o.unreached.is_empty(), "vacuous: {:?}", o.unreached);
+}
+
+macro_rules! each {
+    ($($test:ident: $config:ident;)+) => {$(
+        #[test]
+        fn $test() {
+            holds(Config::$config);
+        }
+    )+};
+}
+
+each! {
+    flush_with_abort_and_leader_crash_holds: Flush;
+    writers_during_a_flush_hold: Writers;
+    cut_against_writers_and_flush_holds: Cut;
+    two_cuts_hold: CutTwice;
+    session_fence_holds: Fence;
+    planned_hand_over_holds: Move;
+    stand_in_holds: StandIn;
+    key_with_our_object_holds: KeyOld;
+    key_without_object_holds: KeyNew;
+}
+
+#[test]
+fn second_lines_alone_are_not_needed() {
+    for removal in SECOND_LINES {
+        let o = removal.config.bounded().run(Rules::ALL.without(removal.rules), true);
+        println!("without {:?}: {} states", removal.rules, o.unique);
+        assert!(o.violated.is_empty(), "now load-bearing, move it to REMOVALS: {:?}", o.violated);
+    }
+}
