@@ -1,0 +1,197 @@
+//! The planner against a toy cluster that does what it is told, some of it late.
+
+use super::*;
+use ebb_dataplane_protocol::control::CoreStats;
+use ebb_dataplane_protocol::{ClusterMap, MapVersion, PgEntry, PgEpoch};
+use ebb_metaplane_protocol::admin::NodeStatus;
+
+const GROUPS: usize = 64;
+
+struct Toy {
+    status: ClusterStatus,
+    processes: Vec<NodeProcess>,
+    started: u32,
+}
+
+impl Toy {
+    fn new(desired: u32) -> Self {
+        let map = ClusterMap {
+            version: MapVersion(1),
+            pgs: vec![PgEntry::default(); GROUPS],
+            ..ClusterMap::default()
+        };
+        let status = ClusterStatus {
+            map,
+            desired_nodes: desired,
+            wake_nodes: desired,
+            wake_wanted: false,
+            moves: vec![],
+            nodes: vec![],
+            dirty_inodes: 0,
+            dirty_oldest_ms: 0,
+            pending_keys: 0,
+            inodes: 0,
+            sessions: vec![],
+            bucket: String::new(),
+            warnings: vec![],
+            s3_error: None,
+            shutting_down: false,
+            counters: vec![],
+        };
+        Self { status, processes: vec![], started: 0 }
+    }
+
+    fn dirt(&self, node: NodeId) -> u64 {
+        let n = self.status.nodes.iter().find(|n| n.node == node).expect("known node");
+        n.cores.iter().map(|c| c.dirty_bytes + c.pins).sum()
+    }
+
+    fn turn(&mut self) {
+        for action in plan(&self.status, &self.processes) {
+            match action {
+                Action::StartNode => {
+                    self.started += 1;
+                    let id = NodeId(self.started);
+                    self.status.map.nodes.push(NodeInfo {
+                        id,
+                        store: u128::from(id.0),
+                        state: NodeState::Joining,
+                        host: "h".into(),
+                        ports: vec![1],
+                        capacity_bytes: 1 << 30,
+                    });
+                    self.status.nodes.push(NodeStatus {
+                        node: id,
+                        heartbeat_age_ms: Some(0),
+                        acked_map: 0,
+                        cores: vec![CoreStats::default()],
+                    });
+                    self.processes
+                        .push(NodeProcess { name: format!("node-{}", id.0), node: Some(id) });
+                }
+                Action::StopNode(name) => {
+                    let node = self.processes.iter().find(|p| p.name == name).and_then(|p| p.node);
+                    if let Some(node) = node {
+                        assert!(
+                            self.status.map.groups_of(node).next().is_none(),
+                            "I8: held groups"
+                        );
+                        assert_eq!(self.dirt(node), 0, "I8: stopped over dirt");
+                    }
+                    self.processes.retain(|p| p.name != name);
+                }
+                Action::Admin(AdminCall::SetNodeState { node, state }) => {
+                    if state == NodeState::Gone {
+                        assert_eq!(self.dirt(node), 0, "I8: gone over dirt");
+                        self.status.map.nodes.retain(|n| n.id != node);
+                    }
+                    for n in &mut self.status.map.nodes {
+                        if n.id == node {
+                            n.state = state;
+                        }
+                    }
+                    self.status.map.version.0 += 1;
+                }
+                Action::Admin(AdminCall::MovePg { pg, to }) => {
+                    let entry = &mut self.status.map.pgs[usize::from(pg.0)];
+                    assert_ne!(entry.members, to);
+                    *entry =
+                        PgEntry { epoch: PgEpoch(entry.epoch.0 + 1), members: to, ..entry.clone() };
+                    self.status.map.version.0 += 1;
+                }
+                Action::Admin(AdminCall::SetDesired { nodes }) => {
+                    self.status.desired_nodes = nodes;
+                    self.status.wake_wanted = false;
+                }
+                Action::Admin(other) => panic!("unexpected {other:?}"),
+            }
+        }
+        for n in &mut self.status.nodes {
+            n.acked_map = self.status.map.version.0;
+        }
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..100 {
+            if plan(&self.status, &self.processes).is_empty() {
+                return;
+            }
+            self.turn();
+        }
+        panic!("the plan never settles: {:?}", plan(&self.status, &self.processes));
+    }
+
+    fn held_by(&self, node: u32) -> usize {
+        self.status.map.groups_of(NodeId(node)).count()
+    }
+}
+
+#[test]
+fn out_in_zero_and_back() {
+    let mut toy = Toy::new(2);
+    toy.settle();
+    assert_eq!(toy.held_by(1) + toy.held_by(2), GROUPS);
+    toy.status.desired_nodes = 3;
+    toy.settle();
+    assert!(toy.held_by(3) > 0);
+    toy.status.desired_nodes = 1;
+    toy.settle();
+    assert_eq!((toy.processes.len(), toy.held_by(1)), (1, GROUPS));
+    toy.status.desired_nodes = 0;
+    toy.settle();
+    assert!(toy.processes.is_empty());
+    assert!(toy.status.map.pgs.iter().all(|pg| pg.members.is_empty()));
+    toy.status.wake_nodes = 2;
+    toy.status.wake_wanted = true;
+    toy.settle();
+    assert_eq!(toy.processes.len(), 2);
+    assert!(toy.status.map.pgs.iter().all(|pg| pg.members.len() == 1));
+}
+
+#[test]
+fn a_node_with_dirt_is_never_retired() {
+    let mut toy = Toy::new(2);
+    toy.settle();
+    toy.status.nodes[1].cores[0].dirty_bytes = 4096;
+    toy.status.desired_nodes = 1;
+    for _ in 0..20 {
+        toy.turn();
+    }
+    assert_eq!(toy.processes.len(), 2, "its process stays");
+    assert!(toy.status.map.node(NodeId(2)).is_some());
+    toy.status.nodes[1].cores[0].dirty_bytes = 0;
+    toy.settle();
+    assert_eq!(toy.processes.len(), 1);
+}
+
+#[test]
+fn a_shrink_taken_back_keeps_its_nodes() {
+    let mut toy = Toy::new(2);
+    toy.settle();
+    toy.status.nodes[1].cores[0].pins = 1;
+    toy.status.desired_nodes = 1;
+    toy.turn();
+    toy.status.desired_nodes = 2;
+    toy.settle();
+    assert_eq!(toy.started, 2, "no third node was started");
+    assert_eq!(toy.held_by(1) + toy.held_by(2), GROUPS);
+}
+
+#[test]
+fn a_silent_node_keeps_its_groups_and_gets_none() {
+    let mut toy = Toy::new(2);
+    toy.settle();
+    let held = toy.held_by(2);
+    toy.status.nodes[1].heartbeat_age_ms = Some(SILENT_MS_MAX + 1);
+    assert!(plan(&toy.status, &toy.processes).is_empty());
+    assert_eq!(toy.held_by(2), held);
+}
+
+#[test]
+fn nothing_happens_while_shutting_down() {
+    let mut toy = Toy::new(2);
+    toy.settle();
+    toy.status.shutting_down = true;
+    toy.status.desired_nodes = 0;
+    assert!(plan(&toy.status, &toy.processes).is_empty());
+}
