@@ -6,6 +6,7 @@
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 
@@ -48,7 +49,6 @@ impl Reactor {
     /// Takes over a connected stream, for example one to a peer that a tokio thread connected and
     /// greeted. Sets TCP_NODELAY and blocking mode.
     pub fn adopt(&mut self, stream: TcpStream) -> Result<ConnId, Rejected<TcpStream>> {
-        use std::os::fd::AsRawFd;
         if self.stopping {
             return Err(Rejected { why: Refusal::ShuttingDown, back: stream });
         }
@@ -192,14 +192,16 @@ impl Reactor {
     }
 
     /// Closes a connection after everything queued was handed to the network; further sends are
-    /// refused.
+    /// refused. If the peer is still sending, what it did not get yet can be lost to a reset: read
+    /// to the end first where that matters. A peer that never reads holds this up for ever; give it
+    /// a deadline and then [`Reactor::close`] it.
     pub fn close_when_sent(&mut self, conn: ConnId) {
         let Some(c) = self.conns.get_mut(conn.0) else { return };
         if c.closing.is_some() {
             return;
         }
         c.close_when_sent = true;
-        if c.sending.queue.is_empty() {
+        if c.sending.is_done() {
             self.begin_close(conn.0, CloseReason::Finished);
         }
     }
@@ -212,6 +214,13 @@ impl Reactor {
         c.closing = Some(reason);
         // Wakes operations that wait for the peer. It fails only if the peer is gone already.
         let _ = c.stream.shutdown(Shutdown::Both);
+        // Bytes in the socket's send queue that were sent without a copy keep their memory in use
+        // for as long as the peer does not read. Only a reset lets go of them.
+        if c.sending.zc_alive > 0
+            && let Err(errno) = crate::sys::reset_connection(c.stream.as_fd())
+        {
+            tracing::debug!(%errno, "resetting a connection");
+        }
         let (in_flight, sending) = (c.in_flight, c.sending.in_flight);
         if !sending {
             self.fail_queue(key, NetError::Closed);

@@ -6,6 +6,7 @@
 //! what the device holds (the shard above fails).
 
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
@@ -43,7 +44,6 @@ pub(crate) struct FileSlot {
 impl Reactor {
     /// Takes over an open device file.
     pub fn add_file(&mut self, file: DeviceFile) -> Result<FileId, Rejected<DeviceFile>> {
-        use std::os::fd::AsRawFd;
         if self.stopping {
             return Err(Rejected { why: Refusal::ShuttingDown, back: file });
         }

@@ -44,11 +44,19 @@ pub(crate) struct Sending {
     pub(crate) in_flight: bool,
     /// Bytes that operation covers.
     covered: usize,
-    zc_held: u32,
+    /// Zero-copy sends alive: in flight, or waiting for the kernel to let go of their memory.
+    pub(crate) zc_alive: u32,
     /// In the reactor's list of connections to send on.
     listed: bool,
     broken: Option<Errno>,
     scratch: Option<Box<Scratch>>,
+}
+
+impl Sending {
+    /// Everything was sent and no memory is held for it.
+    pub(crate) fn is_done(&self) -> bool {
+        self.queue.is_empty() && self.zc_alive == 0
+    }
 }
 
 /// What the kernel reads while a send is in flight; boxed so that it stays where it is.
@@ -127,7 +135,7 @@ impl Reactor {
             let zero_copy = self.cfg.send_zc
                 && self.ring.has_send_zc
                 && waiting >= ZC_MIN
-                && s.zc_held < ZC_HELD_MAX;
+                && s.zc_alive < ZC_HELD_MAX;
             let op = Send { conn: key, zero_copy, held: Vec::new(), first: None };
             if self.start(Op::Send(op)).is_err() {
                 // The slab is sized for one send per connection; try again next turn all the same.
@@ -136,6 +144,7 @@ impl Reactor {
             }
             if let Some(c) = self.conns.get_mut(key) {
                 c.sending.in_flight = true;
+                c.sending.zc_alive += u32::from(zero_copy);
                 c.in_flight += 1;
             }
         }
@@ -156,11 +165,14 @@ impl Reactor {
         let key = op.conn;
         if notif {
             // The kernel let go of the memory of a zero-copy send.
-            self.release_held(key, &mut op);
+            for m in op.held.drain(..) {
+                let (conn, token, segments) = (ConnId(key), m.token, m.segments);
+                self.ready.push(Event::Sent { conn, token, segments, result: Ok(()) });
+            }
             if let Some(first) = op.first {
                 self.advance(key, first, None);
             }
-            self.end_conn_op(key);
+            self.end_send(key, true);
             return None;
         }
         if more {
@@ -170,29 +182,25 @@ impl Reactor {
                 self.conns.get(key).is_some_and(|c| res > 0 && res as usize == c.sending.covered);
             if whole {
                 self.advance(key, res, Some(&mut op.held));
-                if let Some(c) = self.conns.get_mut(key) {
-                    c.sending.zc_held += 1;
-                }
             } else {
                 op.first = Some(res);
             }
             return Some(Op::Send(op));
         }
         self.advance(key, res, None);
-        self.end_conn_op(key);
+        self.end_send(key, op.zero_copy);
         None
     }
 
-    fn release_held(&mut self, key: Key, op: &mut Send) {
-        if op.first.is_none()
-            && let Some(c) = self.conns.get_mut(key)
-        {
-            c.sending.zc_held -= 1;
+    /// The last completion of a send.
+    fn end_send(&mut self, key: Key, zero_copy: bool) {
+        if let Some(c) = self.conns.get_mut(key) {
+            c.sending.zc_alive -= u32::from(zero_copy);
+            if c.close_when_sent && c.sending.is_done() {
+                self.begin_close(key, CloseReason::Finished);
+            }
         }
-        for m in op.held.drain(..) {
-            let (conn, token, segments) = (ConnId(key), m.token, m.segments);
-            self.ready.push(Event::Sent { conn, token, segments, result: Ok(()) });
-        }
+        self.end_conn_op(key);
     }
 
     /// Books `res` sent bytes (or an error) against the front of the queue. Whole messages go to
@@ -237,8 +245,6 @@ impl Reactor {
             }
         } else if !self.conns.get(key).is_some_and(|c| c.sending.queue.is_empty()) {
             self.list_for_sending(key);
-        } else if self.conns.get(key).is_some_and(|c| c.close_when_sent) {
-            self.begin_close(key, CloseReason::Finished);
         }
     }
 

@@ -126,6 +126,17 @@ pub(crate) fn dio_align(fd: BorrowedFd<'_>) -> Result<Option<(u32, u32)>, Errno>
     Ok(known.then_some((stx.stx_dio_mem_align, stx.stx_dio_offset_align)))
 }
 
+/// Resets a TCP connection at once (connect to AF_UNSPEC): drops its queues, tells the peer.
+pub(crate) fn reset_connection(socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: an all-zero sockaddr is a valid value of that plain C struct.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
+    let len = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: `nowhere` is alive for the call and `len` is its size; the descriptor is open.
+    let rc = unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, len) };
+    Errno::result(rc).map(drop)
+}
+
 /// Two MiB, the size and alignment of a huge page.
 pub(crate) const HUGE: usize = 2 << 20;
 
