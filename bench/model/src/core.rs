@@ -68,8 +68,8 @@ struct Node {
     dirty: Vec<(u8, WriteId)>,
     /// The pinned generation and what it held (0: nothing dirty).
     pin: Option<(u8, WriteId)>,
-    /// (session, sequence) pairs taken, one bit each.
-    seen: u32,
+    /// (session, sequence) taken, as a bit, and the tag it was taken under.
+    window: Vec<(u32, u8)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -318,7 +318,7 @@ impl Model for Core {
                 s.clients.iter().any(|c| c.pending == Pending::Refused)
             }),
         ];
-        if self.aborts > 0 {
+        if self.aborts > 0 && self.flushes > 1 {
             all.push(Property::<Self>::sometimes("abort merges, then clean", |_, s| {
                 s.merged_abort && s.phase == Phase::Clean
             }));

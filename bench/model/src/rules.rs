@@ -53,6 +53,8 @@ pub enum Rule {
     Window,
     /// R19: the window is journaled with the write.
     WindowJournaled,
+    /// R19: an answer from the window names the tag the write was taken under.
+    WindowTellsTag,
     /// R20: under a new session only what was refused in so many words is sent again.
     ResendOnlyRefused,
     /// R21: reads and writes need a live lease.
@@ -97,7 +99,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule that can be taken out.
-    pub const ALL: [Rule; 43] = [
+    pub const ALL: [Rule; 44] = [
         Rule::GrantBeforeWrite,
         Rule::NoGrantWhileSealing,
         Rule::FloorAtSeal,
@@ -121,6 +123,7 @@ impl Rule {
         Rule::ExpirySeals,
         Rule::Window,
         Rule::WindowJournaled,
+        Rule::WindowTellsTag,
         Rule::ResendOnlyRefused,
         Rule::LeaseOnServe,
         Rule::EpochEqual,

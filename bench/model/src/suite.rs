@@ -38,10 +38,16 @@ pub enum Config {
     Cut,
     /// Two truncates and a flush.
     CutTwice,
+    /// A truncate against repeated and unanswered writes and an aborted flush.
+    CutRetry,
+    /// A truncate while a session expires.
+    CutFence,
     /// A session expires while its client lives, with a duplicate or lost reply.
     Fence,
     /// Planned hand-over with late and repeated requests.
     Move,
+    /// There and back again.
+    MoveBack,
     /// The old primary is cut off, and somebody stands in.
     StandIn,
     /// A key that holds our object: flush, unlink, re-create, a stranger.
@@ -51,13 +57,16 @@ pub enum Config {
 }
 
 impl Config {
-    pub const ALL: [Config; 9] = [
+    pub const ALL: [Config; 12] = [
         Config::Flush,
         Config::Writers,
         Config::Cut,
         Config::CutTwice,
+        Config::CutRetry,
+        Config::CutFence,
         Config::Fence,
         Config::Move,
+        Config::MoveBack,
         Config::StandIn,
         Config::KeyOld,
         Config::KeyNew,
@@ -110,8 +119,11 @@ impl Config {
             Config::CutTwice => {
                 Bounded::Core(Core { script: [&[0], &[1]], truncates: &[0, 2], ..core })
             }
+            Config::CutRetry => Bounded::Core(Core { truncates: &[1], dups: 1, aborts: 1, ..core }),
+            Config::CutFence => Bounded::Core(Core { truncates: &[1], expiries: 1, ..core }),
             Config::Fence => Bounded::Core(Core { expiries: 1, dups: 1, ..core }),
             Config::Move => Bounded::Handover(group),
+            Config::MoveBack => Bounded::Handover(Handover { moves: 2, dups: 0, ..group }),
             Config::StandIn => Bounded::Handover(Handover { partitions: 1, dups: 1, ..group }),
             Config::KeyOld => Bounded::Key(key),
             Config::KeyNew => Bounded::Key(Key { exists: false, ..key }),
@@ -142,6 +154,7 @@ removals! {
     Cut: [CutCountsAsAbove] [CutBumpsGeneration] [CutLowersLimit] [ViewNamed] [CutRaisesFloor]
         [TruncateWaits] [CommitClippedByCuts] [SizeFloorAtRetire] [CutClipsFlush];
     CutTwice: [SealHighWater];
+    CutRetry: [WindowTellsTag];
     Fence: [ExpirySeals] [Window] [WindowJournaled] [ResendOnlyRefused];
     Move: [FreezeBeforeDrain] [FreezeJournaled] [DrainedBeforeEpoch] [SinceMapVersion] [WindowMoves];
     StandIn: [LeaseOnServe] [EpochWaitsForLease] [StrandedWaits] [SinceMapVersion]

@@ -27,8 +27,11 @@ each! {
     writers_during_a_flush_hold: Writers;
     cut_against_writers_and_flush_holds: Cut;
     two_cuts_hold: CutTwice;
+    cut_against_retries_holds: CutRetry;
+    cut_while_a_session_ends_holds: CutFence;
     session_fence_holds: Fence;
     planned_hand_over_holds: Move;
+    hand_over_and_back_holds: MoveBack;
     stand_in_holds: StandIn;
     key_with_our_object_holds: KeyOld;
     key_without_object_holds: KeyNew;

@@ -38,6 +38,7 @@ each! {
     writer_rules_are_needed: Writers;
     cut_rules_are_needed: Cut;
     size_rules_are_needed: CutTwice;
+    retry_rules_are_needed: CutRetry;
     fence_rules_are_needed: Fence;
     hand_over_rules_are_needed: Move;
     lease_rules_are_needed: StandIn;

@@ -57,8 +57,9 @@ impl Core {
             self.catch_up(s, n);
         }
         let node = &mut s.nodes[n];
-        let known = self.on(Rule::Window) && node.seen & w.sequence_bit() != 0;
-        if !known {
+        let known = node.window.iter().find(|t| t.0 == w.sequence_bit()).map(|t| t.1);
+        let known = known.filter(|_| self.on(Rule::Window));
+        if known.is_none() {
             if w.tag < node.floor {
                 let c = &mut s.clients[usize::from(w.client)];
                 if !reply_lost && c.next == w.index && c.pending == Pending::Waiting {
@@ -77,16 +78,18 @@ impl Core {
                 Some(p) => node.dirty.insert(p, (w.tag, w.id())),
                 None => node.dirty.push((w.tag, w.id())),
             }
-            node.seen |= w.sequence_bit();
+            node.window.push((w.sequence_bit(), w.tag));
+            node.window.sort_unstable();
+            let view = node.view;
             let bit = 1 << w.id();
             if s.applied & bit != 0 {
                 s.wrong |= TWICE;
             } else {
                 s.applied |= bit;
-                // Overlapping an unanswered truncate, an old-view write counts as before it.
+                // Taken before the primary took an unanswered cut: it counts as before the truncate.
                 let before_cut = s
                     .open_cut
-                    .is_some_and(|(g, at, v)| w.tag <= g && n >= usize::from(at) && w.view < v);
+                    .is_some_and(|(g, at, v)| w.tag <= g && n >= usize::from(at) && view < v);
                 if !before_cut {
                     s.expect[n] = w.id();
                     s.expect_size = s.expect_size.max(n as u8 + 1);
@@ -102,9 +105,10 @@ impl Core {
             c.pending = Pending::Idle;
             s.acked += 1;
             let end = n as u8 + 1;
-            match c.ends.iter_mut().find(|e| e.0 == w.tag) {
+            let told = known.filter(|_| self.on(Rule::WindowTellsTag)).unwrap_or(w.tag);
+            match c.ends.iter_mut().find(|e| e.0 == told) {
                 Some(e) => e.1 = e.1.max(end),
-                None => c.ends.push((w.tag, end)),
+                None => c.ends.push((told, end)),
             }
         }
     }
@@ -409,7 +413,7 @@ impl Core {
                     node.dirty.pop();
                 }
                 if !self.on(Rule::WindowJournaled) {
-                    node.seen = 0;
+                    node.window.clear();
                 }
             }
             Action::LeaderCrash => {
