@@ -81,7 +81,11 @@ pub struct Reactor {
 impl Reactor {
     /// Builds a reactor on the calling thread, which must be the one that drives it.
     pub fn new(cfg: Config) -> Result<Reactor, SetupError> {
-        let built = setup::build(&cfg)?;
+        Reactor::from_rung(cfg, 0)
+    }
+
+    fn from_rung(cfg: Config, first: usize) -> Result<Reactor, SetupError> {
+        let built = setup::build(&cfg, first)?;
         let waker = Waker::new().map_err(|errno| SetupError::Os {
             what: "making the wake-up eventfd",
             source: errno.into(),
@@ -419,5 +423,59 @@ impl std::fmt::Debug for Reactor {
             .field("conns", &self.conns.len())
             .field("stats", &self.stats)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Buf, Token};
+
+    /// What an older kernel gets: the same work on fewer flags.
+    #[test]
+    fn every_rung_of_the_ladder_works() {
+        for rung in 0..3 {
+            let cfg = Config { arena_bytes: 40 << 20, conns_max: 8, ..Config::default() };
+            let mut reactor = Reactor::from_rung(cfg, rung).unwrap();
+            let lost = |w: &SetupWarning| matches!(w, SetupWarning::FewerFlags { .. });
+            assert_eq!(reactor.warnings().iter().any(lost), rung > 0);
+            let (_, addr) = reactor.listen("127.0.0.1:0".parse().unwrap()).unwrap();
+            let waker = reactor.waker();
+            let client = std::thread::spawn(move || {
+                use std::io::{Read, Write};
+                let mut stream = std::net::TcpStream::connect(addr).unwrap();
+                stream.write_all(b"ping").unwrap();
+                let mut got = [0; 4];
+                stream.read_exact(&mut got).unwrap();
+                waker.wake();
+                got
+            });
+            let (mut sent, mut woken) = (false, false);
+            let mut events = Vec::new();
+            while !(sent && woken) {
+                let started = Instant::now();
+                reactor.turn(Some(Duration::from_secs(10)), &mut events).unwrap();
+                assert!(started.elapsed() < Duration::from_secs(10), "rung {rung} hangs");
+                for event in events.drain(..) {
+                    match event {
+                        Event::Accepted { conn, .. } => {
+                            reactor.recv_exact(conn, Token(0), Buf::unpooled(4), 0..4).unwrap()
+                        }
+                        Event::Received { conn, buf, result, .. } => {
+                            assert_eq!(result, Ok(4));
+                            reactor.send(conn, Token(0), buf[..4].to_vec()).unwrap();
+                        }
+                        Event::Sent { result, .. } => {
+                            assert_eq!(result, Ok(()));
+                            sent = true;
+                        }
+                        Event::Woken => woken = true,
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+            assert_eq!(&client.join().unwrap(), b"ping");
+            reactor.shutdown(&mut events);
+        }
     }
 }

@@ -35,13 +35,14 @@ pub(crate) struct Built {
     pub(crate) warnings: Vec<SetupWarning>,
 }
 
-pub(crate) fn build(cfg: &Config) -> Result<Built, SetupError> {
+/// Builds everything, starting at rung `first` of the ladder (0: the best; others are for tests).
+pub(crate) fn build(cfg: &Config, first: usize) -> Result<Built, SetupError> {
     cfg.check().map_err(SetupError::Config)?;
     let plan = layout::plan(cfg)
         .map_err(|need| SetupError::ArenaTooSmall { have: cfg.arena_bytes, need })?;
     let mut warnings = Vec::new();
 
-    let (uring, lost) = open_ring(cfg)?;
+    let (uring, lost) = open_ring(cfg, &LADDER[first..])?;
     if !lost.is_empty() {
         warnings.push(SetupWarning::FewerFlags { lost });
     }
@@ -87,9 +88,9 @@ pub(crate) fn build(cfg: &Config) -> Result<Built, SetupError> {
     Ok(Built { ring, arena, warnings })
 }
 
-fn open_ring(cfg: &Config) -> Result<(IoUring, &'static str), SetupError> {
+fn open_ring(cfg: &Config, ladder: &[Rung]) -> Result<(IoUring, &'static str), SetupError> {
     let mut last = Errno::EINVAL;
-    for rung in &LADDER {
+    for rung in ladder {
         let mut builder = IoUring::builder();
         builder
             .dontfork()

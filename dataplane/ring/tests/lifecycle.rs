@@ -1,4 +1,5 @@
 //! Waking, idling, shutting down, and what happens at the limits of the machine.
+#![allow(unsafe_code)] // the seccomp filter
 mod common;
 
 use std::io::Write;
@@ -242,6 +243,67 @@ fn under_a_memlock_limit_it_runs_unregistered_or_explains() {
             println!("{text}");
         }
     }
+}
+
+/// Makes one system call (optionally: with this second argument) fail with `errno` on this thread.
+fn deny(nr: libc::c_long, second: Option<u32>, errno: i32) {
+    let op = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter { code: code as u16, jt, jf, k };
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let ret = libc::BPF_RET | libc::BPF_K;
+    // seccomp_data: nr at 0, the second argument's low half at 24 (little endian).
+    let mut program = vec![
+        op(load, 0, 0, 0),
+        op(equal, nr as u32, 0, 3),
+        op(load, 24, 0, 0),
+        op(equal, second.unwrap_or(0), 0, 1),
+        op(ret, libc::SECCOMP_RET_ERRNO | errno as u32, 0, 0),
+        op(ret, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    if second.is_none() {
+        program[1] = op(equal, nr as u32, 0, 1);
+        program.drain(2..4);
+    }
+    let fprog = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: prctl with no_new_privs takes plain numbers; the filter program is alive for the
+    // call, and the kernel copies it.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let mode = libc::SECCOMP_MODE_FILTER;
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const fprog), 0);
+    }
+}
+
+/// Real refusals by the kernel, made with a seccomp filter, each on a thread of its own.
+#[test]
+fn a_jailed_or_old_kernel_is_explained_or_survived() {
+    let with = |nr, second, errno| {
+        std::thread::spawn(move || {
+            deny(nr, second, errno);
+            Reactor::new(small()).map(|mut r| {
+                r.turn(Some(Duration::ZERO), &mut Vec::new()).unwrap();
+                r.warnings().to_vec()
+            })
+        })
+        .join()
+        .unwrap()
+    };
+    let setup = libc::SYS_io_uring_setup;
+    let register = libc::SYS_io_uring_register;
+    assert!(matches!(with(setup, None, libc::EPERM), Err(SetupError::Forbidden { .. })));
+    assert!(matches!(with(setup, None, libc::ENOSYS), Err(SetupError::KernelTooOld { .. })));
+    assert!(matches!(with(setup, None, libc::EINVAL), Err(SetupError::KernelTooOld { .. })));
+    assert!(matches!(with(setup, None, libc::ENOMEM), Err(SetupError::Memlock { .. })));
+    // The file table is needed (IORING_REGISTER_FILES2); its size is bounded by open files.
+    assert!(matches!(with(register, Some(13), libc::EMFILE), Err(SetupError::OpenFiles { .. })));
+    assert!(matches!(with(register, Some(13), libc::EINVAL), Err(SetupError::KernelTooOld { .. })));
+    // Registered buffers (0), bounded workers (19), the ring's own descriptor (20), the probe (8):
+    // the reactor works without.
+    for (op, errno) in [(0, libc::ENOMEM), (19, libc::EINVAL), (20, libc::EINVAL)] {
+        let warnings = with(register, Some(op), errno).unwrap();
+        assert_eq!(warnings.len(), 1, "register opcode {op}: {warnings:?}");
+    }
+    assert_eq!(with(register, Some(8), libc::EINVAL).unwrap(), []);
 }
 
 #[test]
