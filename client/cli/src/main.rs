@@ -1,2 +1,76 @@
-//! `ebb`: the one binary.
-fn main() {}
+//! `ebb`: the one binary. Parses arguments, calls the libraries, turns errors into one line that
+//! says what to do, and an exit code ([`exit`]).
+
+mod args;
+mod cluster_commands;
+mod exit;
+mod file_commands;
+mod find;
+mod launch;
+mod mount_commands;
+mod output;
+mod serve;
+mod up;
+
+use args::{Cli, Command};
+use clap::Parser;
+use exit::CliError;
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    init_logging(&cli);
+    let outcome = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| CliError::new(format!("cannot start the runtime: {e}")))
+        .and_then(|runtime| {
+            let result = runtime.block_on(run(&cli));
+            // Background tasks (renewals, readahead) must not hold the exit up.
+            runtime.shutdown_background();
+            result
+        });
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ebb: {error}");
+            std::process::ExitCode::from(error.code())
+        }
+    }
+}
+
+fn init_logging(cli: &Cli) {
+    use std::io::IsTerminal;
+    // Servers log to their log files; commands stay quiet unless asked.
+    let default = if matches!(cli.command, Command::Serve(_)) { "info" } else { "error" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("EBB_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+async fn run(cli: &Cli) -> Result<(), CliError> {
+    match &cli.command {
+        Command::Up(a) => up::up(cli, a).await,
+        Command::Down(a) => up::down(cli, a).await,
+        Command::Status => cluster_commands::status(cli).await,
+        Command::Scale(a) => cluster_commands::scale(cli, a).await,
+        Command::Flush(a) => cluster_commands::flush(cli, a).await,
+        Command::Evict(a) => cluster_commands::evict(cli, a).await,
+        Command::Warm(a) => cluster_commands::warm(cli, a).await,
+        Command::Env => cluster_commands::env(cli),
+        Command::Mount(a) => mount_commands::mount(cli, a).await,
+        Command::Umount(a) => mount_commands::umount(a).await,
+        Command::Cp(a) => file_commands::cp(cli, a).await,
+        Command::Ls(a) => file_commands::ls(cli, a).await,
+        Command::Cat(a) => file_commands::cat(cli, a).await,
+        Command::Stat(a) => file_commands::stat(cli, a).await,
+        Command::Mkdir(a) => file_commands::mkdir(cli, a).await,
+        Command::Mv(a) => file_commands::mv(cli, a).await,
+        Command::Rm(a) => file_commands::rm(cli, a).await,
+        Command::Bench(a) => cluster_commands::bench(cli, a).await,
+        Command::Serve(a) => serve::serve(a).await,
+    }
+}

@@ -1,0 +1,357 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Ebbtide: an elastic file system over S3.
+#[derive(Parser, Debug)]
+#[command(name = "ebb", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    /// Directory of the local cluster
+    #[arg(long, global = true, env = "EBB_DIR", value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Metadata servers of the cluster, HOST:PORT[,…]; default: the local cluster in --dir
+    #[arg(long, global = true, env = "EBB_CLUSTER", value_name = "HOST:PORT")]
+    pub cluster: Option<String>,
+    /// File with the cluster key; default: DIR/key
+    #[arg(long, global = true, env = "EBB_KEY_FILE", value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// Machine-readable output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Start a cluster on this machine (or take a running one over)
+    Up(Up),
+    /// Flush everything to S3, then stop; refuses to drop dirty data
+    Down(Down),
+    /// Nodes, placement groups, dirty bytes and their age, usage
+    Status,
+    /// Resize to N data nodes; 0 is allowed; dirty data goes to S3 first
+    Scale(Scale),
+    /// Mount the file system
+    Mount(Mount),
+    /// Unmount it
+    Umount(Umount),
+    /// Copy files: local paths and ebb:/path, either way
+    Cp(Cp),
+    /// List a directory
+    Ls(Ls),
+    /// Print files
+    Cat(Paths),
+    /// Show attributes
+    Stat(Paths),
+    /// Make directories
+    Mkdir(Mkdir),
+    /// Rename
+    Mv(Mv),
+    /// Remove
+    Rm(Rm),
+    /// Put a subtree into S3 now
+    Flush(FlushArgs),
+    /// Drop a subtree's clean data from the cache
+    Evict(OnePath),
+    /// Bring a subtree's data into the cache
+    Warm(OnePath),
+    /// Print the environment for other S3 tools (`eval "$(ebb env)"`)
+    Env,
+    /// Measure
+    Bench(Bench),
+    /// Run one server (used by `ebb up`, and in production)
+    Serve(Serve),
+}
+
+/// `ebb up`
+#[derive(Args, Debug)]
+pub struct Up {
+    /// Data nodes to start with
+    #[arg(long, value_name = "N")]
+    pub nodes: Option<u32>,
+    /// Bucket and prefix, s3://BUCKET[/PREFIX]; default: the embedded S3 server's s3://ebb
+    #[arg(long, value_name = "S3-URL")]
+    pub bucket: Option<String>,
+    /// Endpoint of the S3 server; default: AWS_ENDPOINT_URL, else AWS
+    #[arg(long, value_name = "URL")]
+    pub s3_endpoint: Option<String>,
+    /// Mount it there, too
+    #[arg(long, value_name = "DIR")]
+    pub mount: Option<PathBuf>,
+    /// Return once it serves, and leave it running
+    #[arg(long)]
+    pub detach: bool,
+    /// Device space of each data node
+    #[arg(long, value_name = "BYTES", default_value = "2GiB", value_parser = parse_bytes)]
+    pub node_capacity: u64,
+    /// Cores of each data node
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub cores: u16,
+    /// Buffer arena of each core
+    #[arg(long, value_name = "BYTES", default_value = "128MiB", value_parser = parse_bytes)]
+    pub arena: u64,
+    /// Dirty data goes to S3 after this many ms
+    #[arg(long, value_name = "MS", default_value_t = 5000)]
+    pub flush_after: u64,
+    /// Address to listen on
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port of the metadata server; default: any free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub meta_port: u16,
+    /// Port of the embedded S3 server; default: any free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    pub s3_port: u16,
+}
+
+/// `ebb down`
+#[derive(Args, Debug)]
+pub struct Down {
+    /// Stop at once and keep dirty data in DIR for the next `ebb up`
+    #[arg(long, conflicts_with = "abandon")]
+    pub keep: bool,
+    /// Stop and DROP data that is not in S3
+    #[arg(long)]
+    pub abandon: bool,
+    /// Give up (and change nothing) when no progress was made for this many seconds
+    #[arg(long, value_name = "S", default_value_t = 60)]
+    pub patience: u64,
+}
+
+/// `ebb scale`
+#[derive(Args, Debug)]
+pub struct Scale {
+    /// Data nodes
+    pub nodes: u32,
+    /// Return when it is done
+    #[arg(long)]
+    pub wait: bool,
+    /// Fail after this many seconds and leave the cluster as it was (with --wait)
+    #[arg(long, value_name = "S", default_value_t = 600)]
+    pub deadline: u64,
+}
+
+/// `ebb mount`
+#[derive(Args, Debug)]
+pub struct Mount {
+    /// [SOURCE] DIR; SOURCE is HOST:PORT of a metadata server
+    #[arg(num_args = 1..=2, required = true, value_name = "[SOURCE] DIR")]
+    pub target: Vec<String>,
+    /// Stay in the foreground
+    #[arg(long, short)]
+    pub foreground: bool,
+    /// Mount options of mount(8) and fstab, separated by commas (ro, allow_other, …)
+    #[arg(short = 'o', value_name = "OPTIONS", value_delimiter = ',')]
+    pub options: Vec<String>,
+}
+
+/// `ebb umount`
+#[derive(Args, Debug)]
+pub struct Umount {
+    /// Mount point
+    pub target: PathBuf,
+    /// Detach even if it is busy
+    #[arg(long, short)]
+    pub lazy: bool,
+}
+
+/// `ebb cp`
+#[derive(Args, Debug)]
+pub struct Cp {
+    /// Copy directories
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// Files in flight
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub jobs: u16,
+    /// Sources, then the target
+    #[arg(num_args = 2.., required = true, value_name = "SOURCE… TARGET")]
+    pub paths: Vec<String>,
+}
+
+/// `ebb ls`
+#[derive(Args, Debug)]
+pub struct Ls {
+    /// Modes, owners, sizes and times
+    #[arg(short, long)]
+    pub long: bool,
+    /// Directory or file
+    #[arg(default_value = "/")]
+    pub path: String,
+}
+
+/// Commands on several paths.
+#[derive(Args, Debug)]
+pub struct Paths {
+    /// Paths in the file system (ebb:/path or /path)
+    #[arg(required = true)]
+    pub paths: Vec<String>,
+}
+
+/// Commands on one path.
+#[derive(Args, Debug)]
+pub struct OnePath {
+    /// Path in the file system
+    pub path: String,
+}
+
+/// `ebb mkdir`
+#[derive(Args, Debug)]
+pub struct Mkdir {
+    /// Parents too; no error if it exists
+    #[arg(short, long)]
+    pub parents: bool,
+    /// Directories
+    #[arg(required = true)]
+    pub paths: Vec<String>,
+}
+
+/// `ebb mv`
+#[derive(Args, Debug)]
+pub struct Mv {
+    /// Old path
+    pub source: String,
+    /// New path, or a directory to move into
+    pub target: String,
+}
+
+/// `ebb rm`
+#[derive(Args, Debug)]
+pub struct Rm {
+    /// Directories and what is in them
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// No error if it does not exist
+    #[arg(short, long)]
+    pub force: bool,
+    /// Paths
+    #[arg(required = true)]
+    pub paths: Vec<String>,
+}
+
+/// `ebb flush`
+#[derive(Args, Debug)]
+pub struct FlushArgs {
+    /// Subtree
+    #[arg(default_value = "/")]
+    pub path: String,
+    /// Return when everything that is dirty now is in S3
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// `ebb bench`
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// What to measure
+    #[command(subcommand)]
+    pub what: BenchWhat,
+}
+
+/// What to measure.
+#[derive(Subcommand, Debug)]
+pub enum BenchWhat {
+    /// Reads and writes of chunks against the running cluster
+    Chunk(BenchChunk),
+}
+
+/// `ebb bench chunk`
+#[derive(Args, Debug)]
+pub struct BenchChunk {
+    /// Bytes of each request
+    #[arg(long, value_name = "BYTES", value_delimiter = ',', default_values = ["4KiB", "64KiB", "1MiB"], value_parser = parse_bytes)]
+    pub size: Vec<u64>,
+    /// Requests in flight
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1u32, 16])]
+    pub depth: Vec<u32>,
+    /// Seconds of each measurement
+    #[arg(long, value_name = "S", default_value_t = 5)]
+    pub seconds: u64,
+    /// Bytes of the file it makes (in /.ebb-bench, removed afterwards)
+    #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = parse_bytes)]
+    pub file: u64,
+    /// Only reads, or only writes
+    #[arg(long, value_name = "read|write")]
+    pub only: Option<String>,
+}
+
+/// `ebb serve`
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// Which server
+    #[command(subcommand)]
+    pub what: ServeWhat,
+}
+
+/// A server.
+#[derive(Subcommand, Debug)]
+pub enum ServeWhat {
+    /// The embedded S3 server
+    S3(ConfigFile),
+    /// A metadata server
+    Meta(ConfigFile),
+    /// A data node
+    Data(ConfigFile),
+    /// The controller of a local cluster
+    Controller {
+        /// The cluster's directory
+        directory: PathBuf,
+    },
+}
+
+/// A server's configuration.
+#[derive(Args, Debug)]
+pub struct ConfigFile {
+    /// TOML file
+    #[arg(long)]
+    pub config: PathBuf,
+}
+
+/// "4096", "64KiB", "1.5GiB", "10MB".
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        other => return Err(format!("unknown unit {other:?}: use KiB, MiB, GiB, TiB")),
+    };
+    let value: f64 = number.parse().map_err(|_| format!("{number:?} is not a number"))?;
+    let bytes = value * factor as f64;
+    if !(0.0..=1e15).contains(&bytes) {
+        return Err("out of range".into());
+    }
+    Ok(bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_parse_as_people_write_them() {
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("64KiB"), Ok(65536));
+        assert_eq!(parse_bytes("1.5g"), Ok(3 << 29));
+        assert_eq!(parse_bytes("10MB"), Ok(10_000_000));
+        assert!(parse_bytes("ten").is_err());
+        assert!(parse_bytes("5 parsecs").is_err());
+    }
+}

@@ -1,0 +1,220 @@
+//! Commands about the cluster: status, scale, flush, evict, warm, env, bench.
+
+use crate::args::{Bench, BenchWhat, Cli, FlushArgs, OnePath, Scale};
+use crate::exit::CliError;
+use crate::{file_commands, find, output};
+use ebb_controller::run::{admin, status as ask_status};
+use ebb_metaplane_protocol::admin::FlushReport;
+use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus, Request, Response};
+use std::time::{Duration, Instant};
+
+const POLL: Duration = Duration::from_millis(100);
+/// A flush may take long; the server answers when it is done.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// `ebb status`
+pub async fn status(cli: &Cli) -> Result<(), CliError> {
+    let status = ask_status(&find::meta(cli)?).await?;
+    if cli.json {
+        return output::json(&status);
+    }
+    print_status(&status)
+}
+
+fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
+    let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
+    output::line(&format!("bucket   {}", s.bucket))?;
+    output::line(&format!(
+        "groups   {held} of {} held{}{}",
+        s.map.pgs.len(),
+        if s.moves.is_empty() { String::new() } else { format!(", {} moving", s.moves.len()) },
+        if s.shutting_down { ", SHUTTING DOWN" } else { "" },
+    ))?;
+    output::line(&format!(
+        "files    {} inodes known, {} not in S3 yet{}, {} keys pending",
+        s.inodes,
+        s.dirty_inodes,
+        if s.dirty_inodes > 0 { format!(" (oldest {})", output::age(s.dirty_oldest_ms)) } else { String::new() },
+        s.pending_keys
+    ))?;
+    output::line(&format!("nodes    {} wanted", s.desired_nodes))?;
+    for node in &s.map.nodes {
+        let report = s.nodes.iter().find(|n| n.node == node.id);
+        let sum = |f: fn(&ebb_dataplane_protocol::control::CoreStats) -> u64| {
+            report.map_or(0, |r| r.cores.iter().map(f).sum::<u64>())
+        };
+        let (hits, misses) = (sum(|c| c.hits), sum(|c| c.misses));
+        output::line(&format!(
+            "  node {:<3} {:<9} {}:{} {} groups, {} dirty, {} clean of {}, hit rate {}, heartbeat {}",
+            node.id,
+            format!("{:?}", node.state).to_lowercase(),
+            node.host,
+            node.ports.iter().map(u16::to_string).collect::<Vec<_>>().join(","),
+            s.map.groups_of(node.id).count(),
+            output::bytes(sum(|c| c.dirty_bytes)),
+            output::bytes(sum(|c| c.clean_bytes)),
+            output::bytes(node.capacity_bytes),
+            if hits + misses == 0 { "-".into() } else { format!("{:.0} %", 100.0 * hits as f64 / (hits + misses) as f64) },
+            report.and_then(|r| r.heartbeat_age_ms).map_or("never".into(), |ms| format!("{} ago", output::age(ms))),
+        ))?;
+    }
+    output::line(&format!("sessions {}", s.sessions.len()))?;
+    for session in &s.sessions {
+        output::line(&format!("  {session}"))?;
+    }
+    if let Some((error, age)) = &s.s3_error {
+        output::line(&format!("S3 error {} ago: {error}", output::age(*age)))?;
+    }
+    for warning in &s.warnings {
+        output::line(&format!("warning: {warning}"))?;
+    }
+    Ok(())
+}
+
+/// `ebb scale`
+pub async fn scale(cli: &Cli, args: &Scale) -> Result<(), CliError> {
+    let meta = find::meta(cli)?;
+    let before = ask_status(&meta).await?;
+    admin(&meta, AdminCall::SetDesired { nodes: args.nodes }).await?;
+    if !args.wait {
+        if !cli.json {
+            output::line(&format!("scaling to {}: see `ebb status`", args.nodes))?;
+        }
+        return Ok(());
+    }
+    let started = Instant::now();
+    let spinner = output::spinner("scaling", cli.json);
+    loop {
+        let s = match ask_status(&meta).await {
+            Ok(s) => s,
+            Err(e) if started.elapsed() < Duration::from_secs(args.deadline) => {
+                tracing::debug!(error = %e, "asking again");
+                tokio::time::sleep(POLL).await;
+                continue;
+            }
+            Err(e) => return Err(e.into()),
+        };
+        let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
+        let groups = if args.nodes == 0 { 0 } else { s.map.pgs.len() };
+        let settled = s.map.nodes.iter().all(|n| n.state == ebb_dataplane_protocol::NodeState::Active);
+        if s.map.nodes.len() == args.nodes as usize && settled && held == groups && s.moves.is_empty() {
+            spinner.finish_and_clear();
+            let ms = started.elapsed().as_millis() as u64;
+            if cli.json {
+                return output::json(&serde_json::json!({ "nodes": args.nodes, "ms": ms }));
+            }
+            return output::line(&format!("{} data nodes, after {}", args.nodes, output::age(ms)));
+        }
+        spinner.set_message(format!(
+            "{} nodes, {held} of {} groups held, {} moving, {} files not in S3",
+            s.map.nodes.len(),
+            s.map.pgs.len(),
+            s.moves.len(),
+            s.dirty_inodes
+        ));
+        if started.elapsed() > Duration::from_secs(args.deadline) {
+            admin(&meta, AdminCall::SetDesired { nodes: before.desired_nodes }).await?;
+            let why = s.s3_error.map(|(e, _)| format!("; S3 says: {e}")).unwrap_or_default();
+            return Err(CliError::unsafe_to_go_on(format!(
+                "not done after {} s with {} files not in S3{why}; the wish is {} nodes again, nothing was dropped",
+                args.deadline, s.dirty_inodes, before.desired_nodes
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// `ebb flush`
+pub async fn flush(cli: &Cli, args: &FlushArgs) -> Result<(), CliError> {
+    let inode = file_commands::resolve(cli, &args.path).await?.inode;
+    let meta = find::meta(cli)?;
+    let spinner = output::spinner("flushing to S3", cli.json || !args.wait);
+    let call = Request::Admin(AdminCall::Flush { inode, wait: args.wait });
+    let reply = meta.call(&call, FLUSH_PATIENCE).await?;
+    spinner.finish_and_clear();
+    let report = match reply {
+        Response::Admin(Ok(AdminReply::Flushed(report))) => report,
+        Response::Admin(Err(e)) => return Err(e.into()),
+        other => return Err(CliError::new(format!("unexpected reply {other:?}"))),
+    };
+    print_flush(cli, args, &report)
+}
+
+fn print_flush(cli: &Cli, args: &FlushArgs, report: &FlushReport) -> Result<(), CliError> {
+    if cli.json {
+        output::json(&serde_json::json!({
+            "flushed": report.flushed, "bytes": report.bytes,
+            "remaining": report.remaining, "failed": report.failed,
+        }))?;
+    } else {
+        output::line(&format!(
+            "{} files, {} to S3{}",
+            report.flushed,
+            output::bytes(report.bytes),
+            if report.remaining > 0 { format!(", {} still dirty", report.remaining) } else { String::new() }
+        ))?;
+        for (path, why) in &report.failed {
+            output::line(&format!("  {path}: {why}"))?;
+        }
+    }
+    if args.wait && !report.failed.is_empty() {
+        return Err(CliError::s3(format!("{} files did not reach S3; they stay safe and dirty", report.failed.len())));
+    }
+    Ok(())
+}
+
+/// `ebb evict`
+pub async fn evict(cli: &Cli, args: &OnePath) -> Result<(), CliError> {
+    let inode = file_commands::resolve(cli, &args.path).await?.inode;
+    subtree(cli, AdminCall::Evict { inode }).await
+}
+
+/// `ebb warm`
+pub async fn warm(cli: &Cli, args: &OnePath) -> Result<(), CliError> {
+    let inode = file_commands::resolve(cli, &args.path).await?.inode;
+    subtree(cli, AdminCall::Warm { inode }).await
+}
+
+async fn subtree(cli: &Cli, call: AdminCall) -> Result<(), CliError> {
+    match find::meta(cli)?.call(&Request::Admin(call), FLUSH_PATIENCE).await? {
+        Response::Admin(Ok(_)) => Ok(()),
+        Response::Admin(Err(e)) => Err(e.into()),
+        other => Err(CliError::new(format!("unexpected reply {other:?}"))),
+    }
+}
+
+/// `ebb env`
+pub fn env(cli: &Cli) -> Result<(), CliError> {
+    let layout = find::layout(cli)?;
+    let config = layout.load()?;
+    let mut vars: Vec<(&str, String)> = Vec::new();
+    if config.embedded_s3 {
+        let url = layout.load_endpoints().ok().and_then(|e| e.s3).ok_or_else(|| {
+            CliError::no_cluster("the embedded S3 server is not running: `ebb up`")
+        })?;
+        vars.push(("AWS_ENDPOINT_URL", url.clone()));
+        vars.push(("S3_ENDPOINT_URL", url));
+        vars.push(("AWS_ACCESS_KEY_ID", config.embedded_access_key));
+        vars.push(("AWS_SECRET_ACCESS_KEY", config.embedded_secret_key));
+        vars.push(("AWS_REGION", "us-east-1".into()));
+    } else if let Some(endpoint) = config.endpoint {
+        vars.push(("AWS_ENDPOINT_URL", endpoint.clone()));
+        vars.push(("S3_ENDPOINT_URL", endpoint));
+    }
+    if cli.json {
+        let map: serde_json::Map<String, serde_json::Value> =
+            vars.into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
+        return output::json(&map);
+    }
+    for (name, value) in vars {
+        output::line(&format!("export {name}={value}"))?;
+    }
+    Ok(())
+}
+
+/// `ebb bench`
+pub async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
+    match &args.what {
+        BenchWhat::Chunk(a) => crate::file_commands::bench_chunk(cli, a).await,
+    }
+}

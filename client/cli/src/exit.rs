@@ -1,0 +1,89 @@
+//! Errors of commands and their exit codes.
+//!
+//! | code | means |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failed; the message says on what |
+//! | 2 | wrong usage (clap's own) |
+//! | 3 | no cluster there: nothing runs, wrong address, wrong key |
+//! | 4 | S3 refuses or does not answer |
+//! | 5 | refused, since data would be lost: dirty data, a deadline passed |
+
+use ebb_controller::ControllerError;
+use ebb_metaplane_protocol::FsError;
+use ebb_rpc::RpcError;
+
+/// An error for people.
+#[derive(Debug)]
+pub struct CliError {
+    message: String,
+    code: u8,
+}
+
+impl std::fmt::Display for CliError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl CliError {
+    /// A plain failure.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), code: 1 }
+    }
+    /// Nothing to talk to.
+    pub fn no_cluster(message: impl Into<String>) -> Self {
+        Self { message: message.into(), code: 3 }
+    }
+    /// S3 is the trouble.
+    pub fn s3(message: impl Into<String>) -> Self {
+        Self { message: message.into(), code: 4 }
+    }
+    /// Refused for the data's sake.
+    pub fn unsafe_to_go_on(message: impl Into<String>) -> Self {
+        Self { message: message.into(), code: 5 }
+    }
+    /// Wrong arguments that clap cannot see.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { message: message.into(), code: 2 }
+    }
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        self.code
+    }
+    /// Puts what was being done in front.
+    pub fn context(mut self, what: impl std::fmt::Display) -> Self {
+        self.message = format!("{what}: {}", self.message);
+        self
+    }
+}
+
+impl From<RpcError> for CliError {
+    fn from(e: RpcError) -> Self {
+        match e {
+            RpcError::WrongKey { .. } | RpcError::Connect { .. } | RpcError::NoLeader { .. } => {
+                Self::no_cluster(format!("{e}; is the cluster up? (`ebb status`, `ebb up`)"))
+            }
+            e => Self::new(e.to_string()),
+        }
+    }
+}
+
+impl From<FsError> for CliError {
+    fn from(e: FsError) -> Self {
+        match e {
+            FsError::S3Unavailable(_) => Self::s3(e.to_string()),
+            e => Self::new(e.to_string()),
+        }
+    }
+}
+
+impl From<ControllerError> for CliError {
+    fn from(e: ControllerError) -> Self {
+        match e {
+            ControllerError::Meta(e) => e.into(),
+            ControllerError::Refused(e) => e.into(),
+            e => Self::new(e.to_string()),
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! `ebb up` and `ebb down`: a whole cluster on this machine.
+
+use crate::args::{Cli, Down, Up};
+use crate::exit::CliError;
+use crate::{find, output};
+use ebb_controller::layout::{ClusterConfig, ClusterIdHex, Layout};
+use ebb_controller::run::{DOWN_FILE, admin, status};
+use ebb_controller::process;
+use ebb_dataplane_protocol::ClusterId;
+use ebb_dataplane_protocol::auth::Role;
+use ebb_metaplane_protocol::admin::FlushReport;
+use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus};
+use ebb_rpc::{Identity, MetaClient};
+use nix::sys::signal::{Signal, kill};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Time a cluster gets to start: formatting the devices takes most of it.
+const START_PATIENCE: Duration = Duration::from_secs(180);
+const POLL: Duration = Duration::from_millis(100);
+/// Smallest device of a node: journal, checkpoints and some room.
+const NODE_CAPACITY_MIN: u64 = 256 << 20;
+
+/// Starts a cluster, or takes a running one over.
+pub async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
+    if args.nodes == Some(0) {
+        return Err(CliError::usage(
+            "a cluster starts with at least one data node: use --nodes 1 or more; `ebb scale 0` lets them go later",
+        ));
+    }
+    if args.node_capacity < NODE_CAPACITY_MIN {
+        return Err(CliError::usage(format!(
+            "--node-capacity must be at least {}",
+            output::bytes(NODE_CAPACITY_MIN)
+        )));
+    }
+    if let Some(dir) = &args.mount {
+        crate::mount_commands::check_mount_point(dir)?;
+    }
+    let layout = find::layout(cli)?;
+    let config = configure(args, &layout)?;
+    let spinner = output::spinner("starting", cli.json);
+    let started = start_controller(&layout)?;
+    let status = wait_until_serving(&layout, &config, |what| spinner.set_message(what.to_owned())).await;
+    spinner.finish_and_clear();
+    let status = status?;
+    if let Some(dir) = &args.mount {
+        crate::mount_commands::mount_detached(cli, dir).await?;
+    }
+    announce(cli, &layout, &status, started, args)?;
+    if args.detach {
+        return Ok(());
+    }
+    if !cli.json {
+        output::line("running in the foreground: Ctrl-C flushes everything to S3 and stops (--detach leaves it running)")?;
+    }
+    tokio::signal::ctrl_c().await.map_err(|e| CliError::new(format!("cannot wait for Ctrl-C: {e}")))?;
+    if let Some(dir) = &args.mount {
+        crate::mount_commands::unmount(dir, false)?;
+    }
+    down(cli, &Down { keep: false, abandon: false, patience: 60 }).await
+}
+
+/// The stored configuration, or a new one of the arguments.
+fn configure(args: &Up, layout: &Layout) -> Result<ClusterConfig, CliError> {
+    if layout.exists() {
+        let config = layout.load()?;
+        let other_bucket = args.bucket.as_ref().is_some_and(|b| *b != config.bucket);
+        let other_endpoint = args.s3_endpoint.is_some() && args.s3_endpoint != config.endpoint;
+        if other_bucket || other_endpoint {
+            return Err(CliError::usage(format!(
+                "{} belongs to the bucket {}{}: use another --dir for another bucket",
+                layout.dir().display(),
+                config.bucket,
+                config.endpoint.as_ref().map(|e| format!(" at {e}")).unwrap_or_default()
+            )));
+        }
+        return Ok(config);
+    }
+    let embedded = args.bucket.is_none();
+    if embedded && args.s3_endpoint.is_some() {
+        return Err(CliError::usage("--s3-endpoint needs --bucket s3://NAME"));
+    }
+    let bucket = args.bucket.clone().unwrap_or_else(|| "s3://ebb".into());
+    if ebb_s3::BucketConfig::from_url(&bucket).is_none() {
+        return Err(CliError::usage(format!("{bucket:?} is not s3://BUCKET[/PREFIX]")));
+    }
+    let random = |n: usize| -> Result<Vec<u8>, CliError> {
+        let mut bytes = vec![0u8; n];
+        getrandom::fill(&mut bytes).map_err(|e| CliError::new(format!("no randomness: {e}")))?;
+        Ok(bytes)
+    };
+    // The embedded server's keys live and die with its data, so that a wiped directory around a
+    // kept s3/ folder opens again: they guard nothing that the directory's mode does not.
+    let id: [u8; 16] = random(16)?.try_into().unwrap_or_default();
+    let config = ClusterConfig {
+        cluster: ClusterIdHex(ClusterId(u128::from_le_bytes(id))),
+        bucket,
+        endpoint: args.s3_endpoint.clone(),
+        embedded_s3: embedded,
+        embedded_access_key: format!("EBB{}", hex::encode_upper(random(8)?)),
+        embedded_secret_key: hex::encode(random(20)?),
+        nodes: args.nodes.unwrap_or(2),
+        cores_per_node: args.cores,
+        node_capacity_bytes: args.node_capacity,
+        arena_bytes: args.arena,
+        flush_after_ms: args.flush_after,
+        host: args.host.clone(),
+        meta_port: args.meta_port,
+        s3_port: args.s3_port,
+    };
+    for (port, what) in [(args.meta_port, "--meta-port"), (args.s3_port, "--s3-port")] {
+        if port != 0
+            && let Err(e) = std::net::TcpListener::bind((args.host.as_str(), port))
+        {
+            return Err(CliError::usage(format!(
+                "{what} {port}: {e}: choose another port, or leave it out for any free one"
+            )));
+        }
+    }
+    layout.create(&config)?;
+    Ok(config)
+}
+
+/// Starts the controller unless one runs. True if it was started now.
+fn start_controller(layout: &Layout) -> Result<bool, CliError> {
+    if process::living(layout, "controller").is_some() {
+        return Ok(false);
+    }
+    let program = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
+    let open = || std::fs::OpenOptions::new().create(true).append(true).open(layout.log("controller"));
+    let (out, err) = open()
+        .and_then(|f| Ok((f.try_clone()?, f)))
+        .map_err(|e| CliError::new(format!("{}: {e}", layout.log("controller").display())))?;
+    let _ = std::fs::remove_file(layout.endpoints());
+    Command::new(program)
+        .args(["serve", "controller"])
+        .arg(layout.dir())
+        .stdin(Stdio::null())
+        .stdout(out)
+        .stderr(err)
+        .process_group(0)
+        .spawn()
+        .map_err(|e| CliError::new(format!("cannot start the controller: {e}")))?;
+    Ok(true)
+}
+
+/// Waits until every group has a holder, or (scaled to zero) the metadata plane answers.
+async fn wait_until_serving(
+    layout: &Layout,
+    config: &ClusterConfig,
+    progress: impl Fn(&str),
+) -> Result<ClusterStatus, CliError> {
+    let key = layout.load_key()?;
+    let deadline = Instant::now() + START_PATIENCE;
+    let mut last = String::from("the controller did not start");
+    let mut silent_since = Instant::now();
+    loop {
+        if let Ok(endpoints) = layout.load_endpoints() {
+            let meta = MetaClient::new(endpoints.meta, Identity::new(key.clone(), Role::Controller));
+            match status(&meta).await {
+                Ok(s) => {
+                    let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
+                    let wish = s.desired_nodes;
+                    let all = !s.map.pgs.is_empty() && held == s.map.pgs.len();
+                    if (wish > 0 && all) || (wish == 0 && s.wake_nodes > 0) {
+                        return Ok(s);
+                    }
+                    last = format!("{held} of {} placement groups are held", s.map.pgs.len());
+                    progress(&last);
+                }
+                Err(e) => last = e.to_string(),
+            }
+        } else {
+            progress("starting the servers");
+        }
+        let alive = process::living(layout, "controller").is_some();
+        if alive {
+            silent_since = Instant::now();
+        } else if silent_since.elapsed() > Duration::from_secs(5) {
+            let words = last_words(layout, "controller");
+            return Err(CliError::new(format!("the controller does not start: {words}")));
+        }
+        if let Some((name, words)) = ailing(layout, config) {
+            return Err(trouble(layout, &name, &words));
+        }
+        if Instant::now() > deadline {
+            return Err(CliError::new(format!(
+                "the cluster does not come up: {last} (logs: {})",
+                layout.dir().join("log").display()
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// A server that gave up says so in a `.failed` file beside its ready file.
+fn ailing(layout: &Layout, _config: &ClusterConfig) -> Option<(String, String)> {
+    let dir = std::fs::read_dir(layout.dir().join("run")).ok()?;
+    for entry in dir.flatten() {
+        let name = entry.file_name().into_string().ok()?;
+        if let Some(server) = name.strip_suffix(".failed") {
+            let words = std::fs::read_to_string(entry.path()).unwrap_or_default();
+            return Some((server.to_owned(), words));
+        }
+    }
+    None
+}
+
+fn trouble(layout: &Layout, name: &str, words: &str) -> CliError {
+    let text = format!("{name} does not start: {} (log: {})", words.trim(), layout.log(name).display());
+    if name == "meta" && words.contains("S3") { CliError::s3(text) } else { CliError::new(text) }
+}
+
+fn last_words(layout: &Layout, name: &str) -> String {
+    let text = std::fs::read_to_string(layout.log(name)).unwrap_or_default();
+    text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("its log is empty").to_owned()
+}
+
+fn announce(
+    cli: &Cli,
+    layout: &Layout,
+    status: &ClusterStatus,
+    started: bool,
+    args: &Up,
+) -> Result<(), CliError> {
+    if cli.json {
+        return output::json(&serde_json::json!({
+            "dir": layout.dir(), "started": started, "meta": layout.load_endpoints()?.meta,
+            "bucket": status.bucket, "nodes": status.map.nodes.len(),
+        }));
+    }
+    let verb = if started { "up" } else { "was up already" };
+    output::line(&format!(
+        "{verb}: {} data node{} on {}, metadata at {}",
+        status.map.nodes.len(),
+        if status.map.nodes.len() == 1 { "" } else { "s" },
+        status.bucket,
+        layout.load_endpoints()?.meta.join(","),
+    ))?;
+    for warning in &status.warnings {
+        output::line(&format!("warning: {warning}"))?;
+    }
+    if args.mount.is_none() && args.detach {
+        let dir = if cli.dir.is_some() { format!(" --dir {}", layout.dir().display()) } else { String::new() };
+        output::line(&format!("next: `ebb{dir} mount DIR`, `ebb{dir} cp -r SRC ebb:/`, `ebb{dir} status`"))?;
+    }
+    Ok(())
+}
+
+/// Flushes everything, then stops.
+pub async fn down(cli: &Cli, args: &Down) -> Result<(), CliError> {
+    let layout = find::layout(cli)?;
+    if !layout.exists() {
+        return Err(CliError::no_cluster(format!("there is no cluster in {}", layout.dir().display())));
+    }
+    let Some(pid) = process::living(&layout, "controller") else {
+        if ["meta", "s3"].iter().any(|n| process::living(&layout, n).is_some()) {
+            return Err(CliError::new(
+                "the controller is dead but servers still run: `ebb up` takes them over, then `ebb down`",
+            ));
+        }
+        return Err(CliError::no_cluster(format!(
+            "the cluster in {} is not running",
+            layout.dir().display()
+        )));
+    };
+    let mut said = "keep";
+    if !args.keep {
+        let spinner = output::spinner("flushing to S3", cli.json);
+        let flushed = flush_all(&find::meta(cli)?, args, |m| spinner.set_message(m)).await;
+        spinner.finish_and_clear();
+        flushed?;
+        said = "clean";
+    }
+    ebb_controller::layout::write_atomically(&layout.run(DOWN_FILE), said.as_bytes(), 0o644)?;
+    kill(pid, Signal::SIGTERM).map_err(|e| CliError::new(format!("cannot signal the controller: {e}")))?;
+    let spinner = output::spinner("stopping the servers", cli.json);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while process::living(&layout, "controller").is_some() {
+        if Instant::now() > deadline {
+            return Err(CliError::new(format!("the controller (pid {pid}) does not stop")));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    spinner.finish_and_clear();
+    if cli.json {
+        return output::json(&serde_json::json!({ "down": true, "kept": args.keep }));
+    }
+    output::line(if args.keep {
+        "down; dirty data stays in the directory: `ebb up` goes on with it"
+    } else {
+        "down; everything is in the bucket"
+    })
+}
+
+/// Asks for a shutdown until nothing is left, as long as it gets less.
+async fn flush_all(meta: &MetaClient, args: &Down, progress: impl Fn(String)) -> Result<(), CliError> {
+    let mut best = u64::MAX;
+    let mut since = Instant::now();
+    loop {
+        let report = match admin(meta, AdminCall::Shutdown { abandon: args.abandon }).await {
+            Ok(AdminReply::Flushed(report)) => report,
+            Ok(other) => return Err(CliError::new(format!("unexpected reply {other:?}"))),
+            // A long flush outlasts one call's patience; ask again.
+            Err(e) if since.elapsed() < Duration::from_secs(args.patience) => {
+                tracing::debug!(error = %e, "asking again");
+                FlushReport { remaining: best, ..FlushReport::default() }
+            }
+            Err(e) => return Err(e.into()),
+        };
+        if report.remaining == 0 {
+            return Ok(());
+        }
+        progress(format!("flushing to S3: {} left", report.remaining));
+        if report.remaining < best {
+            best = report.remaining;
+            since = Instant::now();
+        }
+        if since.elapsed() >= Duration::from_secs(args.patience) {
+            let _ = admin(meta, AdminCall::Resume).await;
+            let failed: Vec<String> = report.failed.iter().map(|(p, why)| format!("  {p}: {why}")).collect();
+            return Err(CliError::unsafe_to_go_on(format!(
+                "{} files are not in S3 and none got there for {} s; nothing was stopped.\n{}\n\
+                 `ebb down --keep` stops and keeps them here for the next `ebb up`; \
+                 `ebb down --abandon` drops them.",
+                report.remaining,
+                args.patience,
+                failed.join("\n")
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

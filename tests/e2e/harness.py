@@ -1,0 +1,235 @@
+"""What the end-to-end tests share: clusters of real processes, trees of real files, foreign tools.
+
+Nothing here is a stand-in: `ebb up` starts the servers, the mount is a kernel mount, s5cmd and moto
+are programs of other people.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+EBB = "ebb"  # set by run.py
+
+
+class Failure(AssertionError):
+    """A property that did not hold."""
+
+
+def check(condition, message):
+    if not condition:
+        raise Failure(message)
+
+
+def wait_for(what, condition, seconds=60.0, pause=0.05):
+    """Polls a condition; a bounded wait for something that must happen, never a fixed sleep."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise Failure(f"waited {seconds} s in vain for: {what}")
+        time.sleep(pause)
+
+
+class Cluster:
+    """A local cluster in a directory of its own."""
+
+    def __init__(self, directory, **up):
+        self.dir = Path(directory)
+        self.up_options = up
+        self.mounts = []
+        self.extra_env = {}
+
+    # -- commands ----------------------------------------------------------
+    def env(self):
+        env = dict(os.environ, EBB_DIR=str(self.dir), **self.extra_env)
+        env.pop("EBB_CLUSTER", None)
+        return env
+
+    def ebb(self, *args, ok=True, timeout=300):
+        p = subprocess.run([EBB, *map(str, args)], env=self.env(), text=True, timeout=timeout,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if ok and p.returncode != 0:
+            raise Failure(f"ebb {' '.join(map(str, args))}: exit {p.returncode}: {p.stderr.strip()}\n{self.logs()}")
+        return p
+
+    def up(self, **more):
+        options = {"nodes": 2, "node_capacity": "1GiB", "flush_after": 600000, **self.up_options, **more}
+        args = []
+        for name, value in options.items():
+            args += [f"--{name.replace('_', '-')}", str(value)]
+        return self.ebb("up", "--detach", *args)
+
+    def down(self, *args, **kw):
+        self.umount_all()
+        return self.ebb("down", *args, **kw)
+
+    def status(self):
+        return json.loads(self.ebb("status", "--json").stdout)
+
+    def mount(self, name="mnt", *args):
+        path = self.dir.parent / name
+        path.mkdir(exist_ok=True)
+        self.ebb("mount", *args, path)
+        self.mounts.append(path)
+        return path
+
+    def umount(self, path):
+        self.ebb("umount", path)
+        self.mounts.remove(path)
+
+    def umount_all(self):
+        for path in list(self.mounts):
+            self.umount(path)
+
+    # -- processes ---------------------------------------------------------
+    def pid(self, name):
+        try:
+            return int((self.dir / "run" / f"{name}.pid").read_text().split()[0])
+        except (FileNotFoundError, IndexError, ValueError):
+            return None
+
+    def servers(self):
+        nodes = sorted(p.name for p in (self.dir / "nodes").glob("node-*"))
+        s3 = ["s3"] if (self.dir / "run" / "s3.pid").exists() else []
+        return [*nodes, "meta", *s3]
+
+    def kill9(self, name):
+        pid = self.pid(name)
+        check(pid, f"{name} has no pid")
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def logs(self, lines=8):
+        text = []
+        for log in sorted((self.dir / "log").glob("*.log")):
+            tail = log.read_text(errors="replace").splitlines()[-lines:]
+            text += [f"--- {log.name}", *tail]
+        return "\n".join(text)
+
+    # -- the bucket, by a foreign tool --------------------------------------
+    def s3_env(self):
+        env = dict(os.environ)
+        env.update(json.loads(self.ebb("env", "--json").stdout))
+        return env
+
+    def s5cmd(self, *args, ok=True, data=None):
+        p = subprocess.run(["s5cmd", *map(str, args)], env={**self.s3_env(), **self.extra_env}, text=True,
+                           input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        if ok and p.returncode != 0:
+            raise Failure(f"s5cmd {' '.join(map(str, args))}: {p.stderr.strip()}")
+        return p
+
+    def bucket_sizes(self, bucket="ebb"):
+        """key -> size, directory markers and our reserved prefix left out."""
+        out = self.s5cmd("--json", "ls", f"s3://{bucket}/*", ok=False).stdout
+        sizes = {}
+        for line in out.splitlines():
+            o = json.loads(line)
+            key = o["key"].split(f"s3://{bucket}/", 1)[1]
+            if o.get("type") == "directory" or key.endswith("/") or key.startswith(".ebb/"):
+                continue
+            sizes[key] = o.get("size", 0)
+        return sizes
+
+    # -- the end -------------------------------------------------------------
+    def destroy(self):
+        for path in list(self.mounts):
+            subprocess.run(["umount", "-l", str(path)], stderr=subprocess.DEVNULL)
+        self.mounts.clear()
+        pid = self.pid("controller")
+        with contextlib.suppress(ProcessLookupError, TypeError):
+            os.kill(pid, signal.SIGKILL)
+        for name in self.servers() if (self.dir / "run").exists() else []:
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(self.pid(name), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def cluster(start=True, **up):
+    """A cluster in a fresh directory on a real disk, gone afterwards."""
+    base = Path(tempfile.mkdtemp(prefix="ebb-e2e-", dir=os.environ.get("EBB_E2E_DIR", "/var/tmp")))
+    c = Cluster(base / "cluster", **up)
+    try:
+        if start:
+            c.up()
+        yield c
+    except BaseException:
+        print(c.logs(25))
+        raise
+    finally:
+        c.destroy()
+        shutil.rmtree(base, ignore_errors=True)
+
+
+# -- trees -----------------------------------------------------------------
+
+def make_tree(root, files, seed):
+    """A tree as sources are: many small files, some big, links, odd names, modes, times."""
+    rng = random.Random(seed)
+    root = Path(root)
+    root.mkdir(parents=True)
+    dirs = [root]
+    for i in range(max(4, files // 25)):
+        parent = rng.choice(dirs)
+        d = parent / rng.choice([f"dir{i}", f"with space {i}", f"ünïcode-{i}", f"d.{i}"])
+        d.mkdir(exist_ok=True)
+        dirs.append(d)
+    for i in range(files):
+        path = rng.choice(dirs) / f"f{i}{rng.choice(['', '.rs', '.txt', ' copy', '+x', '%41'])}"
+        size = rng.choice([0, 1, 100, 4095, 4096, 4097, rng.randrange(20_000)])
+        if i % 500 == 7:
+            size = rng.randrange(1 << 20, 6 << 20)
+        path.write_bytes(rng.randbytes(size))
+        os.chmod(path, rng.choice([0o644, 0o600, 0o755, 0o444]))
+        if i % 50 == 3:
+            os.symlink(f"../{path.name}", path.parent / f"link{i}")
+        when = rng.randrange(1_000_000_000, 1_700_000_000) * 10**9 + rng.randrange(10**9)
+        os.utime(path, ns=(when, when))
+    for d in reversed(dirs):
+        when = rng.randrange(1_000_000_000, 1_700_000_000) * 10**9
+        os.utime(d, ns=(when, when))
+    return root
+
+
+def digest(root, attributes=True):
+    """relative path -> everything that must survive."""
+    root = Path(root)
+    seen = {}
+    for path in sorted(root.rglob("*")):
+        st = path.lstat()
+        if path.is_symlink():
+            what = ("link", os.readlink(path))
+        elif path.is_dir():
+            what = ("dir",)
+        else:
+            what = ("file", st.st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        if attributes and not path.is_symlink():
+            what += (oct(st.st_mode), st.st_uid, st.st_gid, st.st_mtime_ns)
+        seen[str(path.relative_to(root))] = what
+    return seen
+
+
+def same(a, b, what):
+    if a == b:
+        return
+    lost = sorted(a.keys() - b.keys())[:5]
+    extra = sorted(b.keys() - a.keys())[:5]
+    differ = [(k, a[k], b[k]) for k in sorted(a.keys() & b.keys()) if a[k] != b[k]][:5]
+    raise Failure(f"{what}: missing {lost}, extra {extra}, different {differ}")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
