@@ -238,3 +238,129 @@ impl fmt::Display for EbbTag {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A small xorshift: the seed is in the failure's text.
+    struct Random(u64);
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0
+        }
+        fn wide(&mut self) -> u128 {
+            u128::from(self.next()) << 64 | u128::from(self.next())
+        }
+    }
+
+    fn fallback() -> Attributes {
+        Attributes { uid: 7, gid: 8, ..Attributes::default_for("f", Timestamp(5)) }
+    }
+
+    #[test]
+    fn attributes_survive_the_metadata() {
+        for seed in 1..=5000u64 {
+            let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+            let (kind, key) = match random.next() % 3 {
+                0 => (FileKind::File, "a/f"),
+                1 => (FileKind::Directory, "a/d/"),
+                _ => (FileKind::Symlink, "a/l"),
+            };
+            let wanted = Attributes {
+                kind,
+                permissions: (random.next() % 0o10000) as u32,
+                uid: random.next() as u32,
+                gid: random.next() as u32,
+                mtime: Timestamp(random.next() as i64),
+                atime: Timestamp(random.next() as i64),
+            };
+            let found = Attributes::from_metadata(key, &wanted.to_metadata(), &fallback());
+            assert_eq!(found, wanted, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn the_form_is_that_of_awss_file_services() {
+        let wanted = Attributes {
+            kind: FileKind::File,
+            permissions: 0o644,
+            uid: 500,
+            gid: 501,
+            mtime: Timestamp(1_595_002_920_000_000_000),
+            atime: Timestamp(1_595_002_921_000_000_000),
+        };
+        let metadata = wanted.to_metadata();
+        assert_eq!(metadata["file-permissions"], "0100644");
+        assert_eq!(metadata["file-owner"], "500");
+        assert_eq!(metadata["file-group"], "501");
+        assert_eq!(metadata["file-mtime"], "1595002920000000000ns");
+        let link = Attributes { kind: FileKind::Symlink, permissions: 0o777, ..wanted };
+        assert_eq!(link.to_metadata()["file-permissions"], "0120777");
+        assert_eq!(link.mode(), 0o120777);
+    }
+
+    #[test]
+    fn broken_and_foreign_values_fall_back() {
+        let with = |name: &str, value: &str| -> Attributes {
+            let metadata = [(name.to_owned(), value.to_owned())].into();
+            Attributes::from_metadata("f", &metadata, &fallback())
+        };
+        for (name, value) in [
+            ("file-permissions", "rwxr-xr-x"),
+            ("file-permissions", "7777777"),
+            ("file-permissions", ""),
+            ("file-owner", "-1"),
+            ("file-owner", "root"),
+            ("file-mtime", "yesterday"),
+            ("file-mtime", "99999999999999999999999999999999999999999ns"),
+            ("file-mtime", "1.2.3"),
+            ("something-else", "x"),
+        ] {
+            assert_eq!(with(name, value), fallback(), "{name}: {value}");
+        }
+        assert_eq!(with("file-permissions", "0640").permissions, 0o640);
+        assert_eq!(with("file-mtime", "1595002920").mtime.0, 1_595_002_920_000_000_000);
+        assert_eq!(with("file-mtime", "1595002920.25").mtime.0, 1_595_002_920_250_000_000);
+        assert_eq!(with("file-mtime", "1595002920000ms").mtime.0, 1_595_002_920_000_000_000);
+        let directory = Attributes::from_metadata("d/", &Metadata::new(), &fallback());
+        assert_eq!((directory.kind, directory.permissions), (FileKind::Directory, 0o755));
+    }
+
+    #[test]
+    fn tags_survive_their_text() {
+        for seed in 1..=2000u64 {
+            let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+            let tag = EbbTag {
+                cluster: random.wide(),
+                inode: random.next(),
+                generation: random.next() >> (random.next() % 64),
+                nonce: random.wide(),
+            };
+            let mut metadata = Metadata::new();
+            tag.write_to(&mut metadata);
+            assert_eq!(EbbTag::from_metadata(&metadata), Some(tag), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn damaged_tags_are_a_strangers() {
+        for bad in [
+            "",
+            "1",
+            "1.a.b.c",
+            "1.a.b.c.d.e",
+            "2.a.b.c.d",
+            "1.a.b.c.g",
+            "1.a.b.c.-1",
+            "1.a.b.c.+1",
+            "1.a..c.d",
+            "1.a.10000000000000000.c.d",
+        ] {
+            assert_eq!(EbbTag::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -34,7 +34,8 @@ impl Bucket {
             Some(r) if r.start >= r.end => {
                 return fail(ErrorKind::Invalid, format!("empty range {}..{}", r.start, r.end));
             }
-            Some(r) => Some(format!("bytes={}-{}", r.start, r.end - 1)),
+            // Servers read these as signed numbers; no object is that long.
+            Some(r) => Some(format!("bytes={}-{}", r.start, (r.end - 1).min(i64::MAX as u64))),
             None => None,
         };
         let (reply, permit) = self
