@@ -62,6 +62,8 @@ mod ring;
 mod segment;
 mod send;
 mod setup;
+#[cfg(test)]
+mod short_tests;
 mod slab;
 mod sys;
 mod wake;

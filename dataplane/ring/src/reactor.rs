@@ -268,7 +268,7 @@ impl Reactor {
         }
     }
 
-    fn entry(&mut self, key: Key) -> squeue::Entry {
+    pub(crate) fn entry(&mut self, key: Key) -> squeue::Entry {
         let table = self.table;
         let op = self.ops.get_mut(key).and_then(|live| live.op.as_mut());
         match op {
@@ -299,7 +299,7 @@ impl Reactor {
     }
 
     /// Handles one completion of one operation; retires the operation at its last.
-    fn complete(&mut self, key: Key, res: i32, flags: u32) {
+    pub(crate) fn complete(&mut self, key: Key, res: i32, flags: u32) {
         let more = cqueue::more(flags);
         let notif = cqueue::notif(flags);
         let stopping = self.stopping;

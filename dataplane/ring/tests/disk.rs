@@ -6,7 +6,7 @@ use std::sync::Arc;
 use common::*;
 use ebb_ring::{
     Buf, Class, Config, DeviceFile, Durability, Event, FileError, OpenMode, Pool, Reactor, Refusal,
-    Segment, Token,
+    Segment, SetupWarning, Token,
 };
 
 fn round_trip(mut reactor: Reactor) {
@@ -38,7 +38,12 @@ fn round_trip(mut reactor: Reactor) {
 #[test]
 fn what_is_written_is_read_with_registered_buffers() {
     let reactor = reactor();
-    assert!(reactor.arena_is_registered(), "{:?}", reactor.warnings());
+    if !reactor.arena_is_registered() {
+        // Unprivileged under a small memlock limit: then there must be a warning that says so.
+        let said = |w: &SetupWarning| matches!(w, SetupWarning::ArenaUnregistered { .. });
+        assert!(!nix::unistd::geteuid().is_root() && reactor.warnings().iter().any(said));
+        println!("not registered on this machine: {:?}", reactor.warnings());
+    }
     round_trip(reactor);
 }
 
