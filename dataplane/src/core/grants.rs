@@ -1,0 +1,163 @@
+//! The grants and views a core knows (PROTOCOL §1, §3, §7).
+//!
+//! A grant's MAC is checked once, when it is presented; afterwards a request names it by (inode,
+//! session). Only the newest view of an inode is kept: a request under an older one is told so, a
+//! request under a newer one has to present it. Both tables are bounded and forget the longest
+//! unused (I9): forgetting costs a `NeedGrant`, never correctness, since floors and cuts are in the
+//! store. Does not decide whether a request may pass: `admit` does.
+
+use super::lru::Lru;
+use ebb_dataplane_protocol::{
+    FileView, Generation, Grant, GrantMode, InodeId, Lineage, MapVersion, SessionId, ViewVersion,
+};
+use ebb_store::BaseView;
+use std::sync::Arc;
+
+/// Grants kept by a core.
+pub(crate) const GRANTS_MAX: usize = 65_536;
+/// Views kept by a core. A view holds a key of up to 1 KiB.
+pub(crate) const VIEWS_MAX: usize = 32_768;
+
+/// The part of a grant that requests are checked against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) mode: GrantMode,
+    pub(crate) generation: Generation,
+    pub(crate) least_map_version: MapVersion,
+    pub(crate) alloc_limit: u64,
+    pub(crate) view: ViewVersion,
+}
+
+/// How a presented view relates to the known one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Freshness {
+    /// The core knows a newer one.
+    Stale,
+    /// The same.
+    Same,
+    /// To be installed; `lineage` is that of the view it replaces, if one is known.
+    Newer { lineage: Option<Lineage> },
+}
+
+/// What of a view the store needs.
+pub(crate) fn base_of(view: &FileView) -> BaseView {
+    BaseView {
+        content: view.content,
+        valid_bytes: view.backing.as_ref().map_or(0, |b| b.valid_bytes()),
+    }
+}
+
+pub(crate) struct Grants {
+    held: Lru<(InodeId, SessionId), Held>,
+    views: Lru<InodeId, Arc<FileView>>,
+}
+
+impl Grants {
+    pub(crate) fn new(grants_max: usize, views_max: usize) -> Self {
+        Self { held: Lru::new(grants_max), views: Lru::new(views_max) }
+    }
+
+    pub(crate) fn view(&mut self, inode: InodeId) -> Option<Arc<FileView>> {
+        self.views.get(&inode).map(Arc::clone)
+    }
+
+    pub(crate) fn freshness(&self, inode: InodeId, version: ViewVersion) -> Freshness {
+        match self.views.peek(&inode) {
+            Some(known) if known.version > version => Freshness::Stale,
+            Some(known) if known.version == version => Freshness::Same,
+            Some(known) => Freshness::Newer { lineage: Some(known.lineage) },
+            None => Freshness::Newer { lineage: None },
+        }
+    }
+
+    /// Makes a view the inode's, unless a newer one came in the meantime.
+    pub(crate) fn install_view(&mut self, inode: InodeId, view: Arc<FileView>) {
+        if self.views.peek(&inode).is_none_or(|known| known.version <= view.version) {
+            self.views.insert(inode, view);
+        }
+    }
+
+    /// Remembers a grant. An older generation or limit never replaces a newer one.
+    pub(crate) fn install(&mut self, grant: &Grant) {
+        let new = Held {
+            mode: grant.mode,
+            generation: grant.generation,
+            least_map_version: grant.least_map_version,
+            alloc_limit: grant.alloc_limit,
+            view: grant.view.version,
+        };
+        let key = (grant.inode, grant.session);
+        if let Some(old) = self.held.peek(&key)
+            && (old.view, old.generation, old.alloc_limit)
+                > (new.view, new.generation, new.alloc_limit)
+        {
+            return;
+        }
+        self.held.insert(key, new);
+    }
+
+    pub(crate) fn grant(&mut self, inode: InodeId, session: SessionId) -> Option<Held> {
+        self.held.get(&(inode, session)).copied()
+    }
+
+    /// The inodes are gone.
+    pub(crate) fn forget(&mut self, inodes: &std::collections::HashSet<InodeId>) {
+        self.held.retain(|(inode, _), _| !inodes.contains(inode));
+        for inode in inodes {
+            self.views.remove(inode);
+        }
+    }
+
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        (self.held.len(), self.views.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ebb_dataplane_protocol::{ClusterId, ContentId};
+
+    fn grant(inode: u64, session: u64, view: u64, generation: u64) -> Grant {
+        Grant {
+            cluster: ClusterId(1),
+            inode: InodeId(inode),
+            mode: GrantMode::Write,
+            generation: Generation(generation),
+            session: SessionId(session),
+            view: FileView { version: ViewVersion(view), ..FileView::default() },
+            least_map_version: MapVersion(1),
+            alloc_limit: 100,
+        }
+    }
+
+    #[test]
+    fn a_delayed_older_grant_never_replaces_a_newer_one() {
+        let mut g = Grants::new(8, 8);
+        g.install(&grant(1, 1, 5, 7));
+        g.install(&grant(1, 1, 4, 9));
+        g.install(&grant(1, 1, 5, 6));
+        let held = g.grant(InodeId(1), SessionId(1)).expect("held");
+        assert_eq!((held.view, held.generation), (ViewVersion(5), Generation(7)));
+        assert!(g.grant(InodeId(1), SessionId(2)).is_none(), "grants are per session");
+    }
+
+    #[test]
+    fn only_the_newest_view_stays() {
+        let mut g = Grants::new(8, 8);
+        let view = |v, c| {
+            Arc::new(FileView {
+                version: ViewVersion(v),
+                content: ContentId(c),
+                ..FileView::default()
+            })
+        };
+        assert_eq!(g.freshness(InodeId(1), ViewVersion(3)), Freshness::Newer { lineage: None });
+        g.install_view(InodeId(1), view(3, 30));
+        g.install_view(InodeId(1), view(2, 20));
+        assert_eq!(g.view(InodeId(1)).map(|v| v.content), Some(ContentId(30)));
+        assert_eq!(g.freshness(InodeId(1), ViewVersion(2)), Freshness::Stale);
+        assert_eq!(g.freshness(InodeId(1), ViewVersion(3)), Freshness::Same);
+        assert!(matches!(g.freshness(InodeId(1), ViewVersion(4)), Freshness::Newer { .. }));
+    }
+}

@@ -1,0 +1,506 @@
+//! The shard core: what one core of a data node does with a frame, sans-IO.
+//!
+//! Events in ([`Event`]), commands out ([`Command`]); no clock (`now_ms` is told), randomness, socket
+//! or file. On-disk order and recovery are `ebb-store`'s; what is here is the protocol's side:
+//! * nothing is served without a live lease, equal epochs, a presented grant and the newest view (I5,
+//!   I12, PROTOCOL §1, §3, §5), checked on the way in *and* before the answer leaves;
+//! * a write is answered when the store says its record is durable, in journal order (I1), and once
+//!   per (session, sequence) (I7);
+//! * a read answers with blocks whose checksum was verified (I10), known zeros (I4), or bytes fetched
+//!   under If-Match from the object that the signed view names (PROTOCOL §7);
+//! * every table is bounded (I9): requests, grants, views, fills, uploads; buffers come from outside
+//!   and waiting for one ends in `Busy`.
+//!
+//! It does not: own sockets, choose placement, decide when to flush, or speak S3.
+
+mod admit;
+mod assembly;
+mod buffer;
+mod control;
+mod event;
+mod fill;
+mod grants;
+mod journal;
+mod lru;
+mod placement;
+mod present;
+mod read;
+mod space;
+mod upload;
+mod warm;
+mod write;
+
+pub use buffer::Buffer;
+pub use event::*;
+
+use assembly::{AsmId, Assembly};
+use control::{ControlId, ControlTask};
+use ebb_dataplane_protocol::auth::{ClusterKey, Role};
+use ebb_dataplane_protocol::control::CoreStats;
+use ebb_dataplane_protocol::{
+    ChunkIndex, ClusterId, Header, InodeId, MapVersion, Opcode, PgId, Status,
+};
+use ebb_store::{Store, Ticket};
+use fill::{FillKey, FillTask, GRANULES};
+use grants::Grants;
+use lru::Lru;
+use placement::{Placement, Refusal};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use upload::{PutTask, Upload, UploadId};
+use warm::{WarmId, WarmTask};
+use write::{WriteKey, WriteTask};
+
+/// Requests in progress in a core at most; more are answered `Busy`.
+const REQUESTS_MAX: usize = 8192;
+/// How long a request waits for a buffer or for another request before it is answered `Busy`.
+const PATIENCE_MS: u64 = 1000;
+/// Dropped inodes remembered, so that a delayed write brings none of them back.
+const DROPPED_MAX: usize = 65_536;
+/// Retry hint with a plain `Busy`.
+const RETRY_BUSY_MS: u32 = 20;
+
+/// Limits of a core.
+#[derive(Clone, Copy, Debug)]
+pub struct CoreLimits {
+    /// Bytes of upload bodies in memory at once; one upload is always admitted.
+    pub flush_bytes: u64,
+    /// S3 mutations in progress at once.
+    pub uploads: usize,
+    /// Grants remembered.
+    pub grants: usize,
+    /// Views remembered.
+    pub views: usize,
+}
+
+impl Default for CoreLimits {
+    fn default() -> Self {
+        Self {
+            flush_bytes: 64 << 20,
+            uploads: 16,
+            grants: grants::GRANTS_MAX,
+            views: grants::VIEWS_MAX,
+        }
+    }
+}
+
+/// What a core tells the heartbeat.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Counters.
+    pub stats: CoreStats,
+    /// The map it works by.
+    pub map_version: MapVersion,
+    /// Groups with dirty data or pins.
+    pub dirty_groups: Vec<PgId>,
+}
+
+/// A reply that is owed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owed {
+    conn: ConnRef,
+    header: Header,
+}
+
+/// Whose completion a token is.
+#[derive(Debug)]
+enum Pending {
+    /// A device read into an assembly's target.
+    Target(AsmId, assembly::DevicePiece),
+    /// A device read into a temporary buffer of an assembly.
+    Temporary(AsmId, assembly::DevicePiece),
+    /// The old block of a write's edge.
+    Edge(WriteKey, usize),
+    /// One device write of a write.
+    WriteData(WriteKey),
+    /// One device write of a fill.
+    FillData(fill::FillNo),
+    /// A fill's fetch.
+    Fetch(fill::FillNo),
+    /// An S3 mutation.
+    Upload(UploadId),
+    /// The journal, its sync, a checkpoint step.
+    Journal(journal::Step),
+}
+
+/// Who waits for a ticket.
+#[derive(Debug)]
+enum Waiter {
+    Write(WriteKey),
+    Control(ControlId),
+    Fill(fill::FillNo),
+    /// An eviction: writers without space try again.
+    Space,
+    /// A read that found rot in clean data, now dropped.
+    Repair(AsmId),
+    /// The same for the edge of a write.
+    RepairWrite(WriteKey),
+}
+
+/// Who waits for a buffer.
+#[derive(Clone, Copy, Debug)]
+enum Starved {
+    Assembly(AsmId),
+    Edge(WriteKey, usize),
+    Fill(fill::FillNo),
+}
+
+/// One core of a data node.
+pub struct ShardCore<B> {
+    store: Store,
+    key: ClusterKey,
+    cluster: ClusterId,
+    limits: CoreLimits,
+    buffers: Box<dyn Buffers<B>>,
+    grants: Grants,
+    dropped: Lru<InodeId, ()>,
+    placement: Placement,
+    /// Counters; the glue adds those of connections and frames.
+    pub stats: CoreStats,
+    now_ms: u64,
+    out: Vec<Command<B>>,
+    last_id: u64,
+    requests: usize,
+    pending: HashMap<Token, Pending>,
+    tickets: BTreeMap<Ticket, Vec<Waiter>>,
+    starved: VecDeque<(Starved, u64)>,
+    assemblies: HashMap<AsmId, Assembly<B>>,
+    reads: HashMap<u64, read::ReadTask>,
+    writes: HashMap<WriteKey, WriteTask<B>>,
+    /// Writes that the store made wait, oldest first, by chunk.
+    waiting: BTreeMap<(InodeId, ChunkIndex), VecDeque<WriteKey>>,
+    retry_waiting: bool,
+    space: space::Space,
+    fills: HashMap<fill::FillNo, FillTask<B>>,
+    granules: HashMap<FillKey, [Option<fill::FillNo>; GRANULES]>,
+    read_ahead: fill::ReadAhead,
+    controls: HashMap<ControlId, ControlTask>,
+    parked_controls: VecDeque<ControlId>,
+    puts: HashMap<u64, PutTask>,
+    uploads: HashMap<UploadId, Upload<B>>,
+    upload_queue: VecDeque<UploadId>,
+    uploads_active: usize,
+    flush_bytes: u64,
+    warms: HashMap<WarmId, WarmTask>,
+    journal: journal::Driver,
+}
+
+impl<B: Buffer> ShardCore<B> {
+    /// A core over an open store.
+    pub fn new(
+        store: Store,
+        key: ClusterKey,
+        cluster: ClusterId,
+        limits: CoreLimits,
+        buffers: Box<dyn Buffers<B>>,
+    ) -> Self {
+        let stats =
+            CoreStats { capacity_bytes: store.stats().capacity_bytes, ..CoreStats::default() };
+        Self {
+            store,
+            key,
+            cluster,
+            buffers,
+            grants: Grants::new(limits.grants, limits.views),
+            limits,
+            dropped: Lru::new(DROPPED_MAX),
+            placement: Placement::default(),
+            stats,
+            now_ms: 0,
+            out: Vec::new(),
+            last_id: 0,
+            requests: 0,
+            pending: HashMap::new(),
+            tickets: BTreeMap::new(),
+            starved: VecDeque::new(),
+            assemblies: HashMap::new(),
+            reads: HashMap::new(),
+            writes: HashMap::new(),
+            waiting: BTreeMap::new(),
+            retry_waiting: false,
+            space: space::Space::default(),
+            fills: HashMap::new(),
+            granules: HashMap::new(),
+            read_ahead: fill::ReadAhead::default(),
+            controls: HashMap::new(),
+            parked_controls: VecDeque::new(),
+            puts: HashMap::new(),
+            uploads: HashMap::new(),
+            upload_queue: VecDeque::new(),
+            uploads_active: 0,
+            flush_bytes: 0,
+            warms: HashMap::new(),
+            journal: journal::Driver::default(),
+        }
+    }
+
+    /// Takes in what happened. Commands collect until [`ShardCore::drain`].
+    pub fn handle(&mut self, now_ms: u64, event: Event<B>) {
+        self.now_ms = self.now_ms.max(now_ms);
+        match event {
+            Event::Request(request) => self.request(request),
+            Event::Read { token, buf, ok } => self.read_done(token, buf, ok),
+            Event::Written { token, ok } => self.written(token, ok),
+            Event::Job(done) => self.job_done(done),
+            Event::Placement { me, map, lease_until_ms } => {
+                self.placement.update(me, map, lease_until_ms);
+            }
+        }
+    }
+
+    /// Ends a turn: retries what waits, closes the journal batch, drives the checkpoint.
+    pub fn end_turn(&mut self, now_ms: u64) {
+        self.now_ms = self.now_ms.max(now_ms);
+        self.retry_starved();
+        self.retry_writes();
+        self.retry_controls();
+        self.start_uploads();
+        self.keep_space();
+        self.drive_journal();
+        self.expire();
+    }
+
+    /// Takes the commands collected so far.
+    pub fn drain(&mut self) -> std::vec::Drain<'_, Command<B>> {
+        self.out.drain(..)
+    }
+
+    /// Whether something waits that no completion will wake: take a turn soon.
+    pub fn wants_turn(&self) -> bool {
+        !self.starved.is_empty() || !self.waiting.is_empty() || !self.parked_controls.is_empty()
+    }
+
+    /// Whether nothing is in progress: requests answered, journal quiet.
+    pub fn is_idle(&self) -> bool {
+        self.requests == 0
+            && self.pending.is_empty()
+            && self.tickets.is_empty()
+            && self.fills.is_empty()
+    }
+
+    /// Whether the lease lives.
+    pub fn lease_lives(&self, now_ms: u64) -> bool {
+        self.placement.lease_lives(now_ms)
+    }
+
+    /// Whether the device failed.
+    pub fn failed(&self) -> bool {
+        self.store.failed()
+    }
+
+    /// Counters and holdings, for the heartbeat.
+    pub fn report(&self) -> Report {
+        let groups = 0..self.placement.pg_count();
+        let dirty_groups = groups
+            .map(PgId)
+            .filter(|pg| {
+                let held = self.store.pg_status(*pg);
+                held.dirty_bytes > 0 || held.pins > 0
+            })
+            .collect();
+        Report { stats: self.counters(), map_version: self.placement.version(), dirty_groups }
+    }
+
+    /// Grants and views in memory (for tests and logs).
+    pub fn table_sizes(&self) -> (usize, usize) {
+        self.grants.counts()
+    }
+
+    fn counters(&self) -> CoreStats {
+        let s = self.store.stats();
+        CoreStats {
+            capacity_bytes: s.capacity_bytes,
+            dirty_bytes: s.dirty_bytes,
+            clean_bytes: s.clean_bytes,
+            pins: s.pinned_inodes,
+            ..self.stats
+        }
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
+    }
+
+    fn expect(&mut self, what: Pending) -> Token {
+        let token = Token(self.next_id());
+        let before = self.pending.insert(token, what);
+        assert!(before.is_none(), "tokens are never reused");
+        token
+    }
+
+    fn wait_ticket(&mut self, ticket: Ticket, who: Waiter) {
+        self.tickets.entry(ticket).or_default().push(who);
+    }
+
+    // --- requests -------------------------------------------------------------------------------
+
+    fn request(&mut self, r: Request<B>) {
+        let owed = Owed { conn: r.conn, header: r.header };
+        self.requests += 1;
+        if r.header.is_reply() {
+            return self.refuse(owed, Refusal::of(Status::BadRequest));
+        }
+        if self.requests > REQUESTS_MAX {
+            return self.refuse(owed, Refusal::after(Status::Busy, RETRY_BUSY_MS));
+        }
+        let allowed = match r.header.opcode {
+            Opcode::Ping => true,
+            Opcode::Present | Opcode::Read | Opcode::Write => r.peer.role == Role::Client,
+            Opcode::Control => r.peer.role == Role::Meta,
+            Opcode::Hello | Opcode::Prove | Opcode::Meta | Opcode::Raft => {
+                return self.refuse(owed, Refusal::of(Status::BadRequest));
+            }
+        };
+        if !allowed {
+            self.stats.refused_frames += 1;
+            return self.refuse(owed, Refusal::of(Status::Forbidden));
+        }
+        match r.header.opcode {
+            Opcode::Present => self.present(owed, r.peer, &r.body),
+            Opcode::Read => self.read(owed, r.peer, &r.body),
+            Opcode::Write => self.write(owed, r.peer, &r.body, r.payload),
+            Opcode::Control => self.control(owed, &r.body),
+            _ => self.reply(owed, Status::Ok, Vec::new()),
+        }
+    }
+
+    /// Answers with a status and a body.
+    fn reply(&mut self, owed: Owed, status: Status, body: Vec<u8>) {
+        let header = owed.header.reply(status).with_body(&body);
+        self.send(Reply { conn: owed.conn, header, body, payload: Vec::new() });
+    }
+
+    fn refuse(&mut self, owed: Owed, refusal: Refusal) {
+        if refusal.refresh {
+            self.out.push(Command::RefreshMap);
+        }
+        match refusal.status {
+            Status::BadRequest => self.stats.refused_frames += 1,
+            Status::Ok => debug_assert!(false, "a refusal has a reason"),
+            _ => {}
+        }
+        let mut header = owed.header.reply(refusal.status).with_body(&[]);
+        header.retry_after_ms = refusal.retry_after_ms;
+        self.send(Reply { conn: owed.conn, header, body: Vec::new(), payload: Vec::new() });
+    }
+
+    fn send(&mut self, reply: Reply<B>) {
+        assert!(self.requests > 0, "one reply per request");
+        self.requests -= 1;
+        debug_assert_eq!(
+            reply.payload.iter().map(Piece::len).sum::<usize>(),
+            reply.header.payload_bytes as usize
+        );
+        self.out.push(Command::Reply(reply));
+    }
+
+    // --- completions ------------------------------------------------------------------------------
+
+    fn read_done(&mut self, token: Token, buf: B, ok: bool) {
+        match self.pending.remove(&token) {
+            Some(Pending::Target(id, piece)) => self.target_read(id, piece, buf, ok),
+            Some(Pending::Temporary(id, piece)) => self.temporary_read(id, piece, buf, ok),
+            Some(Pending::Edge(key, edge)) => self.edge_read(key, edge, buf, ok),
+            Some(Pending::Journal(step)) => self.journal_read(step, buf, ok),
+            other => debug_assert!(false, "a read completion for {other:?}"),
+        }
+    }
+
+    fn written(&mut self, token: Token, ok: bool) {
+        let what = self.pending.remove(&token);
+        if !ok {
+            self.fail_store("a device write or sync failed");
+        }
+        match what {
+            Some(Pending::WriteData(key)) => self.data_written(key),
+            Some(Pending::FillData(no)) => self.fill_written(no),
+            Some(Pending::Journal(step)) => self.journal_step_done(step, ok),
+            other => debug_assert!(false, "a write completion for {other:?}"),
+        }
+    }
+
+    fn job_done(&mut self, done: JobDone<B>) {
+        match done {
+            JobDone::Fetched { token, buf, result } => match self.pending.remove(&token) {
+                Some(Pending::Fetch(no)) => self.fetched(no, buf, result),
+                other => debug_assert!(false, "a fetch completion for {other:?}"),
+            },
+            JobDone::Stored { token, outcome } => match self.pending.remove(&token) {
+                Some(Pending::Upload(id)) => self.uploaded(id, outcome),
+                other => debug_assert!(false, "a store completion for {other:?}"),
+            },
+        }
+    }
+
+    /// A ticket is durable: its mutation took effect.
+    fn ticket_durable(&mut self, ticket: Ticket) {
+        for waiter in self.tickets.remove(&ticket).unwrap_or_default() {
+            match waiter {
+                Waiter::Write(key) => self.write_durable(key),
+                Waiter::Control(id) => self.control_durable(id),
+                Waiter::Fill(no) => self.fill_durable(no),
+                Waiter::Space => self.space_freed(),
+                Waiter::Repair(id) => self.replan(id),
+                Waiter::RepairWrite(key) => self.restart_write(key),
+            }
+        }
+    }
+
+    /// The device is not to be trusted any more: writes end in `Io`, nothing is journaled.
+    fn fail_store(&mut self, why: &'static str) {
+        if !self.store.failed() {
+            self.store.fail();
+            self.out.push(Command::Failed(why));
+        }
+        self.fail_waiting();
+    }
+
+    // --- waiting --------------------------------------------------------------------------------------
+
+    fn starve(&mut self, who: Starved) {
+        self.starved.push_back((who, self.now_ms));
+    }
+
+    fn retry_starved(&mut self) {
+        // Each gets one try per turn, oldest first; those still without a buffer line up again.
+        for _ in 0..self.starved.len() {
+            let Some((who, since)) = self.starved.pop_front() else { break };
+            let settled = match who {
+                Starved::Assembly(id) => self.start_assembly(id),
+                Starved::Edge(key, edge) => self.start_edge(key, edge),
+                Starved::Fill(no) => self.start_fill(no),
+            };
+            if !settled {
+                self.starved.push_back((who, since));
+            }
+        }
+    }
+
+    /// Answers `Busy` to what has waited too long for a buffer. Fills wait on: they own no request.
+    fn expire(&mut self) {
+        let now = self.now_ms;
+        let late = |since: u64| now >= since.saturating_add(PATIENCE_MS);
+        let mut i = 0;
+        while i < self.starved.len() {
+            let (who, since) = self.starved[i];
+            if late(since) && self.give_up(who) {
+                self.starved.remove(i);
+            } else {
+                i += 1;
+            }
+        }
+        self.expire_writes();
+    }
+
+    fn give_up(&mut self, who: Starved) -> bool {
+        let busy = Refusal::after(Status::Busy, RETRY_BUSY_MS);
+        match who {
+            Starved::Assembly(id) => self.give_up_assembly(id),
+            Starved::Edge(key, _) => {
+                self.fail_write(key, busy);
+                true
+            }
+            Starved::Fill(_) => false,
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Presenting a grant: the one place where a signature is checked, a view learned, a cut journaled.
+//!
+//! A newer view's cuts are durable before the inode is served under it (PROTOCOL §3). A view without
+//! cuts of an inode that the store knows no view of needs no journal: reads name the content, so
+//! older clean data is never used.
+
+use super::control::{Finish, Step};
+use super::grants::{Freshness, base_of};
+use super::placement::Refusal;
+use super::{Buffer, Owed, PeerInfo, ShardCore};
+use ebb_dataplane_protocol::control::FlushDone;
+use ebb_dataplane_protocol::grant::CUTS_MAX;
+use ebb_dataplane_protocol::{
+    ContentId, FileView, Grant, GrantMode, InodeId, Lineage, SignedGrant, Status, codec,
+};
+use ebb_store::ViewUpdate;
+use std::sync::Arc;
+
+impl<B: Buffer> ShardCore<B> {
+    pub(crate) fn present(&mut self, owed: Owed, peer: PeerInfo, body: &[u8]) {
+        let Ok(signed) = codec::decode::<SignedGrant>(body) else {
+            return self.refuse(owed, Refusal::of(Status::BadRequest));
+        };
+        let grant = match self.open_grant(&signed) {
+            Some(grant) if grant.session == peer.session => grant,
+            _ => {
+                self.stats.refused_grants += 1;
+                return self.refuse(owed, Refusal::of(Status::Forbidden));
+            }
+        };
+        match self.view_steps(grant.inode, Arc::new(grant.view.clone())) {
+            Err(refusal) => self.refuse(owed, refusal),
+            Ok(steps) => self.run_control(owed, steps, Finish::Present(Box::new(grant))),
+        }
+    }
+
+    /// A grant whose signature, cluster and shape hold.
+    pub(crate) fn open_grant(&self, signed: &SignedGrant) -> Option<Grant> {
+        let grant = signed.open(&self.key).ok()?;
+        (grant.cluster == self.cluster && grant.view.cuts.len() <= CUTS_MAX).then_some(grant)
+    }
+
+    /// A grant in a request of the metadata plane: of mode `Read`, of this inode.
+    pub(crate) fn open_meta_grant(
+        &mut self,
+        signed: &SignedGrant,
+        inode: Option<InodeId>,
+    ) -> Option<Grant> {
+        let grant = self
+            .open_grant(signed)
+            .filter(|g| g.mode == GrantMode::Read && inode.is_none_or(|wanted| wanted == g.inode));
+        if grant.is_none() {
+            self.stats.refused_grants += 1;
+        }
+        grant
+    }
+
+    /// What must be journaled before `view` serves.
+    pub(crate) fn view_steps(
+        &self,
+        inode: InodeId,
+        view: Arc<FileView>,
+    ) -> Result<Vec<Step>, Refusal> {
+        if self.dropped.peek(&inode).is_some() {
+            return Err(Refusal::of(Status::StaleView));
+        }
+        let (stored, durable) = self.store.view_version(inode);
+        let lineage = match self.grants.freshness(inode, view.version) {
+            Freshness::Stale => return Err(Refusal::of(Status::StaleView)),
+            Freshness::Same => return Ok(Vec::new()),
+            Freshness::Newer { lineage } => lineage,
+        };
+        if stored > view.version {
+            return Err(Refusal::of(Status::StaleView));
+        }
+        let mut steps = Vec::new();
+        if let Some(step) = self.superseded_dirt(inode, &view, lineage) {
+            steps.push(step);
+        }
+        if !view.cuts.is_empty() || stored.0 > 0 || !durable {
+            let update = ViewUpdate {
+                inode,
+                version: view.version,
+                base: base_of(&view),
+                cuts: view.cuts.clone(),
+            };
+            steps.push(Step::View(update));
+        }
+        steps.push(Step::Install(inode, view));
+        Ok(steps)
+    }
+
+    /// Dirty data that a committed flush put into S3 and whose `FlushDone` never came here is still
+    /// right as long as only flushes changed the object. After an outside change (another lineage), or
+    /// when the lineage it was written under is no longer known, it must not cover the new object.
+    fn superseded_dirt(
+        &self,
+        inode: InodeId,
+        view: &FileView,
+        lineage: Option<Lineage>,
+    ) -> Option<Step> {
+        let g = view.clean_generation;
+        if lineage == Some(view.lineage) || self.store.sealed(inode, g).is_none() {
+            return None;
+        }
+        Some(Step::FlushDone(FlushDone {
+            inode,
+            generation: g,
+            content: view.content,
+            // No content has this id: nothing clean is carried over, and the dirt is clipped at 0.
+            old_content: ContentId(u64::MAX),
+            valid_bytes: 0,
+            old_valid_bytes: 0,
+        }))
+    }
+}

@@ -1,0 +1,79 @@
+//! Reads of clients: admitted, put together, checked again, answered as a block-aligned superset.
+
+use super::assembly::{Assembled, For, Wanted};
+use super::placement::{Claim, Refusal};
+use super::{Buffer, Owed, PeerInfo, Piece, Purpose, Reply, ShardCore};
+use ebb_dataplane_protocol::Status;
+use ebb_dataplane_protocol::data::{DataContext, encode_checksums};
+use ebb_store::BLOCK;
+use std::ops::Range;
+
+/// A read between its admission and its answer.
+#[derive(Debug)]
+pub(crate) struct ReadTask {
+    owed: Owed,
+    claim: Claim,
+    blocks: Range<u32>,
+}
+
+impl<B: Buffer> ShardCore<B> {
+    pub(crate) fn read(&mut self, owed: Owed, peer: PeerInfo, body: &[u8]) {
+        let header = owed.header;
+        let context = match DataContext::decode(body) {
+            Some((context, [])) if header.payload_bytes == 0 => context,
+            _ => return self.refuse(owed, Refusal::of(Status::BadRequest)),
+        };
+        let admitted = match self.admit(&header, peer, context, false) {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.refuse(owed, refusal),
+        };
+        let start = header.offset / BLOCK as u32;
+        let end = (header.offset + header.length).div_ceil(BLOCK as u32);
+        let at = header.chunk.start() + u64::from(header.offset);
+        let to = at + u64::from(header.length);
+        let sequential =
+            self.read_ahead.is_sequential(header.inode, admitted.context.session, at, to);
+        let id = self.next_id();
+        let task = ReadTask { owed, claim: admitted.claim, blocks: start..end };
+        self.reads.insert(id, task);
+        let wanted = Wanted {
+            inode: header.inode,
+            chunk: header.chunk,
+            blocks: start..end,
+            view: admitted.view,
+            pinned: None,
+            purpose: Purpose::Reply,
+            sequential,
+        };
+        self.assemble(wanted, For::Read(id));
+    }
+
+    pub(crate) fn read_assembled(&mut self, id: u64, outcome: Result<Assembled<B>, Refusal>) {
+        let Some(task) = self.reads.remove(&id) else { return };
+        // What was put together is served only inside the lease and epoch (I5).
+        let held = self.placement.still_holds(&task.claim, self.now_ms);
+        let done = match held.and(outcome) {
+            Ok(done) => done,
+            Err(refusal) => return self.refuse(task.owed, refusal),
+        };
+        let bytes = task.blocks.len() * BLOCK;
+        debug_assert_eq!(done.crcs.len(), task.blocks.len());
+        self.stats.reads += 1;
+        self.stats.read_bytes += bytes as u64;
+        if done.missed {
+            self.stats.misses += 1;
+        } else {
+            self.stats.hits += 1;
+        }
+        let body = encode_checksums(&done.crcs);
+        let payload = match done.buf {
+            Some(buf) => vec![Piece::Buf(buf, 0..bytes)],
+            None => vec![Piece::Zeros(bytes)],
+        };
+        let mut header =
+            task.owed.header.reply(Status::Ok).with_body(&body).with_payload(bytes as u32);
+        header.offset = task.blocks.start * BLOCK as u32;
+        header.length = bytes as u32;
+        self.send(Reply { conn: task.owed.conn, header, body, payload });
+    }
+}

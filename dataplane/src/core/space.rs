@@ -1,0 +1,55 @@
+//! Room for writes: clean data goes, oldest first, before anybody hears `NoSpace` (I11).
+
+use super::{Buffer, ShardCore, Waiter};
+
+/// Evicted at a time at least, so that one journal record buys more than one write's space.
+const EVICT_BYTES_MIN: u64 = 8 << 20;
+/// Share of the capacity that is kept free while there is clean data, one in so many.
+const FREE_SHARE: u64 = 32;
+/// The same, at most.
+const FREE_BYTES_MAX: u64 = 256 << 20;
+
+#[derive(Default)]
+pub(crate) struct Space {
+    /// An eviction is in the journal.
+    evicting: bool,
+}
+
+impl<B: Buffer> ShardCore<B> {
+    /// Makes room for a write that found none. `false`: nothing clean is left.
+    pub(crate) fn evict_for(&mut self, needed: u64) -> bool {
+        if self.space.evicting {
+            return true;
+        }
+        match self.store.evict(needed.max(EVICT_BYTES_MIN)) {
+            Ok(Some((bytes, ticket))) => {
+                self.space.evicting = true;
+                self.stats.evicted_bytes += bytes;
+                self.wait_ticket(ticket, Waiter::Space);
+                true
+            }
+            Ok(None) => false,
+            // It waits for a batch, like the write that needs it.
+            Err(ebb_store::ControlError::Wait(_)) => true,
+            Err(_) => false,
+        }
+    }
+
+    pub(crate) fn space_freed(&mut self) {
+        self.space.evicting = false;
+        self.retry_waiting = true;
+    }
+
+    /// Keeps a little free ahead of need.
+    pub(crate) fn keep_space(&mut self) {
+        if self.space.evicting || self.store.failed() {
+            return;
+        }
+        let s = self.store.stats();
+        let wanted = (s.capacity_bytes / FREE_SHARE).min(FREE_BYTES_MAX);
+        // Freed bytes that wait for readers or for the journal are on their way.
+        if s.clean_bytes > 0 && s.free_bytes + s.waiting_bytes < wanted {
+            self.evict_for(wanted - s.free_bytes);
+        }
+    }
+}
