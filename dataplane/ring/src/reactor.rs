@@ -63,6 +63,8 @@ pub struct Reactor {
     pub(crate) listeners: Slab<Listener>,
     pub(crate) listeners_paused: bool,
     pub(crate) send_ready: Vec<Key>,
+    /// A zero-copy send met the memlock limit; none is tried again.
+    pub(crate) zc_refused: bool,
     /// Events not handed out yet.
     pub(crate) ready: Vec<Event>,
     cqes: Vec<Cqe>,
@@ -101,6 +103,7 @@ impl Reactor {
             listeners: Slab::new(cfg.listeners_max),
             listeners_paused: false,
             send_ready: Vec::new(),
+            zc_refused: false,
             ready: Vec::new(),
             cqes: Vec::with_capacity(cfg.entries as usize * 4),
             table,

@@ -133,6 +133,7 @@ impl Reactor {
             }
             let waiting: usize = s.queue.iter().map(|m| m.total).sum::<usize>() - s.front_sent;
             let zero_copy = self.cfg.send_zc
+                && !self.zc_refused
                 && self.ring.has_send_zc
                 && waiting >= ZC_MIN
                 && s.zc_alive < ZC_HELD_MAX;
@@ -162,6 +163,17 @@ impl Reactor {
         more: bool,
         notif: bool,
     ) -> Option<Op> {
+        // Pages of a zero-copy send count against the memlock limit: past it, copy.
+        let no_memory = matches!(Errno::from_raw(-res), Errno::ENOBUFS | Errno::ENOMEM);
+        let res = if op.zero_copy && !notif && res < 0 && no_memory {
+            if !self.zc_refused {
+                tracing::warn!("zero-copy sends need more lockable memory; copying from now on");
+            }
+            self.zc_refused = true;
+            -libc::EAGAIN
+        } else {
+            res
+        };
         let key = op.conn;
         if notif {
             // The kernel let go of the memory of a zero-copy send.

@@ -245,6 +245,42 @@ fn under_a_memlock_limit_it_runs_unregistered_or_explains() {
     }
 }
 
+#[test]
+fn zero_copy_sends_past_the_memlock_limit_are_copied() {
+    if std::env::var_os("EBB_RING_CHILD").is_none() {
+        child("zero_copy_sends_past_the_memlock_limit_are_copied", "zero-copy");
+        return;
+    }
+    lower_memlock(1 << 20);
+    let mut reactor =
+        Reactor::new(Config { send_zc: true, register_arena: false, ..small() }).unwrap();
+    let (conn, mut client) = pair(&mut reactor);
+    let messages = 4u64;
+    let len = 4usize << 20;
+    for n in 0..messages {
+        let mut buf = Buf::unpooled(len);
+        fill(&mut buf, n + 1);
+        reactor.send(conn, Token(n), Segment::Buf(buf, 0..len)).unwrap();
+    }
+    let reader = std::thread::spawn(move || {
+        let (mut got, mut want) = (vec![0; len], vec![0; len]);
+        for n in 0..messages {
+            std::io::Read::read_exact(&mut client, &mut got).unwrap();
+            fill(&mut want, n + 1);
+            assert!(got == want, "message {n}");
+        }
+        client
+    });
+    let mut sent = 0;
+    until(&mut reactor, |_, e| {
+        let Event::Sent { result, .. } = e else { panic!("{e:?}") };
+        assert_eq!(result, Ok(()));
+        sent += 1;
+        sent == messages
+    });
+    drop(reader.join().unwrap());
+}
+
 /// Makes one system call (optionally: with this second argument) fail with `errno` on this thread.
 fn deny(nr: libc::c_long, second: Option<u32>, errno: i32) {
     let op = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter { code: code as u16, jt, jf, k };
