@@ -1,1 +1,61 @@
-//! ebb-namespace.
+//! The deterministic state machine of the metadata plane: names, inodes, sessions, grants,
+//! dirtiness, the state of every S3 key, and the cluster map.
+//!
+//! Commands in ([`Machine::apply`]), replies out; reads through [`Machine::query`] and, for the
+//! leader's own workers, through [`Reader`]. No clock, no randomness, no I/O: the leader stamps time
+//! and nonces into the log entry, the state lives behind [`Kv`]. The same log gives the same bytes
+//! on every voter. Carries I2 (dirty before data), I3 (S3 before clean), I5 (fencing), I6 (order of
+//! deletes), I7 (exactly once) and its share of I9 (bounds: [`limits`]).
+//!
+//! Names are UTF-8, because S3 keys are: another name is refused with `Invalid` (EINVAL). The name
+//! `.ebb` in the root is reserved and hidden.
+
+pub mod kv;
+pub mod limits;
+
+mod apply;
+mod conflict;
+mod counters;
+mod cut;
+mod directory;
+mod dirtiness;
+mod flush;
+mod flush_commit;
+mod grant;
+mod handle;
+mod ingest;
+mod inode;
+mod key_state;
+mod map;
+mod moves;
+mod notice;
+mod ops;
+mod query;
+mod reader;
+mod rename;
+mod session;
+mod tables;
+
+pub use directory::{LookupState, Origin};
+pub use kv::{Kv, KvRead, MemKv};
+pub use moves::Walk;
+pub use query::again;
+pub use reader::{DirtyInode, FlushStage, MachineCounts, Reader, Revalidation};
+
+/// Reasons of `FsError::Again` that the leader acts on before it proposes the operation again.
+pub mod why {
+    /// The subtree is not completely listed: list [`crate::Reader::incomplete_under`], then retry.
+    pub const LISTING: &str = "listing";
+    /// The inode came from a LIST: HEAD it (`SetIngestAttrs`), then retry.
+    pub const ATTRIBUTES: &str = "attributes";
+    /// The generation is being sealed.
+    pub const SEALING: &str = "sealing";
+    /// Too many truncates not yet acked by the nodes.
+    pub const CUTS: &str = "cuts";
+    /// Too many unanswered requests of this session.
+    pub const REPLIES: &str = "replies";
+}
+
+/// The state machine. It has no state of its own: all of it is behind [`Kv`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Machine;

@@ -1,0 +1,86 @@
+//! Strangers' objects (PROTOCOL §10): a foreign object keeps the name; the local inode becomes
+//! `name.conflict-<id>` in the same command. Nothing is lost, nothing is overwritten.
+
+use crate::directory::{RESERVED, check_name};
+use crate::kv::Kv;
+use crate::limits::KEY_BYTES_MAX;
+use crate::tables::Ctx;
+use ebb_dataplane_protocol::{InodeId, NAME_BYTES_MAX};
+use ebb_metaplane_protocol::FsResult;
+use ebb_metaplane_protocol::flush::{ForeignObject, IngestObject};
+
+impl<K: Kv> Ctx<'_, K> {
+    /// The flush of `id` found `object` at `s3_key`.
+    pub(crate) fn conflict(
+        &mut self,
+        id: InodeId,
+        s3_key: &str,
+        object: &ForeignObject,
+    ) -> FsResult<()> {
+        // What was ours at this key is overwritten. If it was the inode's base, its clean ranges now
+        // answer EIO (I4), and a later flush needs all of it dirty.
+        self.disown(s3_key, id)?;
+        let n = self.read().inode(id)?;
+        let at_key = self.read().target_key(&n)?.as_deref() == Some(s3_key);
+        if at_key {
+            let (parent, old) = (n.parent, n.name.clone());
+            let new = self.conflict_name(parent, &old, id)?;
+            self.delete_entry(parent, &old);
+            self.put_entry(parent, &new, id);
+            self.note_depth(parent, new.len())?;
+            let now = self.now;
+            self.update(id, |n| {
+                n.name = new;
+                n.changed(now);
+            })?;
+            self.touch_dir(parent, 0)?;
+        }
+        self.adopt_at_key(s3_key, object)
+    }
+
+    /// A free name beside `name`, short enough for a name and a key.
+    fn conflict_name(&self, dir: InodeId, name: &[u8], id: InodeId) -> FsResult<Vec<u8>> {
+        let room =
+            KEY_BYTES_MAX.saturating_sub(self.read().prefix_of(dir)?.len()).min(NAME_BYTES_MAX);
+        for salt in 0u32.. {
+            let suffix = match salt {
+                0 => format!(".conflict-{:x}", id.0),
+                s => format!(".conflict-{:x}-{s}", id.0),
+            };
+            let mut keep = name.len().min(room.saturating_sub(suffix.len()));
+            while keep > 0 && name.get(keep).is_some_and(|b| (b & 0xc0) == 0x80) {
+                keep -= 1;
+            }
+            let candidate = [&name[..keep], suffix.as_bytes()].concat();
+            if self.read().entry(dir, &candidate)?.is_none() {
+                return Ok(candidate);
+            }
+        }
+        unreachable!("a directory holds fewer names than there are suffixes")
+    }
+
+    /// A foreign object appears under its name, if nothing of ours has it.
+    pub(crate) fn adopt_at_key(&mut self, s3_key: &str, object: &ForeignObject) -> FsResult<()> {
+        let (dir_key, name) = match s3_key.rsplit_once('/') {
+            Some((d, n)) => (format!("{d}/"), n),
+            None => (String::new(), s3_key),
+        };
+        let parent = if dir_key.is_empty() {
+            Some(InodeId::ROOT)
+        } else {
+            self.read().inode_at_key(&dir_key)?
+        };
+        let Some(parent) = parent else { return Ok(()) };
+        if name.as_bytes() == RESERVED
+            || check_name(parent, name.as_bytes()).is_err()
+            || self.read().entry(parent, name.as_bytes())?.is_some()
+            || self.read().owner_of(s3_key)?.is_some()
+        {
+            return Ok(());
+        }
+        let found =
+            IngestObject { key: s3_key.to_owned(), etag: object.etag.clone(), size: object.size };
+        self.create_found(parent, name.as_bytes(), Some(&found), &object.attrs)?;
+        self.touch_dir(parent, 0)
+    }
+}

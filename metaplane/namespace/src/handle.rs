@@ -1,0 +1,77 @@
+//! Open handles: who may commit to an inode, and whose end must be fenced.
+
+use crate::Reader;
+use crate::counters::Counter;
+use crate::kv::{Kv, KvRead};
+use crate::limits::HANDLES_PER_SESSION_MAX;
+use crate::tables::*;
+use ebb_dataplane_protocol::{HandleId, InodeId, Lineage, SessionId, codec};
+use ebb_metaplane_protocol::{FsError, FsResult};
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// An open file description.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub(crate) struct Handle {
+    pub(crate) session: SessionId,
+    pub(crate) inode: InodeId,
+    /// The lineage it was opened at: an outside change makes it stale (§7).
+    pub(crate) lineage: Lineage,
+    /// It was given a write grant: its session's end fences the inode.
+    pub(crate) write: bool,
+}
+
+impl<K: KvRead> Reader<'_, K> {
+    /// A handle of a session.
+    pub(crate) fn handle(&self, session: SessionId, id: HandleId) -> FsResult<Option<Handle>> {
+        let Some(bytes) = self.0.get(&key(HANDLE, &[&be(id.0)])) else { return Ok(None) };
+        let handle: Handle = codec::decode(&bytes).map_err(|_| corrupt("handle"))?;
+        Ok((handle.session == session).then_some(handle))
+    }
+    /// Whether anyone has the inode open.
+    pub(crate) fn is_open(&self, inode: InodeId) -> bool {
+        self.any_with_prefix(&key(OPEN, &[&be(inode.0)]))
+    }
+    /// Whether this session has the inode open.
+    pub(crate) fn session_has_open(&self, session: SessionId, inode: InodeId) -> bool {
+        self.any_with_prefix(&key(SESSION_HANDLE, &[&be(session.0), &be(inode.0)]))
+    }
+    pub(crate) fn check_handle_room(&self, session: SessionId) -> FsResult<()> {
+        match self.session(session)? {
+            None => Err(FsError::SessionExpired),
+            Some(s) if s.handles >= HANDLES_PER_SESSION_MAX => {
+                Err(FsError::NotPermitted("too many open files in this session".into()))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+impl<K: Kv> Ctx<'_, K> {
+    pub(crate) fn open_handle(&mut self, h: &Handle) -> FsResult<HandleId> {
+        let id = HandleId(self.next(Counter::NextHandle)?);
+        self.put_handle(id, h);
+        self.kv.put(&key(OPEN, &[&be(h.inode.0), &be(id.0)]), &be(h.session.0));
+        self.update_session(h.session, |s| s.handles += 1)?;
+        Ok(id)
+    }
+
+    pub(crate) fn put_handle(&mut self, id: HandleId, h: &Handle) {
+        self.kv.put(&key(HANDLE, &[&be(id.0)]), &codec::encode(h));
+        self.kv.put(
+            &key(SESSION_HANDLE, &[&be(h.session.0), &be(h.inode.0), &be(id.0)]),
+            &[u8::from(h.write)],
+        );
+    }
+
+    /// Forgets a handle; the last one of an unlinked inode takes the inode with it.
+    pub(crate) fn close_handle(&mut self, id: HandleId, h: &Handle) -> FsResult<()> {
+        self.kv.delete(&key(HANDLE, &[&be(id.0)]));
+        self.kv.delete(&key(SESSION_HANDLE, &[&be(h.session.0), &be(h.inode.0), &be(id.0)]));
+        self.kv.delete(&key(OPEN, &[&be(h.inode.0), &be(id.0)]));
+        self.update_session(h.session, |s| s.handles = s.handles.saturating_sub(1))?;
+        match self.read().find_inode(h.inode)? {
+            Some(n) if n.nlink == 0 && !self.read().is_open(h.inode) => self.remove_inode(n),
+            _ => Ok(()),
+        }
+    }
+}

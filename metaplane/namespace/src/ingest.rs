@@ -1,0 +1,280 @@
+//! What S3 shows (PROTOCOL §10): listings, looked-up attributes, outside changes.
+//!
+//! A listing is older than the command that carries it. It never overrules a name that exists, nor
+//! brings back one whose key we have deleted, are about to delete, or still use for an inode that
+//! moved.
+
+use crate::counters::Counter;
+use crate::directory::{Directory, Origin, check_name};
+use crate::dirtiness::Phase;
+use crate::inode::{Inode, Loaded};
+use crate::key_state::{Expected, KeyState};
+use crate::kv::Kv;
+use crate::limits::{KEY_BYTES_MAX, SYMLINK_BYTES_MAX};
+use crate::tables::*;
+use ebb_dataplane_protocol::{
+    Backing, ContentId, Generation, InodeId, Lineage, ViewVersion, codec,
+};
+use ebb_metaplane_protocol::command::IngestPage;
+use ebb_metaplane_protocol::flush::{Adopt, IngestAttrs, IngestEntry, IngestObject};
+use ebb_metaplane_protocol::{FileKind, FsError, FsResult};
+
+impl<K: Kv> Ctx<'_, K> {
+    pub(crate) fn ingest(
+        &mut self,
+        dir: InodeId,
+        listed_at: u64,
+        entries: &[IngestEntry],
+        page: Option<&IngestPage>,
+    ) -> FsResult<()> {
+        if listed_at < self.read().counter(Counter::TombstoneFloor)? {
+            return Err(FsError::Invalid("the listing is too old: list again".into()));
+        }
+        let d = self.read().dir_inode(dir)?;
+        if let Some(page) = page {
+            match d.dir.as_ref().map(|d| &d.origin) {
+                Some(Origin::Listing { continuation }) if *continuation == page.from => {}
+                _ => return Err(FsError::Invalid("the listing is at another page".into())),
+            }
+        }
+        let prefix = self.read().prefix_of(dir)?;
+        for e in entries {
+            self.ingest_entry(dir, &prefix, listed_at, e)?;
+        }
+        let Some(page) = page else { return Ok(()) };
+        let mut d = self.read().dir_inode(dir)?;
+        if let Some(state) = &mut d.dir {
+            state.origin = match &page.next {
+                Some(next) => Origin::Listing { continuation: next.clone() },
+                None => Origin::Complete,
+            };
+        }
+        self.save(d)?;
+        if page.next.is_none() {
+            self.add_incomplete(dir, -1)?;
+        }
+        Ok(())
+    }
+
+    fn ingest_entry(
+        &mut self,
+        dir: InodeId,
+        prefix: &str,
+        listed_at: u64,
+        e: &IngestEntry,
+    ) -> FsResult<()> {
+        if check_name(dir, &e.name).is_err() {
+            return Ok(());
+        }
+        let is_dir = e.attrs.kind == FileKind::Directory;
+        let s3_key = self.read().key_in(prefix, &e.name, is_dir)?;
+        let fits =
+            s3_key.len() <= KEY_BYTES_MAX && e.object.as_ref().map_or(is_dir, |o| o.key == s3_key);
+        if !fits {
+            return Ok(());
+        }
+        if let Some(existing) = self.read().entry(dir, &e.name)? {
+            return self.ingest_existing(existing, e);
+        }
+        if self.is_ours(&s3_key, is_dir, listed_at)? {
+            return Ok(());
+        }
+        self.create_found(dir, &e.name, e.object.as_ref(), &e.attrs)?;
+        Ok(())
+    }
+
+    /// The name is known: only what nobody looked up yet may still change.
+    fn ingest_existing(&mut self, id: InodeId, e: &IngestEntry) -> FsResult<()> {
+        match &e.object {
+            Some(o) => self.set_found_attrs(id, &o.etag, &e.attrs),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether what a listing shows at a key (below it, for a directory) is or was ours.
+    fn is_ours(&self, s3_key: &str, is_dir: bool, listed_at: u64) -> FsResult<bool> {
+        let r = self.read();
+        let ours = r.owner_of(s3_key)?.is_some()
+            || r.key_state(s3_key)?.is_some()
+            || r.tombstone(s3_key)?.is_some_and(|t| t > listed_at);
+        if ours || !is_dir {
+            return Ok(ours);
+        }
+        let below = |table| key(table, &[s3_key.as_bytes()]);
+        if r.any_with_prefix(&below(OWNER)) {
+            return Ok(true);
+        }
+        for (_, v) in r.scan_prefix(&below(KEY), None, 100) {
+            let k: KeyState = codec::decode(&v).map_err(|_| corrupt("key state"))?;
+            if k.attempt.is_some() || k.expected != Expected::Absent {
+                return Ok(true);
+            }
+        }
+        for (_, v) in r.scan_prefix(&below(TOMBSTONE), None, 1000) {
+            if u64_at(&v, 0)? > listed_at {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// A clean inode for what is in S3 already.
+    pub(crate) fn create_found(
+        &mut self,
+        parent: InodeId,
+        name: &[u8],
+        object: Option<&IngestObject>,
+        attrs: &IngestAttrs,
+    ) -> FsResult<InodeId> {
+        let id = self.new_inode_id(parent, attrs.kind)?;
+        let mut n = Inode::new(id, attrs.kind, (parent, name), (0, 0, 0), self.now);
+        n.stored_meta = n.meta_version;
+        let is_dir = n.is_dir();
+        if is_dir {
+            n.dir = Some(Directory::listing());
+        }
+        n.attrs_complete = false;
+        if let Some(o) = object {
+            n.view.backing = Some(Backing {
+                key: o.key.clone(),
+                etag: o.etag.clone(),
+                length: o.size,
+                limit: o.size,
+            });
+            n.view.content = ContentId(1);
+            n.size = if is_dir { 0 } else { o.size };
+        }
+        set_attrs(&mut n, attrs);
+        self.save(Loaded::created(n))?;
+        if let Some(o) = object {
+            self.set_owner(&o.key, id);
+            // The owner says now what a left-over record would.
+            if let Some(k) = self.read().key_state(&o.key)? {
+                self.put_key(&o.key, &KeyState { expected: Expected::Etag(o.etag.clone()), ..k })?;
+            }
+        }
+        self.put_entry(parent, name, id);
+        self.note_depth(parent, name.len() + usize::from(is_dir))?;
+        if is_dir {
+            let mut p = self.read().inode(parent)?;
+            p.nlink += 1;
+            self.save(p)?;
+            self.add_incomplete(parent, 1)?;
+        }
+        Ok(id)
+    }
+
+    /// Attributes of an inode that only a LIST has shown, from the HEAD of the same object (an
+    /// empty etag: a directory without a marker).
+    pub(crate) fn set_found_attrs(
+        &mut self,
+        id: InodeId,
+        etag: &str,
+        attrs: &IngestAttrs,
+    ) -> FsResult<()> {
+        let Some(mut n) = self.read().find_inode(id)? else { return Ok(()) };
+        let same = match &n.view.backing {
+            Some(b) => b.etag == etag,
+            None => n.is_dir(),
+        };
+        if n.attrs_complete || !attrs.complete || !same {
+            return Ok(());
+        }
+        // A LIST can't tell a link from a file.
+        let kind_fits = n.kind == attrs.kind
+            || (n.is_file() && attrs.kind == FileKind::Symlink && attrs.target.is_some());
+        if !kind_fits {
+            return Ok(());
+        }
+        n.kind = attrs.kind;
+        set_attrs(&mut n, attrs);
+        let marker = (n.is_dir() && n.view.backing.is_none() && !etag.is_empty())
+            .then(|| self.read().target_key(&n))
+            .transpose()?
+            .flatten();
+        if let Some(k) = &marker {
+            n.view.backing =
+                Some(Backing { key: k.clone(), etag: etag.to_owned(), length: 0, limit: 0 });
+        }
+        self.save(n)?;
+        if let Some(k) = marker {
+            self.set_owner(&k, id);
+        }
+        Ok(())
+    }
+
+    /// An outside change, found by looking. Changes nothing unless the inode is clean, settled and
+    /// as it was when the leader looked.
+    pub(crate) fn adopt(&mut self, a: &Adopt) -> FsResult<()> {
+        let Some(mut n) = self.read().find_inode(a.inode)? else { return Ok(()) };
+        let backing = n.view.backing.clone();
+        if n.phase != Phase::Clean
+            || n.nlink == 0
+            || n.view.lineage != a.lineage
+            || backing.as_ref().map(|b| &b.etag) != a.old_etag.as_ref()
+            || self.read().target_key(&n)?.as_ref() != backing.as_ref().map(|b| &b.key)
+        {
+            return Ok(());
+        }
+        let Some(backing) = backing else { return Ok(()) };
+        n.validated = self.now;
+        match &a.object {
+            Some(o) if o.etag == backing.etag => {
+                self.save(n)?;
+                self.set_found_attrs(a.inode, &o.etag, &o.attrs)
+            }
+            Some(o) => {
+                n.view.content = ContentId(n.view.content.0 + 1);
+                n.view.lineage = Lineage(n.view.lineage.0 + 1);
+                n.view.version = ViewVersion(n.view.version.0 + 1);
+                n.view.backing = Some(Backing {
+                    key: backing.key,
+                    etag: o.etag.clone(),
+                    length: o.size,
+                    limit: o.size,
+                });
+                // No write grant of the old lineage lives on at the generation of the new one.
+                n.generation = n.generation.next();
+                n.sealed_floor = n.generation;
+                n.view.clean_generation = n.generation;
+                n.size = if n.is_dir() { 0 } else { o.size };
+                if o.attrs.kind == n.kind || (!n.is_dir() && o.attrs.kind != FileKind::Directory) {
+                    n.kind = o.attrs.kind;
+                    set_attrs(&mut n, &o.attrs);
+                }
+                n.ctime = self.now;
+                self.save(n)
+            }
+            None if n.is_dir() => {
+                n.view.backing = None;
+                self.save(n)?;
+                self.disown(&backing.key, a.inode)
+            }
+            None => {
+                let (parent, name) = (n.parent, n.name.clone());
+                n.view.lineage = Lineage(n.view.lineage.0 + 1);
+                self.save(n)?;
+                self.disown(&backing.key, a.inode)?;
+                self.delete_entry(parent, &name);
+                self.touch_dir(parent, 0)?;
+                self.drop_name(a.inode, None)
+            }
+        }
+    }
+}
+
+/// Copies looked-up attributes.
+fn set_attrs(n: &mut Inode, attrs: &IngestAttrs) {
+    n.mode = attrs.mode & 0o7777;
+    n.uid = attrs.uid;
+    n.gid = attrs.gid;
+    n.mtime = attrs.mtime;
+    n.atime = attrs.mtime;
+    n.ctime = attrs.mtime;
+    n.attrs_complete = attrs.complete;
+    if let (FileKind::Symlink, Some(target)) = (attrs.kind, &attrs.target) {
+        n.target = target[..target.len().min(SYMLINK_BYTES_MAX)].to_vec();
+        n.size = n.target.len() as u64;
+    }
+    debug_assert!(n.generation >= Generation(0));
+}

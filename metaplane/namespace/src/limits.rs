@@ -1,0 +1,30 @@
+//! Every bound of the state machine (I9), in one place.
+
+/// Open handles of one session.
+pub const HANDLES_PER_SESSION_MAX: u32 = 65_536;
+/// Live sessions.
+pub const SESSIONS_MAX: u64 = 4_096;
+/// Remembered replies of one session; past it the session must acknowledge first.
+pub const REPLIES_PER_SESSION_MAX: u64 = 4_096;
+/// How long a session lives without renewal, in nanoseconds.
+pub const SESSION_TTL_NS: i64 = 30_000_000_000;
+/// The same in milliseconds, for replies.
+pub const SESSION_TTL_MS: u64 = 30_000;
+/// Bytes of a session's label.
+pub const LABEL_BYTES_MAX: usize = 256;
+/// Bytes of a symbolic link's target.
+pub const SYMLINK_BYTES_MAX: usize = 4_095;
+/// Bytes of an S3 key relative to the prefix (S3's own limit is 1024 with the prefix).
+pub const KEY_BYTES_MAX: usize = 1_024;
+/// Remembered deletes of keys, for the rule of late listings.
+pub const TOMBSTONES_MAX: u64 = 100_000;
+/// How long a delete is remembered, in nanoseconds.
+pub const TOMBSTONE_TTL_NS: i64 = 15 * 60 * 1_000_000_000;
+/// Cuts remembered per inode to clip late commits.
+pub const CLIPS_MAX: usize = 64;
+/// Logged nonces of one key that are not settled.
+pub const NONCES_PER_KEY_MAX: usize = 16;
+/// Milliseconds after which a refused request may come again.
+pub const RETRY_MS: u32 = 5;
+/// Components of a path a query resolves.
+pub const PATH_COMPONENTS_MAX: usize = 1_024;
