@@ -51,7 +51,12 @@ pub struct Stats {
     pub stale: u64,
 }
 
-/// One core's proactor. Lives and dies on the thread that made it.
+/// One core's proactor. Lives and dies on the thread that made it; the compiler sees to that:
+///
+/// ```compile_fail
+/// fn needs_send<T: Send>() {}
+/// needs_send::<ebb_ring::Reactor>();
+/// ```
 pub struct Reactor {
     // The ring is dropped first: after it nothing can be in flight.
     pub(crate) ring: Ring,
