@@ -22,8 +22,11 @@ async fn plain(bucket: &Bucket) -> Result<(), S3Error> {
         bucket.upload_part(".ebb/plain/big", &upload, 1, first).await?,
         bucket.upload_part_copy(".ebb/plain/big", &upload, 2, key, Some(&etag), 0..4).await?,
     ];
-    println!("parts           {}", bucket.list_parts(".ebb/plain/big", &upload).await?.len());
-    println!("uploads         {}", bucket.list_multipart_uploads(".ebb/").await?.len());
+    // Not every server's listings are what the SDK reads; nothing of ours depends on these two.
+    let listed = bucket.list_parts(".ebb/plain/big", &upload).await;
+    println!("parts           {:?}", listed.map(|parts| parts.len()));
+    let listed = bucket.list_multipart_uploads(".ebb/").await;
+    println!("uploads         {:?}", listed.map(|uploads| uploads.len()));
     let big =
         bucket.complete_multipart(".ebb/plain/big", &upload, &parts, &Condition::None).await?;
     println!("complete        {big}");
@@ -57,7 +60,9 @@ async fn main() -> ExitCode {
     let bucket = Bucket::connect(config).await;
     let all = async {
         bucket.create_if_missing().await?;
-        plain(&bucket).await?;
+        if let Err(error) = plain(&bucket).await {
+            println!("plain operations stop at: {error}");
+        }
         probe::probe(&bucket).await
     };
     match all.await {

@@ -30,6 +30,9 @@ pub struct Conditions {
     pub copy_source_if_match: bool,
     pub copy_if_absent: bool,
     pub copy_if_match: bool,
+    /// Not a condition, but found out the same way: UploadPartCopy works at all. Without it a
+    /// clean range is fetched and uploaded.
+    pub part_copy: bool,
 }
 
 impl Conditions {
@@ -44,6 +47,7 @@ impl Conditions {
         copy_source_if_match: true,
         copy_if_absent: true,
         copy_if_match: true,
+        part_copy: true,
     };
 
     /// Names of the conditions that are missing, for warnings.
@@ -58,6 +62,7 @@ impl Conditions {
             ("copy_source_if_match", self.copy_source_if_match),
             ("copy_if_absent", self.copy_if_absent),
             ("copy_if_match", self.copy_if_match),
+            ("part_copy", self.part_copy),
         ];
         all.into_iter().filter(|(_, honoured)| !honoured).map(|(name, _)| name).collect()
     }
@@ -191,6 +196,7 @@ impl Run<'_> {
         let copy_source_if_match = refused(reply)?;
         let copy_if_absent = self.copy("copy-absent", Condition::IfAbsent).await?;
         let copy_if_match = self.copy("copy-match", Condition::IfMatch(wrong())).await?;
+        let part_copy = self.part_copy().await?;
         Ok(Conditions {
             put_if_absent,
             put_if_match,
@@ -201,6 +207,7 @@ impl Run<'_> {
             copy_source_if_match,
             copy_if_absent,
             copy_if_match,
+            part_copy,
         })
     }
 
@@ -224,6 +231,15 @@ impl Run<'_> {
             return Ok(false);
         }
         Ok(!refused(self.bucket.delete(&key, Some(&etag)).await)?)
+    }
+
+    async fn part_copy(&self) -> Result<bool, S3Error> {
+        let source = self.fresh("copy-source").await?;
+        let (from, to) = (self.key("copy-source"), self.key("parts"));
+        let upload = self.bucket.create_multipart(&to, &Metadata::new()).await?;
+        let reply = self.bucket.upload_part_copy(&to, &upload, 1, &from, Some(&source), 0..4).await;
+        self.bucket.abort_multipart(&to, &upload).await?;
+        Ok(!refused(reply)?)
     }
 
     async fn sweep(&self) -> Result<(), S3Error> {

@@ -26,7 +26,13 @@ where
             let status = reply.raw().status().as_u16();
             let code = reply.err().code().unwrap_or_default();
             let text = reply.err().message().unwrap_or_default();
-            (of_reply(op, status, code), format!("HTTP {status} {code} {text}"))
+            let message = if code.is_empty() && text.is_empty() {
+                // No S3 error in it: a HEAD's reply, or one that did not parse.
+                format!("HTTP {status}: {}", DisplayErrorContext(reply.err()))
+            } else {
+                format!("HTTP {status} {code} {text}")
+            };
+            (of_reply(op, status, code), message)
         }
         SdkError::ResponseError(reply) => {
             // A reply that did not parse, most often because it was cut off. A 4xx still says no.

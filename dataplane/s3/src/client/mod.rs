@@ -12,6 +12,7 @@
 mod body;
 mod classify;
 mod connect;
+mod foreign_xml;
 mod multipart;
 mod read;
 mod write;

@@ -10,6 +10,7 @@ use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart, EncodingType};
 use super::{
     Bucket, UploadBody,
     classify::classify,
+    foreign_xml,
     read::{decode, system_time},
     write::{length, made, sdk_metadata},
 };
@@ -37,6 +38,8 @@ impl Bucket {
             .bucket(self.name())
             .key(full)
             .set_metadata(sdk_metadata(metadata))
+            .customize()
+            .interceptor(foreign_xml::CREATE)
             .send()
             .await
             .map_err(|e| classify(op, key, e))?;
@@ -138,6 +141,8 @@ impl Bucket {
             .multipart_upload(CompletedMultipartUpload::builder().set_parts(Some(named)).build())
             .set_if_match(if_match)
             .set_if_none_match(if_none_match)
+            .customize()
+            .interceptor(foreign_xml::COMPLETE)
             .send()
             .await
             .map_err(|e| classify(op, key, e))?;
@@ -183,6 +188,8 @@ impl Bucket {
                         .key(&full)
                         .upload_id(upload.as_str())
                         .set_part_number_marker(marker.clone())
+                        .customize()
+                        .interceptor(foreign_xml::LIST_PARTS)
                         .send()
                 })
                 .await?;
