@@ -3,6 +3,7 @@
 
 mod args;
 mod cluster_commands;
+mod copy;
 mod exit;
 mod file_commands;
 mod find;

@@ -39,12 +39,21 @@ pub async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
         crate::mount_commands::check_mount_point(dir)?;
     }
     let layout = find::layout(cli)?;
-    let config = configure(args, &layout)?;
+    let (config, fresh) = configure(args, &layout)?;
     let spinner = output::spinner("starting", cli.json);
     let started = start_controller(&layout)?;
-    let status = wait_until_serving(&layout, &config, |what| spinner.set_message(what.to_owned())).await;
+    let status = wait_until_serving(&layout, |what| spinner.set_message(what.to_owned())).await;
     spinner.finish_and_clear();
-    let status = status?;
+    let status = match status {
+        Ok(status) => status,
+        Err(e) => {
+            if started {
+                give_up(&layout, fresh).await;
+            }
+            return Err(e);
+        }
+    };
+    debug_assert_eq!(config.cluster, layout.load()?.cluster);
     if let Some(dir) = &args.mount {
         crate::mount_commands::mount_detached(cli, dir).await?;
     }
@@ -63,7 +72,7 @@ pub async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
 }
 
 /// The stored configuration, or a new one of the arguments.
-fn configure(args: &Up, layout: &Layout) -> Result<ClusterConfig, CliError> {
+fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliError> {
     if layout.exists() {
         let config = layout.load()?;
         let other_bucket = args.bucket.as_ref().is_some_and(|b| *b != config.bucket);
@@ -76,7 +85,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<ClusterConfig, CliError> {
                 config.endpoint.as_ref().map(|e| format!(" at {e}")).unwrap_or_default()
             )));
         }
-        return Ok(config);
+        return Ok((config, false));
     }
     let embedded = args.bucket.is_none();
     if embedded && args.s3_endpoint.is_some() {
@@ -120,7 +129,22 @@ fn configure(args: &Up, layout: &Layout) -> Result<ClusterConfig, CliError> {
         }
     }
     layout.create(&config)?;
-    Ok(config)
+    Ok((config, true))
+}
+
+/// Stops what a failed start left running. A directory made by that start is forgotten, so that the
+/// next try may name another bucket; data that was there before stays.
+async fn give_up(layout: &Layout, fresh: bool) {
+    if let Some(pid) = process::living(layout, "controller") {
+        let _ = kill(pid, Signal::SIGTERM);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while process::living(layout, "controller").is_some() && Instant::now() < deadline {
+            tokio::time::sleep(POLL).await;
+        }
+    }
+    if fresh {
+        let _ = std::fs::remove_file(layout.config());
+    }
 }
 
 /// Starts the controller unless one runs. True if it was started now.
@@ -134,6 +158,7 @@ fn start_controller(layout: &Layout) -> Result<bool, CliError> {
         .and_then(|f| Ok((f.try_clone()?, f)))
         .map_err(|e| CliError::new(format!("{}: {e}", layout.log("controller").display())))?;
     let _ = std::fs::remove_file(layout.endpoints());
+    clear_failures(layout);
     Command::new(program)
         .args(["serve", "controller"])
         .arg(layout.dir())
@@ -149,7 +174,6 @@ fn start_controller(layout: &Layout) -> Result<bool, CliError> {
 /// Waits until every group has a holder, or (scaled to zero) the metadata plane answers.
 async fn wait_until_serving(
     layout: &Layout,
-    config: &ClusterConfig,
     progress: impl Fn(&str),
 ) -> Result<ClusterStatus, CliError> {
     let key = layout.load_key()?;
@@ -182,7 +206,7 @@ async fn wait_until_serving(
             let words = last_words(layout, "controller");
             return Err(CliError::new(format!("the controller does not start: {words}")));
         }
-        if let Some((name, words)) = ailing(layout, config) {
+        if let Some((name, words)) = ailing(layout) {
             return Err(trouble(layout, &name, &words));
         }
         if Instant::now() > deadline {
@@ -195,8 +219,17 @@ async fn wait_until_serving(
     }
 }
 
+/// Forgets what earlier starts complained about.
+fn clear_failures(layout: &Layout) {
+    for entry in std::fs::read_dir(layout.dir().join("run")).into_iter().flatten().flatten() {
+        if entry.path().extension().is_some_and(|e| e == "failed") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// A server that gave up says so in a `.failed` file beside its ready file.
-fn ailing(layout: &Layout, _config: &ClusterConfig) -> Option<(String, String)> {
+fn ailing(layout: &Layout) -> Option<(String, String)> {
     let dir = std::fs::read_dir(layout.dir().join("run")).ok()?;
     for entry in dir.flatten() {
         let name = entry.file_name().into_string().ok()?;

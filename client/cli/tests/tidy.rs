@@ -177,7 +177,7 @@ fn code_only(text: &str) -> String {
             i += 3;
         } else {
             // Code. A prefix as in br"…" ends a word that began right before it.
-            in_word = (c.is_alphanumeric() || c == '_') && !(c == 'b' && !in_word);
+            in_word = (in_word || c != 'b') && (c == '_' || c.is_alphanumeric());
             out.push(c);
             i += 1;
             continue;
@@ -195,7 +195,7 @@ fn normal(path: &Path) -> Option<PathBuf> {
     for part in path.components() {
         match part {
             Component::Normal(name) => out.push(name),
-            Component::ParentDir => _ = out.pop().then_some(())?,
+            Component::ParentDir => out.pop().then_some(())?,
             Component::CurDir => {}
             Component::RootDir | Component::Prefix(_) => return None,
         }

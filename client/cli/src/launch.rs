@@ -1,0 +1,143 @@
+//! How the servers of a local cluster are started: their configuration files and command lines.
+
+use crate::exit::CliError;
+use ebb_controller::layout::{ClusterConfig, Layout, write_atomically};
+use ebb_controller::process::CommandSpec;
+use ebb_controller::{ControllerError, Launch, Role};
+use ebb_dataplane_protocol::auth::ClusterKey;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// S3 may be away this long when the metadata plane starts; then `ebb up` says so.
+const S3_PATIENCE_S: u64 = 15;
+
+/// Configuration of `ebb serve s3`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct S3Config {
+    /// Written when it serves: `{"port": N}`.
+    #[serde(default)]
+    pub ready_file: Option<PathBuf>,
+    /// The server's own.
+    pub server: ebb_s3::server::ServerConfig,
+}
+
+/// Starts roles as processes of this binary.
+pub struct LocalLaunch {
+    program: PathBuf,
+}
+
+impl LocalLaunch {
+    /// Of the running binary.
+    pub fn new() -> Result<Self, CliError> {
+        let program = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
+        Ok(Self { program })
+    }
+}
+
+/// The bucket as the servers are told.
+fn bucket(config: &ClusterConfig) -> Result<ebb_s3::BucketConfig, String> {
+    let bucket = ebb_s3::BucketConfig::from_url(&config.bucket)
+        .ok_or_else(|| format!("{:?} is not s3://BUCKET[/PREFIX]", config.bucket))?;
+    Ok(match (&config.endpoint, config.embedded_s3) {
+        (_, true) => bucket
+            .with_endpoint(format!("http://{}:{}", config.host, config.s3_port))
+            .with_credentials(&config.embedded_access_key, &config.embedded_secret_key),
+        (Some(endpoint), false) => bucket.with_endpoint(endpoint),
+        (None, false) => bucket,
+    })
+}
+
+impl Launch for LocalLaunch {
+    fn command(
+        &self,
+        role: &Role,
+        layout: &Layout,
+        config: &ClusterConfig,
+    ) -> Result<CommandSpec, ControllerError> {
+        let file = layout.run(&format!("{}.toml", role.name()));
+        let bad = |reason: String| ControllerError::BadConfig { path: file.clone(), reason };
+        let ready = layout.run(&format!("{}.ready", role.name()));
+        let (what, text) = match role {
+            Role::S3 => ("s3", s3_config(layout, config, ready).map_err(bad)?),
+            Role::Meta => ("meta", meta_config(layout, config, ready).map_err(bad)?),
+            Role::Data(name) => ("data", data_config(name, layout, config, ready).map_err(bad)?),
+        };
+        write_atomically(&file, text.as_bytes(), 0o600)?;
+        Ok(CommandSpec {
+            program: self.program.clone(),
+            args: vec!["serve".into(), what.into(), "--config".into(), file.into()],
+            env: vec![],
+        })
+    }
+}
+
+fn s3_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Result<String, String> {
+    let listen = format!("{}:{}", config.host, config.s3_port);
+    let name = ebb_s3::BucketConfig::from_url(&config.bucket).map(|b| b.bucket);
+    let server = ebb_s3::server::ServerConfig {
+        dir: layout.s3(),
+        listen: listen.parse().map_err(|e| format!("--host {}: {e}", config.host))?,
+        access_key: config.embedded_access_key.clone(),
+        secret_key: config.embedded_secret_key.clone(),
+        buckets: name.into_iter().collect(),
+        admin: None,
+    };
+    toml::to_string(&S3Config { ready_file: Some(ready), server }).map_err(|e| e.to_string())
+}
+
+fn meta_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Result<String, String> {
+    let mut meta = ebb_metaplane::MetaConfig::new(
+        layout.meta(),
+        format!("{}:{}", config.host, config.meta_port),
+        config.cluster.0,
+        layout.key(),
+        bucket(config)?,
+    );
+    meta.ready_file = Some(ready);
+    meta.s3_patience_s = S3_PATIENCE_S;
+    meta.timings.flush_after_ms = config.flush_after_ms;
+    meta.to_toml().map_err(|e| e.to_string())
+}
+
+fn data_config(
+    name: &str,
+    layout: &Layout,
+    config: &ClusterConfig,
+    ready: PathBuf,
+) -> Result<String, String> {
+    let node = ebb_dataplane::NodeConfig {
+        dir: layout.node(name),
+        host: config.host.clone(),
+        ports: known_ports(layout, name, config.cores_per_node),
+        cores: config.cores_per_node,
+        capacity_bytes: config.node_capacity_bytes,
+        arena_bytes: config.arena_bytes,
+        cluster: config.cluster.0.to_string(),
+        key_file: layout.key(),
+        meta: vec![format!("{}:{}", config.host, config.meta_port)],
+        ready_file: Some(ready),
+    };
+    toml::to_string(&node).map_err(|e| e.to_string())
+}
+
+/// The ports a node had before, so that its clients find it where it was; zeros: any.
+fn known_ports(layout: &Layout, name: &str, cores: u16) -> Vec<u16> {
+    let path = layout.node(name).join("ports.json");
+    std::fs::read_to_string(path)
+        .ok()
+        .and_then(|text| serde_json::from_str::<Vec<u16>>(&text).ok())
+        .filter(|ports| ports.len() == usize::from(cores))
+        .unwrap_or_else(|| vec![0; usize::from(cores)])
+}
+
+/// Runs a mount in this process until it is unmounted or told to stop.
+pub async fn run_mount(
+    addresses: Vec<String>,
+    key: ClusterKey,
+    dir: &Path,
+    options: &[String],
+) -> Result<(), CliError> {
+    let _ = (addresses, key, dir, options);
+    Err(CliError::new("mount"))
+}
