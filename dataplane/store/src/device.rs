@@ -6,6 +6,7 @@ use std::io;
 
 /// A blocking device. Offsets and lengths are multiples of 4096 and buffers are 4096-aligned, so
 /// that `O_DIRECT` files can implement it.
+#[allow(clippy::len_without_is_empty, reason = "a device is never empty")]
 pub trait OpenDevice {
     /// Bytes of the device.
     fn len(&self) -> io::Result<u64>;
@@ -30,7 +31,7 @@ impl AlignedBuf {
         let bytes = vec![0u8; len + BLOCK];
         // A Vec never moves its heap block while it is not resized, and this one never is.
         let start = bytes.as_ptr().align_offset(BLOCK);
-        assert!(start < BLOCK || start == BLOCK, "align_offset of a byte pointer is bounded");
+        assert!(start <= BLOCK, "align_offset of a byte pointer is bounded");
         Self { bytes, start, len }
     }
 }

@@ -10,17 +10,34 @@
 //! Refusals (floors, freezes, windows) are decided against everything *appended*; reads, seals' answers
 //! and flush reads see only what is *durable*.
 
+mod alloc;
+mod apply;
+mod capture;
+mod checkpoint;
+mod codec;
+mod control;
 pub mod device;
 pub mod error;
+mod extent;
 pub mod geometry;
+mod index;
+mod journal;
+mod read;
+mod record;
+mod recovery;
 mod store;
+mod superblock;
 pub mod types;
+pub mod verify;
+mod write;
 
 pub use device::{AlignedBuf, DeviceWrite, OpenDevice};
 pub use error::*;
 pub use geometry::{Geometry, Identity};
-pub use store::{Store, format, format_device, identify};
+pub use recovery::{format, format_device, identify};
+pub use store::{MEMORY_BYTES_DEFAULT, Store};
 pub use types::*;
+pub use verify::{BadBlock, Report, verify};
 
 /// CRC-32C of a block of zeros.
 pub fn zero_block_crc() -> u32 {

@@ -1,259 +1,385 @@
-//! The store (signatures first; bodies follow).
-#![allow(clippy::unimplemented, unused_variables, missing_docs)]
+//! The store's state, its life, and the journal's turn: take a batch, have it written, apply it (I1).
 
-use crate::device::{DeviceWrite, OpenDevice};
-use crate::error::*;
+use crate::alloc::Allocator;
+use crate::checkpoint::Checkpoint;
+use crate::device::OpenDevice;
+use crate::error::{CompletionError, ControlError, OpenError, WaitFor, WriteError};
+use crate::extent::Run;
 use crate::geometry::{Geometry, Identity};
+use crate::index::{ChunkKey, Index};
+use crate::journal::{Journal, Share};
+use crate::record::Record;
 use crate::types::*;
-use ebb_dataplane_protocol::control::{FlushDone, PgHolding};
 use ebb_dataplane_protocol::*;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
+
+/// RAM the index may take unless [`Store::set_memory_limit`] says otherwise.
+pub const MEMORY_BYTES_DEFAULT: u64 = 192 << 20;
+/// While more than this waits to be written to a checkpoint, no batch is closed.
+const CAPTURE_BACKLOG_BYTES: usize = 8 << 20;
+
+/// A write that was planned and is not durable yet.
+#[derive(Debug)]
+pub(crate) struct InFlightWrite {
+    pub(crate) op: WriteOp,
+    pub(crate) blocks: Range<u32>,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) inline: bool,
+    pub(crate) guard: Option<ReadGuard>,
+    pub(crate) dropped: bool,
+    pub(crate) index_bytes: u64,
+    pub(crate) committed: bool,
+    pub(crate) journal_pages: u32,
+}
+
+/// A fill that was planned and not committed.
+#[derive(Debug)]
+pub(crate) struct InFlightFill {
+    pub(crate) op: FillOp,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) dropped: bool,
+    pub(crate) index_bytes: u64,
+}
+
+/// What appended but not yet durable control records say of an inode.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Head {
+    pub(crate) floor: Generation,
+    pub(crate) view: ViewVersion,
+    pub(crate) pending: u32,
+    pub(crate) last: Ticket,
+}
+
+/// Something that waits until every reader of its time is gone.
+#[derive(Debug)]
+pub(crate) enum Deferred {
+    Blocks(Run),
+    JournalTo(u64),
+}
 
 /// One core's store. See the crate's documentation for the life of a mutation.
 #[derive(Debug)]
-pub struct Store {}
-
-/// The writes that make an empty store, in order; sync before the last four (the superblocks) and
-/// after them. The device should be preallocated (zero-filled) by the caller; old contents do no harm.
-pub fn format(geometry: Geometry, identity: Identity) -> Result<Vec<DeviceWrite>, GeometryError> {
-    unimplemented!()
-}
-
-/// [`format`], carried out with its syncs.
-pub fn format_device(
-    device: &mut dyn OpenDevice,
-    geometry: Geometry,
-    identity: Identity,
-) -> Result<(), FormatError> {
-    unimplemented!()
-}
-
-/// Reads the identity of a formatted device without opening it.
-pub fn identify(device: &mut dyn OpenDevice) -> Result<Identity, OpenError> {
-    unimplemented!()
+pub struct Store {
+    pub(crate) geometry: Geometry,
+    pub(crate) identity: Identity,
+    /// Number of the live checkpoint.
+    pub(crate) number: u64,
+    pub(crate) journal: Journal,
+    pub(crate) index: Index,
+    pub(crate) alloc: Allocator,
+    pub(crate) writes: BTreeMap<WriteId, InFlightWrite>,
+    pub(crate) fills: BTreeMap<FillId, InFlightFill>,
+    /// Blocks locked by writes from begin to durable.
+    pub(crate) locks: BTreeMap<ChunkKey, Vec<(Range<u32>, WriteId)>>,
+    /// (session, sequence) of the writes in flight.
+    pub(crate) sequences: BTreeSet<(SessionId, Sequence)>,
+    /// Committed writes by ticket.
+    pub(crate) committed: BTreeMap<Ticket, WriteId>,
+    pub(crate) heads: BTreeMap<InodeId, Head>,
+    pub(crate) frozen: Vec<Option<PgEpoch>>,
+    /// Blocks that inline writes in flight will need when they are relocated.
+    pub(crate) reserved_inline: u32,
+    /// Index bytes that writes and fills in flight may add.
+    pub(crate) reserved_index: u64,
+    pub(crate) memory_bytes_max: u64,
+    /// Clean blocks on their way out, by ticket.
+    pub(crate) evicting: BTreeMap<Ticket, u64>,
+    /// Journal pages that writes and fills in flight will take.
+    pub(crate) reserved_pages: u32,
+    pub(crate) guards: BTreeSet<u64>,
+    pub(crate) next_id: u64,
+    pub(crate) deferred: VecDeque<(u64, Deferred)>,
+    pub(crate) deferred_blocks: u64,
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) durable: Ticket,
+    pub(crate) checkpoints: u64,
+    pub(crate) failed: bool,
 }
 
 impl Store {
-    // --- life ---------------------------------------------------------------------------------
     /// Recovers the store: superblock, checkpoint, journal; rebuilds the bitmap. Refuses with a reason.
     pub fn open(device: &mut dyn OpenDevice, cluster: ClusterId) -> Result<Self, OpenError> {
-        unimplemented!()
+        let recovered = crate::recovery::recover(device, Some(cluster))?;
+        crate::recovery::repair_superblocks(device, &recovered)?;
+        let crate::recovery::Recovered { superblock, index, alloc, journal, .. } = recovered;
+        let identity = Identity { node: index.node, ..superblock.identity };
+        let frozen = index.pgs.iter().map(|p| p.frozen).collect();
+        Ok(Self {
+            geometry: superblock.geometry,
+            identity,
+            number: superblock.number,
+            journal,
+            index,
+            alloc,
+            writes: BTreeMap::new(),
+            fills: BTreeMap::new(),
+            locks: BTreeMap::new(),
+            sequences: BTreeSet::new(),
+            committed: BTreeMap::new(),
+            heads: BTreeMap::new(),
+            frozen,
+            reserved_inline: 0,
+            reserved_index: 0,
+            memory_bytes_max: MEMORY_BYTES_DEFAULT,
+            evicting: BTreeMap::new(),
+            reserved_pages: 0,
+            guards: BTreeSet::new(),
+            next_id: 1,
+            deferred: VecDeque::new(),
+            deferred_blocks: 0,
+            checkpoint: Checkpoint::Idle,
+            durable: Ticket(0),
+            checkpoints: 0,
+            failed: false,
+        })
     }
+
     /// Whose store it is.
     pub fn identity(&self) -> Identity {
-        unimplemented!()
+        Identity { node: self.index.node, ..self.identity }
     }
     /// Its layout.
     pub fn geometry(&self) -> Geometry {
-        unimplemented!()
+        self.geometry
     }
-    /// Persists the node id the metadata plane gave.
-    pub fn set_node(&mut self, node: NodeId) -> Result<Ticket, ControlError> {
-        unimplemented!()
+    /// Bounds the RAM of index and bitmap; at the bound, clean data must go before more comes.
+    pub fn set_memory_limit(&mut self, bytes: u64) {
+        self.memory_bytes_max = bytes;
     }
     /// A device write or sync failed: from now on every mutation is refused and no batch is given.
+    /// There is no way back but to open the device again.
     pub fn fail(&mut self) {
-        unimplemented!()
+        self.failed = true;
     }
+    /// Whether [`Store::fail`] was called.
     pub fn failed(&self) -> bool {
-        unimplemented!()
+        self.failed
     }
+
+    /// How full the store is, and how big its index.
     pub fn stats(&self) -> StoreStats {
-        unimplemented!()
+        const B: u64 = BLOCK as u64;
+        let pinned: BTreeSet<InodeId> =
+            self.index.pgs.iter().flat_map(|p| p.pinned.keys().copied()).collect();
+        StoreStats {
+            capacity_bytes: u64::from(self.alloc.capacity()) * B,
+            free_bytes: u64::from(self.available()) * B,
+            dirty_bytes: self.index.counters.dirty_blocks * B,
+            clean_bytes: self.index.counters.clean_blocks * B,
+            pinned_inodes: pinned.len() as u64,
+            inline_bytes: self.index.inline.len() as u64 * B,
+            journal_bytes: self.geometry.journal_bytes,
+            journal_used_bytes: u64::from(self.journal.used_pages()) * B,
+            inodes: self.index.inodes.len() as u64,
+            chunks: self.index.chunks.len() as u64,
+            extents: self.index.counters.extents,
+            index_bytes: self.index.counters.encoded,
+            index_bytes_max: self.index_bytes_max(),
+            memory_bytes: self.index.memory_bytes() + self.alloc.memory_bytes() as u64,
+            batches: self.journal.batches,
+            checkpoints: self.checkpoints,
+            waiting_bytes: self.deferred_blocks * B,
+        }
+    }
+    pub(crate) fn index_bytes_max(&self) -> u64 {
+        crate::capture::capacity(self.geometry.checkpoint_bytes, self.index.pgs.len())
+    }
+    /// Free blocks nobody has a claim on: every live inline block must find a slot when the journal
+    /// comes round, or a full device could never checkpoint.
+    pub(crate) fn available(&self) -> u32 {
+        self.alloc
+            .free_blocks()
+            .saturating_sub(self.index.inline.len() as u32)
+            .saturating_sub(self.reserved_inline)
     }
 
-    // --- writes and fills -----------------------------------------------------------------------
-    /// Plans a write. Checks floor, freeze, window, overlap and space against everything appended so
-    /// far (durable or not); edges come from durable state, which the overlap rule makes the same.
-    /// The blocks stay locked for overlapping writes until the ticket is durable or the plan aborted.
-    pub fn begin_write(&mut self, op: &WriteOp) -> Result<WritePlan, WriteError> {
-        unimplemented!()
-    }
-    /// Appends the record. `crcs`: one CRC-32C per whole block of the buffer; `inline`: the buffer if the
-    /// plan is inline, else empty. All device writes of the plan have completed. On an error the plan
-    /// is aborted.
-    pub fn commit_write(
-        &mut self,
-        id: WriteId,
-        crcs: &[u32],
-        inline: &[u8],
-    ) -> Result<Ticket, WriteError> {
-        unimplemented!()
-    }
-    /// Gives a plan up; none of its device I/O may be in flight.
-    pub fn abort_write(&mut self, id: WriteId) {
-        unimplemented!()
-    }
-    /// Plans a clean fill (not inline). `NoSpace`: serve without caching, and evict.
-    pub fn begin_fill(&mut self, op: &FillOp) -> Result<FillPlan, WriteError> {
-        unimplemented!()
-    }
-    /// Appends the fill; nobody needs to wait for the ticket. Blocks that became dirty or clean
-    /// meanwhile keep what they have.
-    pub fn commit_fill(&mut self, id: FillId, crcs: &[u32]) -> Result<Ticket, WriteError> {
-        unimplemented!()
-    }
-    pub fn abort_fill(&mut self, id: FillId) {
-        unimplemented!()
-    }
-    /// Whether (session, sequence) has been applied (durable), or is below `answered_below`.
-    pub fn applied(&self, session: SessionId, sequence: Sequence) -> bool {
-        unimplemented!()
-    }
-    /// The session raised its mark without writing: forget applied sequences below. Lazy.
-    pub fn trim_session(
-        &mut self,
-        session: SessionId,
-        below: Sequence,
-    ) -> Result<Ticket, ControlError> {
-        unimplemented!()
-    }
-    /// The session ended (its inodes are fenced): forget its window. Lazy.
-    pub fn drop_session(&mut self, session: SessionId) -> Result<Ticket, ControlError> {
-        unimplemented!()
+    // --- the journal ----------------------------------------------------------------------------
+
+    /// Whether records wait for a batch, and whether somebody waits for one of them (false: only lazy
+    /// records such as fills, which may wait for company).
+    pub fn pending(&self) -> Pending {
+        let (records, urgent) = self.journal.waiting_counts();
+        Pending { records, urgent: urgent > 0 }
     }
 
-    // --- reads ----------------------------------------------------------------------------------
-    /// Plans a read of blocks of a chunk; sees durable mutations only.
-    pub fn plan_read(
-        &mut self,
-        inode: InodeId,
-        chunk: ChunkIndex,
-        blocks: Range<u32>,
-        base: BaseView,
-    ) -> ReadPlan {
-        unimplemented!()
+    /// Whether a batch is in flight.
+    pub fn batch_in_flight(&self) -> bool {
+        self.journal.in_flight.is_some()
     }
-    /// Plans a read of a sealed generation: its pins over the clean base. `None`: generation `g` is
-    /// not sealed here (answer `NotSealed`).
-    pub fn plan_read_pinned(
-        &mut self,
-        inode: InodeId,
-        generation: Generation,
-        chunk: ChunkIndex,
-        blocks: Range<u32>,
-        base: BaseView,
-    ) -> Option<ReadPlan> {
-        unimplemented!()
+
+    /// Closes the open batch. `None`: nothing waits, a batch is in flight, or the journal or the
+    /// checkpoint must be driven first.
+    pub fn take_batch(&mut self) -> Option<JournalBatch> {
+        let backlog = self.index.capture.as_ref().map_or(0, |c| c.out.len());
+        if self.failed || backlog > CAPTURE_BACKLOG_BYTES {
+            return None;
+        }
+        let (offset, bytes, sync_data_first, sequence) = self.journal.take()?;
+        Some(JournalBatch { id: BatchId(sequence), offset, bytes, sync_data_first })
+    }
+
+    /// The batch is durable: its mutations take effect now. Returns their tickets in order: send the
+    /// acks in this order (a torn batch loses all of its records or none, and never an earlier batch).
+    pub fn batch_durable(&mut self, id: BatchId) -> Result<Vec<Ticket>, CompletionError> {
+        if self.journal.in_flight.as_ref().is_none_or(|b| b.sequence != id.0) {
+            return Err(CompletionError::Batch(id));
+        }
+        let Some(batch) = self.journal.complete() else { return Err(CompletionError::Batch(id)) };
+        let mut tickets = Vec::with_capacity(batch.entries.len());
+        for (ticket, record) in batch.entries {
+            self.index.apply(&record, batch.sequence);
+            self.after_apply(ticket, &record);
+            assert!(ticket > self.durable, "tickets become durable in order");
+            self.durable = ticket;
+            tickets.push(ticket);
+        }
+        self.collect();
+        Ok(tickets)
+    }
+
+    fn after_apply(&mut self, ticket: Ticket, record: &Record) {
+        match record {
+            Record::Write(_) => {
+                if let Some(id) = self.committed.remove(&ticket) {
+                    self.finish_write(id);
+                }
+            }
+            Record::Release { pg, epoch } => {
+                let slot = &mut self.frozen[usize::from(pg.0)];
+                if *slot == Some(*epoch) {
+                    *slot = None;
+                }
+            }
+            Record::EvictChunk { .. } => {
+                self.evicting.remove(&ticket);
+            }
+            _ => {}
+        }
+        if let Some(inode) = head_inode(record)
+            && let Some(head) = self.heads.get_mut(&inode)
+        {
+            head.pending -= 1;
+            if head.pending == 0 {
+                self.heads.remove(&inode);
+            }
+        }
+    }
+
+    /// Ends a write: its locks go, its plan is forgotten.
+    pub(crate) fn finish_write(&mut self, id: WriteId) -> Option<InFlightWrite> {
+        let w = self.writes.remove(&id)?;
+        let key = (w.op.inode, w.op.chunk);
+        if let Some(list) = self.locks.get_mut(&key) {
+            list.retain(|(_, other)| *other != id);
+            if list.is_empty() {
+                self.locks.remove(&key);
+            }
+        }
+        self.sequences.remove(&(w.op.session, w.op.sequence));
+        self.reserved_index -= w.index_bytes;
+        if !w.committed {
+            self.reserved_pages -= w.journal_pages;
+        }
+        if w.inline {
+            self.reserved_inline -= w.blocks.len() as u32;
+        }
+        Some(w)
+    }
+
+    // --- space comes back -------------------------------------------------------------------------
+
+    /// Hands what the last batch released to the allocator, or to the readers' queue (I11).
+    pub(crate) fn collect(&mut self) {
+        for run in std::mem::take(&mut self.index.released) {
+            self.deferred_blocks += u64::from(run.blocks);
+            self.deferred.push_back((self.next_id, Deferred::Blocks(run)));
+        }
+        self.drain_deferred();
+    }
+    pub(crate) fn drain_deferred(&mut self) {
+        let oldest = self.guards.first().copied().unwrap_or(u64::MAX);
+        while self.deferred.front().is_some_and(|(tag, _)| *tag <= oldest) {
+            match self.deferred.pop_front() {
+                Some((_, Deferred::Blocks(run))) => {
+                    self.deferred_blocks -= u64::from(run.blocks);
+                    self.alloc.release(run);
+                }
+                Some((_, Deferred::JournalTo(at))) => self.journal.release_to(at),
+                None => break,
+            }
+        }
+    }
+    pub(crate) fn guard(&mut self) -> ReadGuard {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.guards.insert(id);
+        ReadGuard(id)
     }
     /// Ends a read: its device I/O is done.
     pub fn release(&mut self, guard: ReadGuard) {
-        unimplemented!()
+        assert!(self.guards.remove(&guard.0), "a guard is released once, to its own store");
+        self.drain_deferred();
     }
 
-    // --- control --------------------------------------------------------------------------------
-    // `Ok(None)`: durable already, nothing to wait for.
-    /// Seals generation `g`: floor g+1, pins of Dirty(<= g). When durable, [`Store::sealed`] answers.
-    pub fn seal(&mut self, inode: InodeId, g: Generation) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// What the (durable) seal of `g` found; `None` if `g` is not sealed here.
-    pub fn sealed(&self, inode: InodeId, g: Generation) -> Option<Sealed> {
-        unimplemented!()
-    }
-    /// The flush of `g` committed.
-    pub fn flush_done(&mut self, done: &FlushDone) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// The flush of `g` was given up: pins of <= g go.
-    pub fn flush_aborted(
+    // --- appending ----------------------------------------------------------------------------------
+
+    /// Appends a control record; `head` changes what later refusals go by.
+    pub(crate) fn control(
         &mut self,
-        inode: InodeId,
-        g: Generation,
-    ) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// Installs a newer view: its cuts (each raises the floor past its generation), then clean data
-    /// of older contents and past `valid_bytes` goes. `Ok(None)` if the view is not newer and durable.
-    pub fn apply_view(&mut self, view: &ViewUpdate) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// Raises the floor of an inode (fences).
-    pub fn set_floor(
-        &mut self,
-        inode: InodeId,
-        floor: Generation,
-    ) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// The inode is gone: everything of it goes; writes in flight are refused at commit.
-    pub fn drop_inode(&mut self, inode: InodeId) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// Floor of an inode, of everything appended (durable or not).
-    pub fn floor(&self, inode: InodeId) -> Generation {
-        unimplemented!()
-    }
-    /// Version of the newest view appended (durable or not), and whether it is durable.
-    pub fn view_version(&self, inode: InodeId) -> (ViewVersion, bool) {
-        unimplemented!()
-    }
-
-    // --- placement groups -------------------------------------------------------------------------
-    /// Freezes a group: writes of it are refused from now on (also those begun).
-    pub fn freeze(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// Lifts a freeze of this epoch; another epoch's freeze stays.
-    pub fn thaw(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// The group is others' as of `epoch`: refused while it has dirty data, pins or writes in flight;
-    /// else its clean data and its freeze go.
-    pub fn release_pg(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
-    /// Epoch of the freeze, if the group is frozen (durable or not).
-    pub fn frozen(&self, pg: PgId) -> Option<PgEpoch> {
-        unimplemented!()
-    }
-    pub fn pg_status(&self, pg: PgId) -> PgHolding {
-        unimplemented!()
+        record: Record,
+        urgent: bool,
+        head: impl FnOnce(&mut Head),
+    ) -> Result<Ticket, ControlError> {
+        if self.failed {
+            return Err(ControlError::Failed);
+        }
+        if !self.journal.has_room(Share::Control, 0) {
+            return Err(ControlError::Wait(WaitFor::Journal));
+        }
+        if self.journal.backlogged() {
+            return Err(ControlError::Wait(WaitFor::Backlog));
+        }
+        let inode = head_inode(&record);
+        let ticket = self.journal.append(record, Vec::new(), urgent, false);
+        if let Some(inode) = inode {
+            let (floor, view) = self
+                .index
+                .inodes
+                .get(&inode)
+                .map_or((Generation(0), ViewVersion(0)), |i| (i.floor, i.view));
+            let entry =
+                self.heads.entry(inode).or_insert(Head { floor, view, pending: 0, last: ticket });
+            entry.pending += 1;
+            entry.last = ticket;
+            head(entry);
+        }
+        Ok(ticket)
     }
 
-    // --- space ------------------------------------------------------------------------------------
-    /// Appends evictions of the oldest clean chunks, about `bytes` of them. The space is free once the
-    /// ticket is durable and readers are gone. `None`: nothing clean is left.
-    pub fn evict(&mut self, bytes: u64) -> Result<Option<(u64, Ticket)>, ControlError> {
-        unimplemented!()
+    pub(crate) fn data_room(&self, data_pages: u32) -> Result<(), WriteError> {
+        if self.failed {
+            return Err(WriteError::Failed);
+        }
+        if !self.journal.has_room(Share::Data, self.reserved_pages + data_pages) {
+            return Err(WriteError::Wait(WaitFor::Journal));
+        }
+        if self.journal.backlogged() {
+            return Err(WriteError::Wait(WaitFor::Backlog));
+        }
+        Ok(())
     }
-    /// Drops clean data of inodes, or (empty) of all.
-    pub fn evict_clean(&mut self, inodes: &[InodeId]) -> Result<Option<Ticket>, ControlError> {
-        unimplemented!()
-    }
+}
 
-    // --- the journal --------------------------------------------------------------------------------
-    /// Whether records wait for a batch, and whether somebody waits for one of them (false: only lazy
-    /// records such as fills and evictions, which may wait for company).
-    pub fn pending(&self) -> Pending {
-        unimplemented!()
-    }
-    /// Closes the open batch. `None`: nothing waits, a batch is in flight, or the journal is full.
-    pub fn take_batch(&mut self) -> Option<JournalBatch> {
-        unimplemented!()
-    }
-    /// The batch is durable: its mutations take effect now. Returns their tickets in order: send the
-    /// acks in this order.
-    pub fn batch_durable(&mut self, id: BatchId) -> Result<Vec<Ticket>, CompletionError> {
-        unimplemented!()
-    }
-
-    // --- checkpoint -----------------------------------------------------------------------------------
-    /// Whether a checkpoint should be started (the journal is half full).
-    pub fn checkpoint_due(&self) -> bool {
-        unimplemented!()
-    }
-    /// Starts one, unless one runs.
-    pub fn begin_checkpoint(&mut self) {
-        unimplemented!()
-    }
-    /// The next step. Call again after each `checkpoint_done` and, on `Wait`, after `batch_durable` or
-    /// `release`.
-    pub fn checkpoint_step(&mut self) -> CheckpointStep {
-        unimplemented!()
-    }
-    /// The step's I/O completed.
-    pub fn checkpoint_done(&mut self, token: CheckpointToken) -> Result<(), CompletionError> {
-        unimplemented!()
+/// The inode whose head a record holds until it is durable.
+fn head_inode(record: &Record) -> Option<InodeId> {
+    match record {
+        Record::Seal { inode, .. }
+        | Record::FlushAborted { inode, .. }
+        | Record::View { inode, .. }
+        | Record::Floor { inode, .. }
+        | Record::DropInode { inode } => Some(*inode),
+        Record::FlushDone(d) => Some(d.inode),
+        _ => None,
     }
 }

@@ -346,3 +346,12 @@ pub struct Pending {
     /// Somebody waits for one of them.
     pub urgent: bool,
 }
+
+/// The blocks that bytes `[offset, offset + len)` of a chunk touch; `None` if empty or past its end.
+pub(crate) fn block_range(offset: u32, len: u32) -> Option<Range<u32>> {
+    let end = offset.checked_add(len)?;
+    if len == 0 || end > ebb_dataplane_protocol::CHUNK_BYTES {
+        return None;
+    }
+    Some(offset / BLOCK as u32..end.div_ceil(BLOCK as u32))
+}

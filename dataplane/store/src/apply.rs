@@ -1,0 +1,364 @@
+//! What each record does to the index. The only code that changes it, at run time (once a batch is
+//! durable) and at recovery alike, so that both end in the same state.
+
+use crate::extent::{Extent, ExtentList, Origin, Run};
+use crate::index::{Chunk, Index, Pin};
+use crate::record::{FillRecord, Move, Record, WriteRecord};
+use crate::types::{BLOCK, SEALS_MAX, WINDOW_MAX};
+use ebb_dataplane_protocol::control::FlushDone;
+use ebb_dataplane_protocol::{
+    ChunkIndex, ContentId, Cut, Generation, InodeId, MapVersion, PgEpoch, PgId, SessionId,
+    ViewVersion,
+};
+
+impl Index {
+    /// Applies one record of journal batch `sequence`.
+    pub(crate) fn apply(&mut self, record: &Record, sequence: u64) {
+        match record {
+            Record::Write(w) => self.apply_write(w, sequence),
+            Record::Fill(f) => self.apply_fill(f),
+            Record::Seal { inode, generation } => self.apply_seal(*inode, *generation),
+            Record::FlushDone(d) => self.apply_flush_done(d),
+            Record::FlushAborted { inode, generation } => self.unpin(*inode, *generation),
+            Record::View { inode, version, content, valid_bytes, cuts } => {
+                self.apply_view(*inode, *version, *content, *valid_bytes, cuts);
+            }
+            Record::Floor { inode, floor } => self.raise_floor(*inode, *floor),
+            Record::DropInode { inode } => self.apply_drop(*inode),
+            Record::EvictChunk { inode, chunk } => self.drop_clean((*inode, *chunk)),
+            Record::EvictInode { inode } => {
+                self.chunk_keys(*inode).into_iter().for_each(|k| self.drop_clean(k));
+            }
+            Record::EvictAll => self.drop_clean_where(|_| true),
+            Record::Freeze { pg, epoch } => self.set_frozen(*pg, Some(*epoch)),
+            Record::Thaw { pg, epoch } => {
+                if self.frozen(*pg) == Some(*epoch) {
+                    self.set_frozen(*pg, None);
+                }
+            }
+            Record::Release { pg, .. } => {
+                let pg = *pg;
+                let count = self.pgs.len() as u16;
+                self.drop_clean_where(|k| PgId::of_chunk(k.0, k.1, count) == pg);
+                self.set_frozen(pg, None);
+            }
+            Record::Relocate { inode, chunk, moves } => self.apply_relocate(*inode, *chunk, moves),
+            Record::SessionTrim { session, below } => {
+                if self.sessions.contains_key(session) {
+                    self.session_mut(*session, |w| {
+                        w.below = w.below.max(*below);
+                        let below = w.below.0;
+                        w.applied.retain(|s| *s >= below);
+                        w.used = sequence;
+                    });
+                }
+            }
+            Record::SessionDrop { session } => self.remove_session(*session),
+            Record::Node { node } => self.node = *node,
+            Record::ForgetBare { horizon } => self.forget_bare(*horizon),
+        }
+    }
+
+    fn apply_write(&mut self, w: &WriteRecord, sequence: u64) {
+        let Some(range) = crate::types::block_range(w.offset, w.len) else {
+            unreachable!("checked when the record was made or decoded")
+        };
+        let key = (w.inode, w.chunk);
+        if w.inline {
+            for run in &w.runs {
+                for b in run.start..run.end() {
+                    self.inline.insert(b, key);
+                }
+            }
+        }
+        let origin = Origin::Dirty(w.generation);
+        let extents = Self::extents_of(range.start, &w.runs, &w.crcs, origin, BLOCK as u16);
+        self.mutate(key, |chunk, dropped| {
+            chunk.extents.carve(range, dropped);
+            extents.into_iter().for_each(|e| chunk.extents.insert(e));
+            chunk.extents.coalesce();
+        });
+        let end = w.chunk.start() + u64::from(w.offset) + u64::from(w.len);
+        self.with_extra(w.inode, |x| {
+            match x.marks.binary_search_by_key(&w.generation, |m| m.0) {
+                Ok(i) => x.marks[i].1 = x.marks[i].1.max(end),
+                Err(i) => x.marks.insert(i, (w.generation, end)),
+            }
+            // Bounded: the oldest join; a mark under a higher generation is only ever too careful.
+            while x.marks.len() > 16 {
+                let (_, low) = x.marks.remove(0);
+                x.marks[0].1 = x.marks[0].1.max(low);
+            }
+        });
+        self.applied_sequence(w.session, w.sequence.0, w.answered_below.0, sequence);
+    }
+
+    fn applied_sequence(&mut self, session: SessionId, s: u64, below: u64, journal: u64) {
+        self.session_mut(session, |w| {
+            if let Err(i) = w.applied.binary_search(&s) {
+                w.applied.insert(i, s);
+            }
+            w.below.0 = w.below.0.max(below);
+            let below = w.below.0;
+            w.applied.retain(|s| *s >= below);
+            w.used = journal;
+            debug_assert!(w.applied.len() <= WINDOW_MAX + 1);
+        });
+    }
+
+    /// Fills gaps and older clean data; never touches dirty data or newer content.
+    fn apply_fill(&mut self, f: &FillRecord) {
+        let stale = self.inodes.get(&f.inode).is_some_and(|i| i.content > f.content);
+        let origin = Origin::Clean(f.content);
+        let extents = Self::extents_of(f.first_block, &f.runs, &f.crcs, origin, f.tail);
+        self.mutate((f.inode, f.chunk), |chunk, dropped| {
+            // What the fill holds and does not place is dropped like anything else.
+            dropped.extend(f.runs.iter().copied());
+            if stale {
+                return;
+            }
+            let mut fill = ExtentList(extents);
+            let keep: Vec<_> = chunk
+                .extents
+                .0
+                .iter()
+                .filter(|e| match e.origin {
+                    Origin::Dirty(_) => true,
+                    Origin::Clean(c) => c >= f.content,
+                })
+                .map(|e| e.first()..e.end())
+                .collect();
+            let mut shadowed = Vec::new();
+            keep.into_iter().for_each(|r| fill.carve(r, &mut shadowed));
+            for e in fill.0 {
+                chunk.extents.carve(e.first()..e.end(), dropped);
+                chunk.extents.insert(e);
+            }
+            chunk.extents.coalesce();
+            crate::extent::normalise(dropped);
+            *dropped = crate::extent::subtract(dropped, &chunk.runs());
+        });
+    }
+
+    pub(crate) fn raise_floor(&mut self, inode: InodeId, floor: Generation) {
+        let i = self.inode_mut(inode);
+        i.floor = i.floor.max(floor);
+    }
+
+    fn apply_seal(&mut self, inode: InodeId, g: Generation) {
+        self.raise_floor(inode, g.next());
+        if self.inodes.get(&inode).is_some_and(|i| i.seals().iter().any(|s| s.0 == g)) {
+            return;
+        }
+        for key in self.chunk_keys(inode) {
+            let pinned: Vec<Extent> = self.chunks[&key]
+                .extents
+                .0
+                .iter()
+                .filter(|e| e.origin.dirty_up_to(g))
+                .cloned()
+                .collect();
+            if !pinned.is_empty() {
+                self.mutate(key, |chunk, _| {
+                    chunk.pins.push(Pin { generation: g, extents: ExtentList(pinned) });
+                });
+            }
+        }
+        self.with_extra(inode, |x| {
+            let high = x.marks.iter().filter(|m| m.0 <= g).map(|m| m.1).max().unwrap_or(0);
+            let at = x.seals.partition_point(|s| s.0 < g);
+            x.seals.insert(at, (g, high));
+            debug_assert!(x.seals.len() <= SEALS_MAX + 1);
+        });
+    }
+
+    /// Pins and seals of generations up to `g` go.
+    fn unpin(&mut self, inode: InodeId, g: Generation) {
+        if self.inodes.get(&inode).is_none_or(|i| !i.seals().iter().any(|s| s.0 <= g)) {
+            return;
+        }
+        for key in self.chunk_keys(inode) {
+            if self.chunks[&key].pins.iter().any(|p| p.generation <= g) {
+                self.mutate(key, |chunk, dropped| unpin_chunk(chunk, g, dropped));
+            }
+        }
+        self.with_extra(inode, |x| x.seals.retain(|s| s.0 > g));
+    }
+
+    fn apply_flush_done(&mut self, d: &FlushDone) {
+        let Some(inode) = self.inodes.get(&d.inode) else { return };
+        // Only what was sealed here is in the object: a tag at or above the floor never was.
+        let flushed = |e: Generation, floor: Generation| e <= d.generation && e < floor;
+        let floor = inode.floor;
+        for key in self.chunk_keys(d.inode) {
+            let start = key.1.start();
+            self.mutate(key, |chunk, dropped| {
+                unpin_chunk(chunk, d.generation, dropped);
+                // Clean bytes of the old object count up to old_valid_bytes, which may be inside a block.
+                let old = |e: &Extent| e.origin == Origin::Clean(d.old_content);
+                if d.old_content != d.content {
+                    chunk.extents.cut(d.old_valid_bytes.saturating_sub(start), dropped, old);
+                }
+                chunk.extents.retain(dropped, |e| match e.origin {
+                    Origin::Dirty(g) => {
+                        if flushed(g, floor) {
+                            e.origin = Origin::Clean(d.content);
+                        }
+                        true
+                    }
+                    Origin::Clean(c) if c == d.old_content => {
+                        e.origin = Origin::Clean(d.content);
+                        true
+                    }
+                    Origin::Clean(c) => c >= d.content,
+                });
+                let new = |e: &Extent| e.origin == Origin::Clean(d.content);
+                chunk.extents.cut(d.valid_bytes.saturating_sub(start), dropped, new);
+                chunk.extents.coalesce();
+            });
+        }
+        let inode = self.inode_mut(d.inode);
+        inode.content = inode.content.max(d.content);
+        self.with_extra(d.inode, |x| {
+            x.seals.retain(|s| s.0 > d.generation);
+            x.marks.retain(|m| !flushed(m.0, floor));
+        });
+    }
+
+    fn apply_view(
+        &mut self,
+        id: InodeId,
+        version: ViewVersion,
+        content: ContentId,
+        valid_bytes: u64,
+        cuts: &[Cut],
+    ) {
+        let inode = self.inode_mut(id);
+        if version <= inode.view {
+            return;
+        }
+        inode.view = version;
+        inode.content = inode.content.max(content);
+        for cut in cuts {
+            inode.floor = inode.floor.max(cut.generation.next());
+        }
+        self.with_extra(id, |x| {
+            for m in &mut x.marks {
+                for cut in cuts.iter().filter(|c| m.0 <= c.generation) {
+                    m.1 = m.1.min(cut.at);
+                }
+            }
+        });
+        for key in self.chunk_keys(id) {
+            let start = key.1.start();
+            self.mutate(key, |chunk, dropped| {
+                for cut in cuts {
+                    chunk.extents.cut(cut.at.saturating_sub(start), dropped, |e| {
+                        e.origin.dirty_up_to(cut.generation)
+                    });
+                }
+                chunk.extents.retain(dropped, |e| match e.origin {
+                    Origin::Dirty(_) => true,
+                    Origin::Clean(c) => c >= content,
+                });
+                chunk.extents.cut(valid_bytes.saturating_sub(start), dropped, |e| {
+                    e.origin == Origin::Clean(content)
+                });
+            });
+        }
+    }
+
+    fn apply_drop(&mut self, inode: InodeId) {
+        for key in self.chunk_keys(inode) {
+            self.mutate(key, |chunk, dropped| {
+                chunk.extents.retain(dropped, |_| false);
+                unpin_chunk(chunk, Generation(u64::MAX), dropped);
+            });
+        }
+        self.remove_inode(inode);
+    }
+
+    fn drop_clean(&mut self, key: (InodeId, ChunkIndex)) {
+        if self.chunks.get(&key).is_some_and(|c| c.extents.0.iter().any(|e| !e.origin.is_dirty())) {
+            self.mutate(key, |chunk, dropped| {
+                chunk.extents.retain(dropped, |e| e.origin.is_dirty());
+            });
+        }
+    }
+    fn drop_clean_where(&mut self, which: impl Fn(&(InodeId, ChunkIndex)) -> bool) {
+        let keys: Vec<_> = self.chunks.keys().filter(|k| which(k)).copied().collect();
+        keys.into_iter().for_each(|k| self.drop_clean(k));
+    }
+
+    pub(crate) fn frozen(&self, pg: PgId) -> Option<PgEpoch> {
+        self.pgs.get(usize::from(pg.0)).and_then(|p| p.frozen)
+    }
+    fn set_frozen(&mut self, pg: PgId, epoch: Option<PgEpoch>) {
+        if let Some(pg) = self.pgs.get_mut(usize::from(pg.0)) {
+            pg.frozen = epoch;
+        }
+    }
+
+    /// Moves blocks that are still where they were; a target nobody needs any more is released.
+    fn apply_relocate(&mut self, inode: InodeId, chunk: ChunkIndex, moves: &[Move]) {
+        let key = (inode, chunk);
+        let targets = moves.iter().map(|m| Run { start: m.to, blocks: m.blocks });
+        if !self.chunks.contains_key(&key) {
+            targets.for_each(|r| self.released.push(r));
+            return;
+        }
+        self.mutate(key, |chunk, dropped| {
+            dropped.extend(targets);
+            relocate_list(&mut chunk.extents, moves, dropped);
+            for pin in &mut chunk.pins {
+                relocate_list(&mut pin.extents, moves, dropped);
+            }
+            crate::extent::normalise(dropped);
+            *dropped = crate::extent::subtract(dropped, &chunk.runs());
+        });
+    }
+
+    fn forget_bare(&mut self, horizon: MapVersion) {
+        let bare: Vec<_> = self
+            .inodes
+            .iter()
+            .filter(|(_, i)| i.chunks == 0 && i.extra.is_none())
+            .map(|(k, _)| *k)
+            .collect();
+        bare.into_iter().for_each(|k| self.remove_inode(k));
+        self.horizon = self.horizon.max(horizon);
+    }
+}
+
+fn unpin_chunk(chunk: &mut Chunk, g: Generation, dropped: &mut Vec<Run>) {
+    chunk.pins.retain(|p| {
+        if p.generation <= g {
+            dropped.extend(p.extents.0.iter().map(Extent::run));
+        }
+        p.generation > g
+    });
+}
+
+fn relocate_list(list: &mut ExtentList, moves: &[Move], dropped: &mut Vec<Run>) {
+    for m in moves {
+        let from = m.from..m.from + m.blocks;
+        // Make the move's ends boundaries of every extent that crosses them.
+        let mut cuts = Vec::new();
+        for e in &list.0 {
+            let here = e.location..e.run().end();
+            for at in [from.start, from.end] {
+                if at > here.start && at < here.end {
+                    cuts.push(e.first() + (at - here.start));
+                }
+            }
+        }
+        cuts.into_iter().for_each(|c| list.split_at(c));
+        for e in &mut list.0 {
+            if from.contains(&e.location) {
+                dropped.push(e.run());
+                e.location = m.to + (e.location - m.from);
+            }
+        }
+    }
+    list.coalesce();
+}

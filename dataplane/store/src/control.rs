@@ -1,0 +1,316 @@
+//! Control: seals, flush results, views, fences, drops, placement groups (PROTOCOL §2, §3, §5).
+//!
+//! Each call appends at most one record. Repeats are recognised, so that a leader may send everything
+//! twice: `Ok(None)` means durable already.
+
+use crate::error::{ControlError, WaitFor};
+use crate::extent::Extent;
+use crate::record::Record;
+use crate::store::Store;
+use crate::types::*;
+use ebb_dataplane_protocol::control::{BATCH_MAX, FlushDone, PgHolding};
+use ebb_dataplane_protocol::grant::CUTS_MAX;
+use ebb_dataplane_protocol::*;
+
+impl Store {
+    /// Persists the node id the metadata plane gave.
+    pub fn set_node(&mut self, node: NodeId) -> Result<Option<Ticket>, ControlError> {
+        if self.index.node == node {
+            return Ok(None);
+        }
+        self.control(Record::Node { node }, true, |_| {}).map(Some)
+    }
+
+    /// Floor of an inode, of everything appended (durable or not).
+    pub fn floor(&self, inode: InodeId) -> Generation {
+        let durable = self.index.inodes.get(&inode).map_or(Generation(0), |i| i.floor);
+        self.heads.get(&inode).map_or(durable, |h| h.floor)
+    }
+    /// Version of the newest view appended (durable or not), and whether it is durable.
+    pub fn view_version(&self, inode: InodeId) -> (ViewVersion, bool) {
+        let durable = self.index.inodes.get(&inode).map_or(ViewVersion(0), |i| i.view);
+        match self.heads.get(&inode) {
+            Some(h) => (h.view, h.view <= durable),
+            None => (durable, true),
+        }
+    }
+
+    /// Seals generation `g`: floor g+1, pins of Dirty(<= g). When durable, [`Store::sealed`] answers.
+    pub fn seal(&mut self, inode: InodeId, g: Generation) -> Result<Option<Ticket>, ControlError> {
+        let seals = self.index.inodes.get(&inode).map_or(&[][..], |i| i.seals());
+        let known = seals.iter().any(|s| s.0 == g);
+        let pending = self.heads.get(&inode).map(|h| (h.pending, h.last));
+        match (known, pending) {
+            (true, None) => return Ok(None),
+            (false, _) if seals.len() + pending.map_or(0, |p| p.0 as usize) >= SEALS_MAX => {
+                return if pending.is_some() {
+                    Err(ControlError::Wait(WaitFor::Control))
+                } else {
+                    Err(ControlError::TooManySeals { inode })
+                };
+            }
+            _ => {}
+        }
+        self.control(Record::Seal { inode, generation: g }, true, |h| {
+            h.floor = h.floor.max(g.next());
+        })
+        .map(Some)
+    }
+
+    /// What the (durable) seal of `g` found; `None` if `g` is not sealed here.
+    pub fn sealed(&self, inode: InodeId, g: Generation) -> Option<Sealed> {
+        let known = self.index.inodes.get(&inode)?;
+        let high_water = known.seals().iter().find(|s| s.0 == g)?.1;
+        let mut extents: Vec<ByteRange> = Vec::new();
+        let range = (inode, ChunkIndex(0))..=(inode, ChunkIndex(u32::MAX));
+        for ((_, chunk), c) in self.index.chunks.range(range) {
+            for e in c.pin(g).map_or(&[][..], |l| &l.0) {
+                let r = byte_range(*chunk, e);
+                match extents.last_mut() {
+                    Some(last) if last.end == r.start => last.end = r.end,
+                    _ => extents.push(r),
+                }
+            }
+        }
+        Some(Sealed { extents, high_water })
+    }
+
+    /// The flush of `g` committed: Dirty(<= g) becomes clean under the new content, clean data of the
+    /// old content too (below `old_valid_bytes`), other clean data goes, and so do the pins of <= g.
+    pub fn flush_done(&mut self, done: &FlushDone) -> Result<Option<Ticket>, ControlError> {
+        let inode = done.inode;
+        if !self.index.inodes.contains_key(&inode) && !self.heads.contains_key(&inode) {
+            return Ok(None);
+        }
+        if self.floor(inode) <= done.generation && self.has_dirty_up_to(inode, done.generation) {
+            return Err(ControlError::NotSealed { inode, generation: done.generation });
+        }
+        self.control(Record::FlushDone(*done), true, |_| {}).map(Some)
+    }
+
+    fn has_dirty_up_to(&self, inode: InodeId, g: Generation) -> bool {
+        let range = (inode, ChunkIndex(0))..=(inode, ChunkIndex(u32::MAX));
+        self.index
+            .chunks
+            .range(range)
+            .any(|(_, c)| c.extents.0.iter().any(|e| e.origin.dirty_up_to(g)))
+            || self.writes.values().any(|w| w.op.inode == inode && w.op.generation <= g)
+    }
+
+    /// The flush of `g` was given up: pins of <= g go; the data stays dirty, the floor stays.
+    pub fn flush_aborted(
+        &mut self,
+        inode: InodeId,
+        g: Generation,
+    ) -> Result<Option<Ticket>, ControlError> {
+        let sealed =
+            self.index.inodes.get(&inode).is_some_and(|i| i.seals().iter().any(|s| s.0 <= g));
+        if !sealed && !self.heads.contains_key(&inode) {
+            return Ok(None);
+        }
+        self.control(Record::FlushAborted { inode, generation: g }, true, |_| {}).map(Some)
+    }
+
+    /// Installs a newer view: its cuts (each raises the floor past its generation), then clean data
+    /// of older contents and past `valid_bytes` goes. `Ok(None)`: nothing to wait for (not newer and
+    /// durable, or nothing is known of the inode here and there is nothing to cut).
+    pub fn apply_view(&mut self, view: &ViewUpdate) -> Result<Option<Ticket>, ControlError> {
+        if view.cuts.len() > CUTS_MAX {
+            return Err(ControlError::Malformed("more cuts than a view has"));
+        }
+        let known = self.index.inodes.contains_key(&view.inode);
+        if let Some(head) = self.heads.get(&view.inode) {
+            if view.version <= head.view {
+                return Ok(Some(head.last));
+            }
+        } else if view.version <= self.view_version(view.inode).0
+            || (!known && view.cuts.is_empty() && !self.writes_of(view.inode))
+        {
+            return Ok(None);
+        }
+        let floor = view.cuts.iter().map(|c| c.generation.next()).max().unwrap_or_default();
+        let record = Record::View {
+            inode: view.inode,
+            version: view.version,
+            content: view.base.content,
+            valid_bytes: view.base.valid_bytes,
+            cuts: view.cuts.clone(),
+        };
+        self.control(record, true, |h| {
+            h.view = view.version;
+            h.floor = h.floor.max(floor);
+        })
+        .map(Some)
+    }
+
+    fn writes_of(&self, inode: InodeId) -> bool {
+        self.writes.values().any(|w| w.op.inode == inode)
+    }
+
+    /// Raises the floor of an inode (fences).
+    pub fn set_floor(
+        &mut self,
+        inode: InodeId,
+        floor: Generation,
+    ) -> Result<Option<Ticket>, ControlError> {
+        if self.floor(inode) >= floor {
+            return Ok(self.heads.get(&inode).map(|h| h.last));
+        }
+        self.control(Record::Floor { inode, floor }, true, |h| h.floor = h.floor.max(floor))
+            .map(Some)
+    }
+
+    /// The inode is gone: everything of it goes; writes and fills in flight are refused at commit.
+    pub fn drop_inode(&mut self, inode: InodeId) -> Result<Option<Ticket>, ControlError> {
+        let busy = self.writes_of(inode) || self.fills.values().any(|f| f.op.inode == inode);
+        if !busy && !self.index.inodes.contains_key(&inode) && !self.heads.contains_key(&inode) {
+            return Ok(None);
+        }
+        let ticket = self.control(Record::DropInode { inode }, true, |_| {})?;
+        self.writes.values_mut().filter(|w| w.op.inode == inode).for_each(|w| w.dropped = true);
+        self.fills.values_mut().filter(|f| f.op.inode == inode).for_each(|f| f.dropped = true);
+        Ok(Some(ticket))
+    }
+
+    /// Forgets floors and views of inodes without data, to bound the table: afterwards grants with a
+    /// `least_map_version` below `horizon` must be refused ([`Store::grant_horizon`]).
+    pub fn forget_bare_inodes(
+        &mut self,
+        horizon: MapVersion,
+    ) -> Result<Option<Ticket>, ControlError> {
+        self.control(Record::ForgetBare { horizon }, true, |_| {}).map(Some)
+    }
+    /// Grants whose `least_map_version` is below this must be refused.
+    pub fn grant_horizon(&self) -> MapVersion {
+        self.index.horizon
+    }
+
+    // --- placement groups ---------------------------------------------------------------------------
+
+    fn check_pg(&self, pg: PgId) -> Result<(), ControlError> {
+        if usize::from(pg.0) < self.index.pgs.len() {
+            Ok(())
+        } else {
+            Err(ControlError::Malformed("no such placement group"))
+        }
+    }
+
+    /// Freezes a group: writes of it are refused from now on (also those begun).
+    pub fn freeze(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
+        self.check_pg(pg)?;
+        if self.index.frozen(pg) == Some(epoch) && self.frozen(pg) == Some(epoch) {
+            return Ok(None);
+        }
+        let ticket = self.control(Record::Freeze { pg, epoch }, true, |_| {})?;
+        self.frozen[usize::from(pg.0)] = Some(epoch);
+        Ok(Some(ticket))
+    }
+    /// Lifts a freeze of this epoch; another epoch's freeze stays.
+    pub fn thaw(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
+        self.check_pg(pg)?;
+        if self.frozen(pg) != Some(epoch) {
+            return Ok(None);
+        }
+        let ticket = self.control(Record::Thaw { pg, epoch }, true, |_| {})?;
+        self.frozen[usize::from(pg.0)] = None;
+        Ok(Some(ticket))
+    }
+    /// The group is others' as of `epoch`: refused while it has dirty data, pins or writes in flight;
+    /// else its clean data and its freeze go. Until that is durable it counts as frozen.
+    pub fn release_pg(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
+        self.check_pg(pg)?;
+        let state = &self.index.pgs[usize::from(pg.0)];
+        let busy =
+            self.writes.values().filter(|w| self.index.pg_of((w.op.inode, w.op.chunk)) == pg);
+        let pins = (state.pinned.len() + busy.count()) as u64;
+        let dirty_bytes = state.dirty_blocks * BLOCK as u64;
+        if dirty_bytes > 0 || pins > 0 {
+            return Err(ControlError::StillDirty { pg, dirty_bytes, pins });
+        }
+        let ticket = self.control(Record::Release { pg, epoch }, true, |_| {})?;
+        self.frozen[usize::from(pg.0)] = Some(epoch);
+        let index = &self.index;
+        self.fills
+            .values_mut()
+            .filter(|f| index.pg_of((f.op.inode, f.op.chunk)) == pg)
+            .for_each(|f| f.dropped = true);
+        Ok(Some(ticket))
+    }
+    /// Epoch of the freeze, if the group is frozen (durable or not).
+    pub fn frozen(&self, pg: PgId) -> Option<PgEpoch> {
+        self.frozen.get(usize::from(pg.0)).copied().flatten()
+    }
+    /// What the store holds of a group.
+    pub fn pg_status(&self, pg: PgId) -> PgHolding {
+        let Some(state) = self.index.pgs.get(usize::from(pg.0)) else {
+            return PgHolding::default();
+        };
+        PgHolding {
+            dirty_bytes: state.dirty_blocks * BLOCK as u64,
+            pins: state.pinned.len() as u64,
+            dirty_inodes: state.dirty.keys().take(BATCH_MAX).copied().collect(),
+            frozen: self.frozen(pg).is_some(),
+        }
+    }
+
+    // --- eviction -------------------------------------------------------------------------------------
+
+    /// Appends evictions of the oldest clean chunks, about `bytes` of them. The space is free once the
+    /// ticket is durable and readers are gone. `None`: nothing clean is left (or all of it is on its way).
+    pub fn evict(&mut self, bytes: u64) -> Result<Option<(u64, Ticket)>, ControlError> {
+        const CHUNKS_PER_CALL: usize = 256;
+        let want = bytes.div_ceil(BLOCK as u64);
+        let (mut got, mut last) = (0u64, None);
+        for _ in 0..CHUNKS_PER_CALL {
+            if got >= want {
+                break;
+            }
+            let Some(key) = self.index.fifo.front().copied() else { break };
+            let clean: u64 = self.index.chunks.get(&key).map_or(0, |c| {
+                c.extents
+                    .0
+                    .iter()
+                    .filter(|e| !e.origin.is_dirty())
+                    .map(|e| u64::from(e.blocks()))
+                    .sum()
+            });
+            if clean > 0 {
+                let record = Record::EvictChunk { inode: key.0, chunk: key.1 };
+                match self.control(record, true, |_| {}) {
+                    Ok(ticket) => {
+                        self.evicting.insert(ticket, clean);
+                        last = Some(ticket);
+                    }
+                    Err(e) if last.is_none() => return Err(e),
+                    Err(_) => break,
+                }
+                got += clean;
+            }
+            self.index.fifo.pop_front();
+            if let Some(c) = self.index.chunks.get_mut(&key) {
+                c.queued = false;
+            }
+        }
+        Ok(last.map(|t| (got * BLOCK as u64, t)))
+    }
+
+    /// Drops clean data of inodes, or (empty) of all.
+    pub fn evict_clean(&mut self, inodes: &[InodeId]) -> Result<Option<Ticket>, ControlError> {
+        if inodes.is_empty() {
+            return self.control(Record::EvictAll, true, |_| {}).map(Some);
+        }
+        let mut last = None;
+        for inode in
+            inodes.iter().filter(|i| self.index.inodes.contains_key(i)).copied().collect::<Vec<_>>()
+        {
+            last = Some(self.control(Record::EvictInode { inode }, true, |_| {})?);
+        }
+        Ok(last)
+    }
+}
+
+fn byte_range(chunk: ChunkIndex, e: &Extent) -> ByteRange {
+    let start = chunk.start() + u64::from(e.first()) * BLOCK as u64;
+    let end = chunk.start() + u64::from(e.end() - 1) * BLOCK as u64 + u64::from(e.tail);
+    ByteRange { start, end }
+}

@@ -1,0 +1,431 @@
+//! The index: chunks, inodes, session windows and placement groups, all in RAM; what a checkpoint saves.
+//!
+//! Every change goes through [`Index::mutate`], [`Index::inode_mut`] or [`Index::session_mut`], which keep the
+//! counters, hand freed blocks to `released`, and save the old state for a checkpoint that has not
+//! reached the entry yet (so that a checkpoint is the exact state at one point of the journal).
+
+use crate::capture::Capture;
+use crate::extent::{Extent, ExtentList, Origin, Run, normalise, subtract, total};
+use crate::types::BLOCK;
+use ebb_dataplane_protocol::{
+    ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
+    SessionId, ViewVersion,
+};
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+pub(crate) type ChunkKey = (InodeId, ChunkIndex);
+
+/// Windows kept; past it the one that was idle longest goes (its inodes' generations were fenced).
+pub(crate) const SESSIONS_MAX: usize = 65_536;
+
+/// A sealed generation's extents in one chunk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Pin {
+    pub(crate) generation: Generation,
+    pub(crate) extents: ExtentList,
+}
+
+/// A chunk.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Chunk {
+    pub(crate) extents: ExtentList,
+    pub(crate) pins: Vec<Pin>,
+    /// Last checkpoint that has it.
+    pub(crate) captured: u64,
+    /// In the eviction queue.
+    pub(crate) queued: bool,
+}
+
+impl Chunk {
+    fn is_empty(&self) -> bool {
+        self.extents.0.is_empty() && self.pins.is_empty()
+    }
+    pub(crate) fn all_extents(&self) -> impl Iterator<Item = &Extent> {
+        self.extents.0.iter().chain(self.pins.iter().flat_map(|p| p.extents.0.iter()))
+    }
+    pub(crate) fn runs(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = self.all_extents().map(Extent::run).collect();
+        normalise(&mut runs);
+        runs
+    }
+    pub(crate) fn pin(&self, g: Generation) -> Option<&ExtentList> {
+        self.pins.iter().find(|p| p.generation == g).map(|p| &p.extents)
+    }
+    fn summary(&self) -> Summary {
+        let mut s = Summary::default();
+        for e in &self.extents.0 {
+            if e.origin.is_dirty() {
+                s.dirty += e.blocks();
+            } else {
+                s.clean += e.blocks();
+            }
+        }
+        s.has_dirty = s.dirty > 0;
+        s.pinned = !self.pins.is_empty();
+        if s.pinned {
+            let mut runs: Vec<Run> = self
+                .extents
+                .0
+                .iter()
+                .filter(|e| e.origin.is_dirty())
+                .chain(self.pins.iter().flat_map(|p| p.extents.0.iter()))
+                .map(Extent::run)
+                .collect();
+            normalise(&mut runs);
+            s.dirty = total(&runs);
+        }
+        s.extents = self.all_extents().count() as u32;
+        s.encoded = if self.is_empty() { 0 } else { crate::capture::chunk_len(self) };
+        s
+    }
+}
+
+/// What the counters need of a chunk.
+#[derive(Clone, Copy, Default)]
+struct Summary {
+    /// Blocks that only this node holds.
+    dirty: u32,
+    clean: u32,
+    has_dirty: bool,
+    pinned: bool,
+    extents: u32,
+    encoded: usize,
+}
+
+/// Rare state of an inode.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct InodeExtra {
+    /// Sealed generations and their high-water marks, ascending.
+    pub(crate) seals: Vec<(Generation, u64)>,
+    /// High-water mark per unflushed generation, ascending.
+    pub(crate) marks: Vec<(Generation, u64)>,
+}
+
+/// An inode: what outlives its chunks.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Inode {
+    pub(crate) floor: Generation,
+    pub(crate) view: ViewVersion,
+    pub(crate) content: ContentId,
+    pub(crate) chunks: u32,
+    pub(crate) captured: u64,
+    pub(crate) extra: Option<Box<InodeExtra>>,
+}
+
+impl Inode {
+    pub(crate) fn seals(&self) -> &[(Generation, u64)] {
+        self.extra.as_ref().map_or(&[], |e| &e.seals)
+    }
+    pub(crate) fn marks(&self) -> &[(Generation, u64)] {
+        self.extra.as_ref().map_or(&[], |e| &e.marks)
+    }
+    pub(crate) fn extra_mut(&mut self) -> &mut InodeExtra {
+        self.extra.get_or_insert_default()
+    }
+    pub(crate) fn trim(&mut self) {
+        if self.extra.as_ref().is_some_and(|e| e.seals.is_empty() && e.marks.is_empty()) {
+            self.extra = None;
+        }
+    }
+}
+
+/// Applied sequences of a session.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Window {
+    pub(crate) below: Sequence,
+    /// Ascending, all >= `below`.
+    pub(crate) applied: Vec<u64>,
+    pub(crate) captured: u64,
+    /// Journal sequence of the last use.
+    pub(crate) used: u64,
+}
+
+/// A placement group.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pg {
+    pub(crate) frozen: Option<PgEpoch>,
+    pub(crate) dirty_blocks: u64,
+    /// Chunks with dirty extents, per inode.
+    pub(crate) dirty: BTreeMap<InodeId, u32>,
+    /// Chunks with pins, per inode.
+    pub(crate) pinned: BTreeMap<InodeId, u32>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counters {
+    pub(crate) dirty_blocks: u64,
+    pub(crate) clean_blocks: u64,
+    pub(crate) extents: u64,
+    /// Serialised bytes of all entries.
+    pub(crate) encoded: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Index {
+    /// Device blocks of the journal ring.
+    pub(crate) ring: Range<u32>,
+    pub(crate) node: NodeId,
+    /// Grants older than this map version are refused: floors below were forgotten.
+    pub(crate) horizon: MapVersion,
+    pub(crate) chunks: BTreeMap<ChunkKey, Chunk>,
+    pub(crate) inodes: BTreeMap<InodeId, Inode>,
+    pub(crate) sessions: BTreeMap<SessionId, Window>,
+    pub(crate) pgs: Vec<Pg>,
+    /// Live journal blocks and the chunk that holds each.
+    pub(crate) inline: BTreeMap<u32, ChunkKey>,
+    /// Chunks with clean data, oldest first.
+    pub(crate) fifo: VecDeque<ChunkKey>,
+    pub(crate) counters: Counters,
+    /// Data blocks nobody refers to any more.
+    pub(crate) released: Vec<Run>,
+    pub(crate) capture: Option<Capture>,
+}
+
+impl Index {
+    pub(crate) fn new(ring: Range<u32>, node: NodeId, pg_count: u16) -> Self {
+        Self {
+            ring,
+            node,
+            horizon: MapVersion(0),
+            chunks: BTreeMap::new(),
+            inodes: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            pgs: vec![Pg::default(); usize::from(pg_count)],
+            inline: BTreeMap::new(),
+            fifo: VecDeque::new(),
+            counters: Counters::default(),
+            released: Vec::new(),
+            capture: None,
+        }
+    }
+
+    pub(crate) fn pg_of(&self, key: ChunkKey) -> PgId {
+        PgId::of_chunk(key.0, key.1, self.pgs.len() as u16)
+    }
+    fn captured(&self) -> u64 {
+        self.capture.as_ref().map_or(0, |c| c.number)
+    }
+    pub(crate) fn chunk_keys(&self, inode: InodeId) -> Vec<ChunkKey> {
+        self.chunks
+            .range((inode, ChunkIndex(0))..=(inode, ChunkIndex(u32::MAX)))
+            .map(|(k, _)| *k)
+            .collect()
+    }
+
+    /// The inode's entry, made if need be.
+    pub(crate) fn inode_mut(&mut self, id: InodeId) -> &mut Inode {
+        let number = self.captured();
+        if let Some(inode) = self.inodes.get_mut(&id) {
+            if let Some(capture) = &mut self.capture
+                && inode.captured != number
+            {
+                capture.inode(id, inode);
+                inode.captured = number;
+            }
+        } else {
+            self.counters.encoded += crate::capture::INODE_BYTES as u64;
+        }
+        self.inodes.entry(id).or_insert_with(|| Inode { captured: number, ..Inode::default() })
+    }
+    /// Changes seals and marks of an inode, keeping the size counter.
+    pub(crate) fn with_extra(&mut self, id: InodeId, f: impl FnOnce(&mut InodeExtra)) {
+        let inode = self.inode_mut(id);
+        let before = inode.seals().len() + inode.marks().len();
+        f(inode.extra_mut());
+        let after = inode.seals().len() + inode.marks().len();
+        inode.trim();
+        self.counters.encoded = self.counters.encoded + 16 * after as u64 - 16 * before as u64;
+    }
+    pub(crate) fn remove_inode(&mut self, id: InodeId) {
+        if self.inodes.contains_key(&id) {
+            self.with_extra(id, |e| *e = InodeExtra::default());
+            let inode = self.inodes.remove(&id);
+            assert!(inode.is_some_and(|i| i.chunks == 0), "chunks go before their inode");
+            self.counters.encoded -= crate::capture::INODE_BYTES as u64;
+        }
+    }
+
+    /// The session's window, made if need be, through `f`.
+    pub(crate) fn session_mut(&mut self, id: SessionId, f: impl FnOnce(&mut Window)) {
+        let number = self.captured();
+        if let Some(w) = self.sessions.get_mut(&id) {
+            if let Some(capture) = &mut self.capture
+                && w.captured != number
+            {
+                capture.session(id, w);
+                w.captured = number;
+            }
+        } else {
+            if self.sessions.len() >= SESSIONS_MAX
+                && let Some(idle) =
+                    self.sessions.iter().min_by_key(|(_, w)| w.used).map(|(k, _)| *k)
+            {
+                self.remove_session(idle);
+            }
+            self.counters.encoded += crate::capture::SESSION_BYTES as u64;
+        }
+        let w = self
+            .sessions
+            .entry(id)
+            .or_insert_with(|| Window { captured: number, ..Window::default() });
+        let before = w.applied.len() as u64;
+        f(w);
+        let after = w.applied.len() as u64;
+        self.counters.encoded = self.counters.encoded + 8 * after - 8 * before;
+    }
+    pub(crate) fn remove_session(&mut self, id: SessionId) {
+        if self.sessions.contains_key(&id) {
+            self.session_mut(id, |w| w.applied.clear());
+            self.sessions.remove(&id);
+            self.counters.encoded -= crate::capture::SESSION_BYTES as u64;
+        }
+    }
+
+    /// Changes a chunk (made if need be, removed when empty). `f` pushes the runs it drops; those no list of
+    /// the chunk refers to any more are released.
+    pub(crate) fn mutate(&mut self, key: ChunkKey, f: impl FnOnce(&mut Chunk, &mut Vec<Run>)) {
+        let number = self.captured();
+        let fresh = !self.chunks.contains_key(&key);
+        let chunk = self.chunks.entry(key).or_default();
+        if fresh {
+            chunk.captured = number;
+        } else if let Some(capture) = &mut self.capture
+            && chunk.captured != number
+        {
+            capture.chunk(key, chunk);
+            chunk.captured = number;
+        }
+        let before = chunk.summary();
+        let mut dropped = Vec::new();
+        f(chunk, &mut dropped);
+        debug_assert!(chunk.extents.is_sound() && chunk.pins.iter().all(|p| p.extents.is_sound()));
+        if !dropped.is_empty() && (before.pinned || !chunk.pins.is_empty()) {
+            normalise(&mut dropped);
+            dropped = subtract(&dropped, &chunk.runs());
+        }
+        let after = chunk.summary();
+        if after.clean > 0 && !chunk.queued {
+            chunk.queued = true;
+            self.fifo.push_back(key);
+        }
+        let gone = chunk.is_empty();
+        if gone {
+            self.chunks.remove(&key);
+        }
+        for run in dropped {
+            self.forget(run);
+        }
+        self.count(key, before, after);
+        if fresh != gone {
+            let inode = self.inode_mut(key.0);
+            inode.chunks = if fresh { inode.chunks + 1 } else { inode.chunks - 1 };
+        }
+    }
+
+    /// Counts a chunk that was loaded whole.
+    pub(crate) fn load_chunk(&mut self, key: ChunkKey, mut chunk: Chunk) -> bool {
+        if chunk.is_empty() || self.chunks.contains_key(&key) {
+            return false;
+        }
+        let after = chunk.summary();
+        if after.clean > 0 {
+            chunk.queued = true;
+            self.fifo.push_back(key);
+        }
+        for run in chunk.runs() {
+            for b in run.start..run.end() {
+                if self.ring.contains(&b) {
+                    self.inline.insert(b, key);
+                }
+            }
+        }
+        self.chunks.insert(key, chunk);
+        self.count(key, Summary::default(), after);
+        self.inode_mut(key.0).chunks += 1;
+        true
+    }
+
+    fn count(&mut self, key: ChunkKey, before: Summary, after: Summary) {
+        let c = &mut self.counters;
+        c.dirty_blocks = c.dirty_blocks + u64::from(after.dirty) - u64::from(before.dirty);
+        c.clean_blocks = c.clean_blocks + u64::from(after.clean) - u64::from(before.clean);
+        c.extents = c.extents + u64::from(after.extents) - u64::from(before.extents);
+        c.encoded = c.encoded + after.encoded as u64 - before.encoded as u64;
+        let pg = self.pg_of(key);
+        let pg = &mut self.pgs[usize::from(pg.0)];
+        pg.dirty_blocks = pg.dirty_blocks + u64::from(after.dirty) - u64::from(before.dirty);
+        tally(&mut pg.dirty, key.0, before.has_dirty, after.has_dirty);
+        tally(&mut pg.pinned, key.0, before.pinned, after.pinned);
+    }
+
+    /// A run nobody refers to: data blocks go to `released`, journal blocks just stop being live.
+    pub(crate) fn forget(&mut self, run: Run) {
+        if self.ring.contains(&run.start) {
+            assert!(run.end() <= self.ring.end, "a run is in the journal or not");
+            for b in run.start..run.end() {
+                self.inline.remove(&b);
+            }
+        } else {
+            self.released.push(run);
+        }
+    }
+
+    /// Writes new extents over a range: `runs` in block order.
+    pub(crate) fn extents_of(
+        first: u32,
+        runs: &[Run],
+        crcs: &[u32],
+        origin: Origin,
+        tail: u16,
+    ) -> Vec<Extent> {
+        let mut out = Vec::with_capacity(runs.len());
+        let mut at = 0usize;
+        for run in runs {
+            let n = run.blocks as usize;
+            out.push(Extent {
+                first: (first as usize + at) as u16,
+                tail: BLOCK as u16,
+                location: run.start,
+                origin,
+                crcs: crcs[at..at + n].into(),
+            });
+            at += n;
+        }
+        assert_eq!(at, crcs.len(), "one checksum per block");
+        if let Some(last) = out.last_mut() {
+            last.tail = tail;
+        }
+        out
+    }
+
+    /// Approximate RAM.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        const NODE: u64 = 8; // a share of a BTree node's header and slack
+        let chunk = (std::mem::size_of::<(ChunkKey, Chunk)>() as u64) * 3 / 2 + NODE;
+        let inode = (std::mem::size_of::<(InodeId, Inode)>() as u64) * 3 / 2 + NODE;
+        let extent = std::mem::size_of::<Extent>() as u64 + 16;
+        self.chunks.len() as u64 * chunk
+            + self.inodes.len() as u64 * inode
+            + self.counters.extents * extent
+            + (self.counters.dirty_blocks + self.counters.clean_blocks) * 4
+            + self.fifo.capacity() as u64 * 16
+            + self.inline.len() as u64 * 32
+            + self.sessions.len() as u64 * 96
+    }
+}
+
+fn tally(map: &mut BTreeMap<InodeId, u32>, inode: InodeId, before: bool, after: bool) {
+    match (before, after) {
+        (false, true) => *map.entry(inode).or_default() += 1,
+        (true, false) => {
+            if let Some(n) = map.get_mut(&inode) {
+                *n -= 1;
+                if *n == 0 {
+                    map.remove(&inode);
+                }
+            }
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,469 @@
+//! Journal records: what a mutation means, independent of where the index stands. Applying the same
+//! records in the same order to the same state gives the same state: recovery is a replay.
+//!
+//! Layout in docs/FORMAT.md §4.3: `u8 type, u8 0, u16 0, u32 body bytes, body`, padded to 8 bytes.
+
+use crate::codec::{Put, Reader};
+use crate::extent::Run;
+use crate::types::CHUNK_BLOCKS;
+use ebb_dataplane_protocol::control::FlushDone;
+use ebb_dataplane_protocol::grant::CUTS_MAX;
+use ebb_dataplane_protocol::{
+    ChunkIndex, ContentId, Cut, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
+    SessionId, ViewVersion,
+};
+
+/// Bytes of a record's header.
+pub(crate) const RECORD_HEADER_BYTES: usize = 8;
+/// Moves in one relocation record.
+pub(crate) const MOVES_MAX: usize = 256;
+
+/// Blocks written to a chunk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WriteRecord {
+    pub(crate) inode: InodeId,
+    pub(crate) chunk: ChunkIndex,
+    /// First byte and bytes that the client wrote (high-water mark).
+    pub(crate) offset: u32,
+    pub(crate) len: u32,
+    pub(crate) generation: Generation,
+    pub(crate) session: SessionId,
+    pub(crate) sequence: Sequence,
+    pub(crate) answered_below: Sequence,
+    /// The runs are inside the journal.
+    pub(crate) inline: bool,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) crcs: Box<[u32]>,
+}
+
+/// Clean blocks fetched from S3.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FillRecord {
+    pub(crate) inode: InodeId,
+    pub(crate) chunk: ChunkIndex,
+    pub(crate) first_block: u32,
+    pub(crate) content: ContentId,
+    pub(crate) tail: u16,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) crcs: Box<[u32]>,
+}
+
+/// A move of `blocks` device blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Move {
+    pub(crate) from: u32,
+    pub(crate) to: u32,
+    pub(crate) blocks: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Record {
+    Write(WriteRecord),
+    Fill(FillRecord),
+    Seal {
+        inode: InodeId,
+        generation: Generation,
+    },
+    FlushDone(FlushDone),
+    FlushAborted {
+        inode: InodeId,
+        generation: Generation,
+    },
+    View {
+        inode: InodeId,
+        version: ViewVersion,
+        content: ContentId,
+        valid_bytes: u64,
+        cuts: Vec<Cut>,
+    },
+    Floor {
+        inode: InodeId,
+        floor: Generation,
+    },
+    DropInode {
+        inode: InodeId,
+    },
+    EvictChunk {
+        inode: InodeId,
+        chunk: ChunkIndex,
+    },
+    EvictInode {
+        inode: InodeId,
+    },
+    EvictAll,
+    Freeze {
+        pg: PgId,
+        epoch: PgEpoch,
+    },
+    Thaw {
+        pg: PgId,
+        epoch: PgEpoch,
+    },
+    Release {
+        pg: PgId,
+        epoch: PgEpoch,
+    },
+    Relocate {
+        inode: InodeId,
+        chunk: ChunkIndex,
+        moves: Vec<Move>,
+    },
+    SessionTrim {
+        session: SessionId,
+        below: Sequence,
+    },
+    SessionDrop {
+        session: SessionId,
+    },
+    Node {
+        node: NodeId,
+    },
+    ForgetBare {
+        horizon: MapVersion,
+    },
+}
+
+fn put_runs(out: &mut Vec<u8>, runs: &[Run], crcs: &[u32]) {
+    out.u16(runs.len() as u16);
+    out.u16(crcs.len() as u16);
+    for r in runs {
+        out.u32(r.start);
+        out.u32(r.blocks);
+    }
+    for c in crcs {
+        out.u32(*c);
+    }
+}
+
+fn get_runs(r: &mut Reader<'_>) -> Option<(Vec<Run>, Box<[u32]>)> {
+    let (n, blocks) = (r.u16()?, r.u16()?);
+    if u32::from(blocks) > CHUNK_BLOCKS || blocks == 0 || n == 0 || n > blocks {
+        return None;
+    }
+    let mut runs = Vec::with_capacity(usize::from(n));
+    for _ in 0..n {
+        let run = Run { start: r.u32()?, blocks: r.u32()? };
+        if run.blocks == 0 || run.blocks > u32::from(blocks) {
+            return None;
+        }
+        run.start.checked_add(run.blocks)?;
+        runs.push(run);
+    }
+    let crcs = r.u32s(usize::from(blocks))?;
+    (crate::extent::total(&runs) == u32::from(blocks)).then_some((runs, crcs))
+}
+
+impl Record {
+    fn kind(&self) -> u8 {
+        match self {
+            Record::Write(_) => 1,
+            Record::Fill(_) => 2,
+            Record::Seal { .. } => 3,
+            Record::FlushDone(_) => 4,
+            Record::FlushAborted { .. } => 5,
+            Record::View { .. } => 6,
+            Record::Floor { .. } => 7,
+            Record::DropInode { .. } => 8,
+            Record::EvictChunk { .. } => 9,
+            Record::EvictInode { .. } => 10,
+            Record::EvictAll => 11,
+            Record::Freeze { .. } => 12,
+            Record::Thaw { .. } => 13,
+            Record::Release { .. } => 14,
+            Record::Relocate { .. } => 15,
+            Record::SessionTrim { .. } => 16,
+            Record::SessionDrop { .. } => 17,
+            Record::Node { .. } => 18,
+            Record::ForgetBare { .. } => 19,
+        }
+    }
+
+    /// Appends the record. Its length does not depend on where inline data goes.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.u8(self.kind());
+        out.u8(0);
+        out.u16(0);
+        out.u32(0);
+        self.body(out);
+        let body = out.len() - start - RECORD_HEADER_BYTES;
+        out[start + 4..start + 8].copy_from_slice(&(body as u32).to_le_bytes());
+        out.resize(start + (out.len() - start).next_multiple_of(8), 0);
+    }
+
+    fn body(&self, out: &mut Vec<u8>) {
+        match self {
+            Record::Write(w) => {
+                out.u64(w.inode.0);
+                out.u32(w.chunk.0);
+                out.u32(w.offset);
+                out.u32(w.len);
+                out.u32(u32::from(w.inline));
+                out.u64(w.generation.0);
+                out.u64(w.session.0);
+                out.u64(w.sequence.0);
+                out.u64(w.answered_below.0);
+                put_runs(out, &w.runs, &w.crcs);
+            }
+            Record::Fill(f) => {
+                out.u64(f.inode.0);
+                out.u32(f.chunk.0);
+                out.u16(f.first_block as u16);
+                out.u16(f.tail);
+                out.u64(f.content.0);
+                put_runs(out, &f.runs, &f.crcs);
+            }
+            Record::Seal { inode, generation } | Record::FlushAborted { inode, generation } => {
+                out.u64(inode.0);
+                out.u64(generation.0);
+            }
+            Record::Floor { inode, floor } => {
+                out.u64(inode.0);
+                out.u64(floor.0);
+            }
+            Record::FlushDone(d) => {
+                let fields = [
+                    d.inode.0,
+                    d.generation.0,
+                    d.content.0,
+                    d.old_content.0,
+                    d.valid_bytes,
+                    d.old_valid_bytes,
+                ];
+                fields.iter().for_each(|v| out.u64(*v));
+            }
+            Record::View { inode, version, content, valid_bytes, cuts } => {
+                out.u64(inode.0);
+                out.u64(version.0);
+                out.u64(content.0);
+                out.u64(*valid_bytes);
+                out.u64(cuts.len() as u64);
+                for c in cuts {
+                    out.u64(c.generation.0);
+                    out.u64(c.at);
+                }
+            }
+            Record::DropInode { inode } | Record::EvictInode { inode } => out.u64(inode.0),
+            Record::EvictChunk { inode, chunk } => {
+                out.u64(inode.0);
+                out.u32(chunk.0);
+            }
+            Record::EvictAll => {}
+            Record::Freeze { pg, epoch }
+            | Record::Thaw { pg, epoch }
+            | Record::Release { pg, epoch } => {
+                out.u64(u64::from(pg.0));
+                out.u64(epoch.0);
+            }
+            Record::Relocate { inode, chunk, moves } => {
+                out.u64(inode.0);
+                out.u32(chunk.0);
+                out.u32(moves.len() as u32);
+                for m in moves {
+                    out.u32(m.from);
+                    out.u32(m.to);
+                    out.u32(m.blocks);
+                }
+            }
+            Record::SessionTrim { session, below } => {
+                out.u64(session.0);
+                out.u64(below.0);
+            }
+            Record::SessionDrop { session } => out.u64(session.0),
+            Record::Node { node } => out.u32(node.0),
+            Record::ForgetBare { horizon } => out.u64(horizon.0),
+        }
+    }
+
+    /// Decodes the next record; `None` if it makes no sense.
+    pub(crate) fn decode(r: &mut Reader<'_>) -> Option<Self> {
+        let (kind, zero, zeros, len) = (r.u8()?, r.u8()?, r.u16()?, r.u32()? as usize);
+        if zero != 0 || zeros != 0 {
+            return None;
+        }
+        let body = r.take(len)?;
+        r.take((RECORD_HEADER_BYTES + len).next_multiple_of(8) - RECORD_HEADER_BYTES - len)?;
+        let mut b = Reader::new(body);
+        let record = Self::decode_body(kind, &mut b)?;
+        b.is_empty().then_some(record)
+    }
+
+    fn decode_body(kind: u8, r: &mut Reader<'_>) -> Option<Self> {
+        let inode = |r: &mut Reader<'_>| r.u64().map(InodeId);
+        let generation = |r: &mut Reader<'_>| r.u64().map(Generation);
+        Some(match kind {
+            1 => {
+                let (inode, chunk, offset, len) =
+                    (inode(r)?, ChunkIndex(r.u32()?), r.u32()?, r.u32()?);
+                let inline = match r.u32()? {
+                    0 => false,
+                    1 => true,
+                    _ => return None,
+                };
+                let generation = generation(r)?;
+                let (session, sequence) = (SessionId(r.u64()?), Sequence(r.u64()?));
+                let answered_below = Sequence(r.u64()?);
+                let (runs, crcs) = get_runs(r)?;
+                let w = WriteRecord {
+                    inode,
+                    chunk,
+                    offset,
+                    len,
+                    generation,
+                    session,
+                    sequence,
+                    answered_below,
+                    inline,
+                    runs,
+                    crcs,
+                };
+                let range = crate::types::block_range(offset, len)?;
+                if range.len() != w.crcs.len() {
+                    return None;
+                }
+                Record::Write(w)
+            }
+            2 => {
+                let (inode, chunk) = (inode(r)?, ChunkIndex(r.u32()?));
+                let (first_block, tail) = (u32::from(r.u16()?), r.u16()?);
+                let content = ContentId(r.u64()?);
+                let (runs, crcs) = get_runs(r)?;
+                if first_block + crcs.len() as u32 > CHUNK_BLOCKS || !(1..=4096).contains(&tail) {
+                    return None;
+                }
+                Record::Fill(FillRecord { inode, chunk, first_block, content, tail, runs, crcs })
+            }
+            3 => Record::Seal { inode: inode(r)?, generation: generation(r)? },
+            4 => Record::FlushDone(FlushDone {
+                inode: inode(r)?,
+                generation: generation(r)?,
+                content: ContentId(r.u64()?),
+                old_content: ContentId(r.u64()?),
+                valid_bytes: r.u64()?,
+                old_valid_bytes: r.u64()?,
+            }),
+            5 => Record::FlushAborted { inode: inode(r)?, generation: generation(r)? },
+            6 => {
+                let (inode, version) = (inode(r)?, ViewVersion(r.u64()?));
+                let (content, valid_bytes) = (ContentId(r.u64()?), r.u64()?);
+                let n = r.u64()?;
+                if n > CUTS_MAX as u64 {
+                    return None;
+                }
+                let mut cuts = Vec::with_capacity(n as usize);
+                for _ in 0..n {
+                    cuts.push(Cut { generation: generation(r)?, at: r.u64()? });
+                }
+                Record::View { inode, version, content, valid_bytes, cuts }
+            }
+            7 => Record::Floor { inode: inode(r)?, floor: generation(r)? },
+            8 => Record::DropInode { inode: inode(r)? },
+            9 => Record::EvictChunk { inode: inode(r)?, chunk: ChunkIndex(r.u32()?) },
+            10 => Record::EvictInode { inode: inode(r)? },
+            11 => Record::EvictAll,
+            12..=14 => {
+                let pg = PgId(u16::try_from(r.u64()?).ok()?);
+                let epoch = PgEpoch(r.u64()?);
+                match kind {
+                    12 => Record::Freeze { pg, epoch },
+                    13 => Record::Thaw { pg, epoch },
+                    _ => Record::Release { pg, epoch },
+                }
+            }
+            15 => {
+                let (inode, chunk, n) = (inode(r)?, ChunkIndex(r.u32()?), r.u32()? as usize);
+                if n > MOVES_MAX {
+                    return None;
+                }
+                let mut moves = Vec::with_capacity(n);
+                for _ in 0..n {
+                    moves.push(Move { from: r.u32()?, to: r.u32()?, blocks: r.u32()? });
+                }
+                Record::Relocate { inode, chunk, moves }
+            }
+            16 => Record::SessionTrim { session: SessionId(r.u64()?), below: Sequence(r.u64()?) },
+            17 => Record::SessionDrop { session: SessionId(r.u64()?) },
+            18 => Record::Node { node: NodeId(r.u32()?) },
+            19 => Record::ForgetBare { horizon: MapVersion(r.u64()?) },
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_record_round_trips_and_no_truncation_decodes() {
+        let (inode, chunk, generation) = (InodeId(7), ChunkIndex(3), Generation(5));
+        let runs = vec![Run { start: 9, blocks: 2 }, Run { start: 90, blocks: 1 }];
+        let crcs: Box<[u32]> = [1, 2, 3].into();
+        let all = vec![
+            Record::Write(WriteRecord {
+                inode,
+                chunk,
+                offset: 4000,
+                len: 5000,
+                generation,
+                session: SessionId(8),
+                sequence: Sequence(9),
+                answered_below: Sequence(2),
+                inline: true,
+                runs: runs.clone(),
+                crcs: crcs.clone(),
+            }),
+            Record::Fill(FillRecord {
+                inode,
+                chunk,
+                first_block: 1021,
+                content: ContentId(4),
+                tail: 77,
+                runs,
+                crcs,
+            }),
+            Record::Seal { inode, generation },
+            Record::FlushDone(FlushDone {
+                inode,
+                generation,
+                content: ContentId(1),
+                old_content: ContentId(2),
+                valid_bytes: 3,
+                old_valid_bytes: 4,
+            }),
+            Record::FlushAborted { inode, generation },
+            Record::View {
+                inode,
+                version: ViewVersion(1),
+                content: ContentId(2),
+                valid_bytes: 3,
+                cuts: vec![Cut { generation, at: 5 }],
+            },
+            Record::Floor { inode, floor: generation },
+            Record::DropInode { inode },
+            Record::EvictChunk { inode, chunk },
+            Record::EvictInode { inode },
+            Record::EvictAll,
+            Record::Freeze { pg: PgId(1), epoch: PgEpoch(2) },
+            Record::Thaw { pg: PgId(1), epoch: PgEpoch(2) },
+            Record::Release { pg: PgId(1), epoch: PgEpoch(2) },
+            Record::Relocate { inode, chunk, moves: vec![Move { from: 1, to: 2, blocks: 3 }] },
+            Record::SessionTrim { session: SessionId(1), below: Sequence(2) },
+            Record::SessionDrop { session: SessionId(1) },
+            Record::Node { node: NodeId(3) },
+            Record::ForgetBare { horizon: MapVersion(3) },
+        ];
+        for (i, record) in all.iter().enumerate() {
+            let mut bytes = Vec::new();
+            record.encode(&mut bytes);
+            assert_eq!(usize::from(record.kind()), i + 1, "numbers are part of the format");
+            assert_eq!(bytes.len() % 8, 0);
+            let mut r = Reader::new(&bytes);
+            assert_eq!(Record::decode(&mut r).as_ref(), Some(record));
+            assert!(r.is_empty());
+            for cut in 0..bytes.len() {
+                assert!(Record::decode(&mut Reader::new(&bytes[..cut])).is_none());
+            }
+        }
+    }
+}
