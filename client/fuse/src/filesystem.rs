@@ -1,0 +1,654 @@
+//! The kernel's requests, one function each.
+
+use crate::convert::{attr, errno, inode, kind, set_attr};
+use crate::directory::{DirStream, FIRST};
+use crate::known::Known;
+use crate::mount::MountConfig;
+use ebb_client::{Attr, FileHandle, FileSystem, InodeId, OpenFlags, Owner, Result};
+use fuser::{
+    BsdFileFlags, Errno, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, Notifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use futures::FutureExt;
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::future::Future;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
+use tokio::runtime::Handle;
+
+/// Largest write request, and readahead we would like.
+const REQUEST_BYTES: u32 = 1 << 20;
+/// Requests of readahead and such in flight at once.
+const BACKGROUND_MAX: u16 = 64;
+/// What `df` shows as free: S3 has no size.
+const FREE_BYTES: u64 = 1 << 50;
+const STATFS_BLOCK: u32 = 4096;
+/// Inode ids are never reused, so the kernel needs no generation to tell them apart.
+const NEVER_REUSED: Generation = Generation(0);
+
+type Streams = HashMap<u64, Arc<tokio::sync::Mutex<DirStream>>>;
+
+/// The file system as the kernel sees it.
+pub(crate) struct Shim {
+    shared: Arc<Shared>,
+    runtime: Handle,
+}
+
+struct Shared {
+    fs: FileSystem,
+    known: Known,
+    streams: Mutex<Streams>,
+    next_stream: AtomicU64,
+    attr_ttl: Duration,
+    entry_ttl: Duration,
+    notifier: Arc<OnceLock<Notifier>>,
+}
+
+impl Shared {
+    fn streams(&self) -> std::sync::MutexGuard<'_, Streams> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn entry(&self, what: &str, result: Result<Attr>, reply: ReplyEntry) {
+        match result {
+            Ok(a) => {
+                self.known.told(&a);
+                reply.entry_with_ttls(&self.attr_ttl, &self.entry_ttl, &attr(&a), NEVER_REUSED);
+            }
+            Err(e) => reply.error(errno(what, &e)),
+        }
+    }
+
+    fn attributes(&self, what: &str, result: Result<Attr>, reply: ReplyAttr) {
+        match result {
+            Ok(a) => {
+                self.known.told(&a);
+                reply.attr(&self.attr_ttl, &attr(&a));
+            }
+            Err(e) => reply.error(errno(what, &e)),
+        }
+    }
+
+    /// How the kernel's caches go on with an opened file.
+    fn at_open(&self, a: &Attr, write: bool) -> FopenFlags {
+        let at = self.known.opened(a, write);
+        if at.attributes_old
+            && let Some(notifier) = self.notifier.get()
+        {
+            // Attributes only (a negative offset): takes no page lock, so it cannot wait for a read
+            // that we are to answer.
+            if let Err(e) = notifier.inval_inode(INodeNo(a.inode.0), -1, 0) {
+                tracing::debug!(inode = a.inode.0, error = %e, "the kernel keeps old attributes");
+            }
+        }
+        if at.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() }
+    }
+}
+
+fn empty(what: &str, result: Result<()>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(what, &e)),
+    }
+}
+
+fn owner(req: &Request) -> Owner {
+    Owner { uid: req.uid(), gid: req.gid() }
+}
+
+fn open_flags(flags: i32) -> OpenFlags {
+    OpenFlags {
+        write: flags & libc::O_ACCMODE != libc::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0,
+        exclusive: flags & libc::O_EXCL != 0,
+    }
+}
+
+impl Shim {
+    pub(crate) fn new(config: &MountConfig, runtime: Handle) -> Self {
+        let shared = Shared {
+            fs: config.fs.clone(),
+            known: Known::default(),
+            streams: Mutex::default(),
+            next_stream: AtomicU64::new(1),
+            attr_ttl: config.attr_ttl,
+            entry_ttl: config.entry_ttl,
+            notifier: Arc::default(),
+        };
+        Self { shared: Arc::new(shared), runtime }
+    }
+
+    /// Where the notifier goes once the session exists.
+    pub(crate) fn notifier_slot(&self) -> Arc<OnceLock<Notifier>> {
+        Arc::clone(&self.shared.notifier)
+    }
+
+    /// Begins a request here and now; what has to wait goes on as a task.
+    fn start<F: Future<Output = ()> + Send + 'static>(&self, f: impl FnOnce(Arc<Shared>) -> F) {
+        let _entered = self.runtime.enter();
+        let mut request = Box::pin(f(Arc::clone(&self.shared)));
+        if request.as_mut().now_or_never().is_none() {
+            self.runtime.spawn(request);
+        }
+    }
+}
+
+impl Filesystem for Shim {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        // Each setter answers an unacceptable value with the nearest acceptable one.
+        if let Err(most) = config.set_max_write(REQUEST_BYTES) {
+            let _ = config.set_max_write(most);
+        }
+        if let Err(most) = config.set_max_readahead(REQUEST_BYTES) {
+            let _ = config.set_max_readahead(most);
+        }
+        let _ = config.set_max_background(BACKGROUND_MAX);
+        let _ = config.set_congestion_threshold(BACKGROUND_MAX * 3 / 4);
+        for wish in [
+            InitFlags::FUSE_ASYNC_READ,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+        ] {
+            if config.add_capabilities(wish).is_err() {
+                tracing::debug!(?wish, "this kernel does without");
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.as_bytes().to_vec();
+        self.start(async move |s| {
+            s.entry("lookup", s.fs.lookup(inode(parent), &name).await, reply);
+        });
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, _nlookup: u64) {
+        self.shared.known.forget(inode(ino));
+    }
+
+    fn getattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: Option<fuser::FileHandle>,
+        reply: ReplyAttr,
+    ) {
+        self.start(async move |s| {
+            s.attributes("getattr", s.fs.getattr(inode(ino)).await, reply);
+        });
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<fuser::FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let set = set_attr(mode, uid, gid, size, atime, mtime);
+        if size.is_some() {
+            self.shared.known.written(inode(ino));
+        }
+        self.start(async move |s| {
+            s.attributes("setattr", s.fs.setattr(inode(ino), set).await, reply);
+        });
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        self.start(async move |s| match s.fs.readlink(inode(ino)).await {
+            Ok(target) => reply.data(&target),
+            Err(e) => reply.error(errno("readlink", &e)),
+        });
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        // mknod(2): EPERM when the file system does not support the type.
+        if mode & libc::S_IFMT != libc::S_IFREG {
+            return reply.error(Errno::EPERM);
+        }
+        let (name, owner) = (name.as_bytes().to_vec(), owner(req));
+        self.start(async move |s| {
+            let flags = OpenFlags { write: false, truncate: false, exclusive: true };
+            let result = async {
+                let file = s.fs.create(inode(parent), &name, mode, owner, flags).await?;
+                s.fs.release(file.handle).await?;
+                Ok(file.attr)
+            };
+            s.entry("mknod", result.await, reply);
+        });
+    }
+
+    fn mkdir(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let (name, owner) = (name.as_bytes().to_vec(), owner(req));
+        self.start(async move |s| {
+            s.entry("mkdir", s.fs.mkdir(inode(parent), &name, mode, owner).await, reply);
+        });
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        self.start(async move |s| {
+            empty("unlink", s.fs.unlink(inode(parent), &name).await, reply);
+        });
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.as_bytes().to_vec();
+        self.start(async move |s| empty("rmdir", s.fs.rmdir(inode(parent), &name).await, reply));
+    }
+
+    fn symlink(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        link_name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        let (name, owner) = (link_name.as_bytes().to_vec(), owner(req));
+        let target = target.as_os_str().as_bytes().to_vec();
+        self.start(async move |s| {
+            let result = s.fs.symlink(inode(parent), &name, &target, owner).await;
+            s.entry("symlink", result, reply);
+        });
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        if flags.bits() & !(libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) != 0 {
+            return reply.error(Errno::EINVAL);
+        }
+        let (name, new_name) = (name.as_bytes().to_vec(), newname.as_bytes().to_vec());
+        self.start(async move |s| {
+            let (from, to) = (inode(parent), inode(newparent));
+            let result = s.fs.rename(from, &name, to, &new_name, flags.bits()).await;
+            empty("rename", result, reply);
+        });
+    }
+
+    fn link(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        // link(2): EPERM when the file system has no hard links.
+        reply.error(Errno::EPERM);
+    }
+
+    fn open(&self, _req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let flags = open_flags(flags.0);
+        self.start(async move |s| match s.fs.open(inode(ino), flags).await {
+            Ok(file) => {
+                let caches = s.at_open(&file.attr, flags.write);
+                reply.opened(fuser::FileHandle(file.handle.0), caches);
+            }
+            Err(e) => reply.error(errno("open", &e)),
+        });
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (name, owner, flags) = (name.as_bytes().to_vec(), owner(req), open_flags(flags));
+        self.start(async move |s| {
+            match s.fs.create(inode(parent), &name, mode, owner, flags).await {
+                Ok(file) => {
+                    let caches = s.at_open(&file.attr, flags.write);
+                    s.known.told(&file.attr);
+                    reply.created(
+                        &s.attr_ttl,
+                        &attr(&file.attr),
+                        NEVER_REUSED,
+                        fuser::FileHandle(file.handle.0),
+                        caches,
+                    );
+                }
+                Err(e) => reply.error(errno("create", &e)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.start(async move |s| match s.fs.read(FileHandle(fh.0), offset, size.into()).await {
+            Ok(bytes) => reply.data(&bytes),
+            Err(e) => reply.error(errno("read", &e)),
+        });
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let handle = FileHandle(fh.0);
+        let len = data.len() as u32;
+        // The buffer has room: one copy, and the answer goes out from this very thread.
+        match self.shared.fs.try_write(handle, offset, data) {
+            Ok(true) => return reply.written(len),
+            Ok(false) => {}
+            Err(e) => return reply.error(errno("write", &e)),
+        }
+        let data = data.to_vec();
+        self.start(async move |s| match s.fs.write(handle, offset, &data).await {
+            Ok(()) => reply.written(len),
+            Err(e) => reply.error(errno("write", &e)),
+        });
+    }
+
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.start(async move |s| empty("flush", s.fs.flush(FileHandle(fh.0)).await, reply));
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.start(async move |s| empty("release", s.fs.release(FileHandle(fh.0)).await, reply));
+    }
+
+    fn fsync(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.start(async move |s| empty("fsync", s.fs.fsync(FileHandle(fh.0)).await, reply));
+    }
+
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let id = self.shared.next_stream.fetch_add(1, Ordering::Relaxed);
+        let stream = Arc::new(tokio::sync::Mutex::new(DirStream::new(inode(ino))));
+        self.shared.streams().insert(id, stream);
+        reply.opened(fuser::FileHandle(id), FopenFlags::empty());
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        _flags: fuser::OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.shared.streams().remove(&fh.0);
+        reply.ok();
+    }
+
+    fn readdir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let Some(stream) = self.shared.streams().get(&fh.0).cloned() else {
+            return reply.error(Errno::EBADF);
+        };
+        self.start(async move |s| {
+            let filled = fill(&s, &stream, offset, |position, name, a| {
+                reply.add(INodeNo(a.inode.0), position, kind(a.kind), OsStr::from_bytes(name))
+            });
+            match filled.await {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(errno("readdir", &e)),
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let Some(stream) = self.shared.streams().get(&fh.0).cloned() else {
+            return reply.error(Errno::EBADF);
+        };
+        self.start(async move |s| {
+            // One lifetime for name and attributes here: the shorter.
+            let ttl = s.attr_ttl.min(s.entry_ttl);
+            let filled = fill(&s, &stream, offset, |position, name, a| {
+                let full = reply.add(
+                    INodeNo(a.inode.0),
+                    position,
+                    OsStr::from_bytes(name),
+                    &ttl,
+                    &attr(a),
+                    NEVER_REUSED,
+                );
+                if !full {
+                    s.known.told(a);
+                }
+                full
+            });
+            match filled.await {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(errno("readdir", &e)),
+            }
+        });
+    }
+
+    fn fsyncdir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: fuser::FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        // Every change of a name is durable when its call returns.
+        reply.ok();
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        self.start(async move |s| match s.fs.statfs().await {
+            Ok(c) => {
+                let block = u64::from(STATFS_BLOCK);
+                let (used, free) = (c.used_bytes.div_ceil(block), FREE_BYTES / block);
+                let files_free = 1 << 36;
+                reply.statfs(
+                    used + free,
+                    free,
+                    free,
+                    c.inodes + files_free,
+                    files_free,
+                    STATFS_BLOCK,
+                    ebb_dataplane_protocol::ids::NAME_BYTES_MAX as u32,
+                    STATFS_BLOCK,
+                );
+            }
+            Err(e) => reply.error(errno("statfs", &e)),
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        // Modes we do not carry out are refused, never pretended.
+        let end = offset.checked_add(length);
+        let (0, Some(end)) = (mode, end) else { return reply.error(Errno::EOPNOTSUPP) };
+        self.start(async move |s| {
+            empty("fallocate", s.fs.extend(FileHandle(fh.0), end).await, reply);
+        });
+    }
+
+    // ENOSYS makes the kernel answer EOPNOTSUPP itself from then on, or do without us.
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn getxattr(&self, _r: &Request, _i: INodeNo, _n: &OsStr, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: fuser::FileHandle,
+        _offset: i64,
+        _whence: i32,
+        reply: ReplyLseek,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+}
+
+/// Adds entries from `offset` on until `add` says that the reply is full. `add` gets the offset that
+/// follows the entry.
+async fn fill(
+    shared: &Shared,
+    stream: &tokio::sync::Mutex<DirStream>,
+    offset: u64,
+    mut add: impl FnMut(u64, &[u8], &Attr) -> bool,
+) -> Result<()> {
+    let mut stream = stream.lock().await;
+    let mut position = offset;
+    if offset == 0 {
+        stream.rewind();
+        let own = shared.fs.getattr(stream.inode).await?;
+        if add(1, b".", &own) {
+            return Ok(());
+        }
+        position = 1;
+    }
+    if position == 1 {
+        let parent = match stream.inode {
+            InodeId::ROOT => shared.fs.getattr(InodeId::ROOT).await?,
+            inode => shared.fs.parent(inode).await?,
+        };
+        if add(FIRST, b"..", &parent) {
+            return Ok(());
+        }
+        position = FIRST;
+    }
+    loop {
+        let entries = stream.from(&shared.fs, position).await?;
+        if entries.is_empty() {
+            return Ok(());
+        }
+        for entry in entries {
+            position += 1;
+            if add(position, &entry.name, &entry.attr) {
+                return Ok(());
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! A client's tie to a cluster: its session, its map, its connections.
+
+use crate::Result;
+use crate::config::Config;
+use crate::error::ClientError;
+use crate::map::MapCache;
+use crate::pool::Pool;
+use crate::sequence::Sequencer;
+use crate::session::{self, Session};
+use ebb_dataplane_protocol::auth::{ClusterKey, Role};
+use ebb_dataplane_protocol::{ClusterId, ClusterMap, MapVersion, NodeId, SessionId};
+use ebb_metaplane_protocol::{
+    AdminCall, AdminReply, FsError, Op, OpReply, Query, QueryReply, Request, Response,
+};
+use ebb_rpc::{Identity, MetaClient};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// A client of a cluster. Cheap to clone; clones share the session.
+#[derive(Clone)]
+pub struct Cluster {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) key: ClusterKey,
+    pub(crate) label: String,
+    pub(crate) meta: MetaClient,
+    pub(crate) session: Session,
+    pub(crate) map: MapCache,
+    pub(crate) pool: Pool,
+    meta_sequences: Sequencer,
+    pub(crate) data_sequences: Sequencer,
+    renewing: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Ok(mut task) = self.renewing.lock()
+            && let Some(task) = task.take()
+        {
+            task.abort();
+        }
+    }
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster")
+            .field("metadata", &self.shared.meta.addresses())
+            .field("session", &self.shared.session.current().0)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// Opens a session at one of the metadata servers `addresses` (host:port). `label` is shown in
+    /// `ebb status`. Fails at once on a wrong key, else after `config.patience`.
+    pub async fn connect(
+        addresses: Vec<String>,
+        key: ClusterKey,
+        label: &str,
+        config: Config,
+    ) -> Result<Self> {
+        let identity = Identity {
+            key: key.clone(),
+            cluster: ClusterId(0),
+            role: Role::Client,
+            session: SessionId(0),
+            node: NodeId(0),
+            lane: 0,
+        };
+        let meta = MetaClient::new(addresses, identity);
+        let session = Session::open(&meta, label, config.patience).await?;
+        let map = MapCache::default();
+        map.refresh(&meta, MapVersion(0), false, config.patience).await?;
+        let shared = Arc::new(Shared {
+            config,
+            key,
+            label: label.to_owned(),
+            meta,
+            session,
+            map,
+            pool: Pool::default(),
+            meta_sequences: Sequencer::default(),
+            data_sequences: Sequencer::default(),
+            renewing: std::sync::Mutex::default(),
+        });
+        let task = tokio::spawn(session::renew(Arc::downgrade(&shared)));
+        if let Ok(mut slot) = shared.renewing.lock() {
+            *slot = Some(task);
+        }
+        Ok(Self { shared })
+    }
+
+    /// Ends the session: its handles are released, its grants fenced. Data not yet sent is the
+    /// caller's to flush before.
+    pub async fn close(&self) -> Result<()> {
+        if let Ok(mut task) = self.shared.renewing.lock()
+            && let Some(task) = task.take()
+        {
+            task.abort();
+        }
+        self.shared.session.close(&self.shared.meta, Duration::from_secs(5)).await
+    }
+
+    /// The cluster map as last seen.
+    pub fn map(&self) -> Arc<ClusterMap> {
+        self.shared.map.get()
+    }
+
+    /// Fetches the cluster map if there is a newer one.
+    pub async fn refresh_map(&self) -> Result<Arc<ClusterMap>> {
+        let have = self.map().version;
+        self.shared.map.refresh(&self.shared.meta, have, false, self.shared.config.patience).await
+    }
+
+    /// A request of an operator, within `patience`.
+    pub async fn admin(&self, call: AdminCall, patience: Duration) -> Result<AdminReply> {
+        match self.shared.meta.call(&Request::Admin(call), patience).await? {
+            Response::Admin(reply) => Ok(reply?),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A linearizable read, repeated while the metadata plane says `Again`.
+    pub async fn query(&self, query: Query) -> Result<QueryReply> {
+        self.shared.query(query).await
+    }
+}
+
+/// An answer of another kind than the question's: a bug or another version.
+pub(crate) fn unexpected(response: &Response) -> ClientError {
+    let kind = match response {
+        Response::Op(_) => "an operation's",
+        Response::Query(_) => "a query's",
+        Response::Session(_) => "a session's",
+        Response::Node(_) => "a node's",
+        Response::Admin(_) => "an operator's",
+    };
+    ClientError::Metadata(format!("{kind} answer to another question"))
+}
+
+/// Longest pause between repetitions of `Again`.
+const AGAIN_MAX: Duration = Duration::from_secs(1);
+
+impl Shared {
+    /// A linearizable read, repeated while the metadata plane says `Again`.
+    pub(crate) async fn query(&self, query: Query) -> Result<QueryReply> {
+        let request = Request::Query(query);
+        let deadline = Instant::now() + self.config.patience;
+        loop {
+            let reply = match self.meta.call(&request, self.config.patience).await? {
+                Response::Query(reply) => reply,
+                other => return Err(unexpected(&other)),
+            };
+            match reply {
+                Err(FsError::Again { retry_after_ms, why }) => {
+                    wait_again(deadline, retry_after_ms, why).await?;
+                }
+                reply => return Ok(reply?),
+            }
+        }
+    }
+
+    /// A mutation under the current session, exactly once (I7). `Again` says that nothing happened,
+    /// so it is asked anew under a fresh sequence. An expired session is replaced, and the operation
+    /// sent under the new one unless it names a handle of the old (`same_session`).
+    /// Answers with the epoch of the session it took effect in.
+    pub(crate) async fn mutate(&self, op: Op, same_session: Option<u64>) -> Result<(OpReply, u64)> {
+        let deadline = Instant::now() + self.config.patience;
+        loop {
+            let (session, epoch) = self.session.current();
+            if same_session.is_some_and(|wanted| wanted != epoch) {
+                return Err(FsError::SessionExpired.into());
+            }
+            let ticket = self.meta_sequences.begin();
+            let request = Request::Mutate {
+                session,
+                sequence: ticket.sequence(),
+                answered_below: self.meta_sequences.answered_below(),
+                op: op.clone(),
+            };
+            let reply = match self.meta.call(&request, self.config.patience).await? {
+                Response::Op(reply) => reply,
+                other => return Err(unexpected(&other)),
+            };
+            drop(ticket);
+            match reply {
+                Err(FsError::Again { retry_after_ms, why }) => {
+                    wait_again(deadline, retry_after_ms, why).await?;
+                }
+                Err(FsError::SessionExpired) => {
+                    self.reopen_session(epoch).await?;
+                    if Instant::now() >= deadline {
+                        return Err(FsError::SessionExpired.into());
+                    }
+                }
+                reply => return Ok((reply?, epoch)),
+            }
+        }
+    }
+
+    /// Replaces the session of `epoch`, unless somebody already did.
+    pub(crate) async fn reopen_session(&self, epoch: u64) -> Result<()> {
+        if self.session.reopen(&self.meta, &self.label, epoch, self.config.patience).await? {
+            tracing::warn!(label = self.label, "the session had expired; opened a new one");
+            self.pool.clear();
+        }
+        Ok(())
+    }
+
+    /// The identity of a data connection.
+    pub(crate) fn identity(&self, cluster: ClusterId, session: SessionId, lane: u32) -> Identity {
+        Identity {
+            key: self.key.clone(),
+            cluster,
+            role: Role::Client,
+            session,
+            node: NodeId(0),
+            lane,
+        }
+    }
+}
+
+async fn wait_again(deadline: Instant, retry_after_ms: u32, why: String) -> Result<()> {
+    let pause = Duration::from_millis(u64::from(retry_after_ms.max(5))).min(AGAIN_MAX);
+    if Instant::now() + pause >= deadline {
+        return Err(FsError::Again { retry_after_ms, why }.into());
+    }
+    tokio::time::sleep(pause).await;
+    Ok(())
+}

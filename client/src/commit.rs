@@ -1,0 +1,143 @@
+//! Commits: what the metadata plane is told of this client's writes, at fsync and close
+//! (PROTOCOL §3), and truncates.
+
+use crate::Result;
+use crate::error::ClientError;
+use crate::inode::OpenInode;
+use ebb_metaplane_protocol::attr::{SetAttr, TimeChange};
+use ebb_metaplane_protocol::op::CommitWrite;
+use ebb_metaplane_protocol::{FsError, Op, OpReply};
+use std::sync::Arc;
+use std::time::Instant;
+
+impl OpenInode {
+    /// What is to be committed now; `None`: nothing.
+    pub(crate) fn pending_commit(&self) -> Option<CommitWrite> {
+        let state = self.state();
+        state.uncommitted().then(|| CommitWrite {
+            inode: self.id,
+            ends: state.ends.iter().map(|(g, e)| (*g, *e)).collect(),
+            mtime: state.mtime,
+            set: state.set,
+        })
+    }
+
+    /// A commit was applied: what it carried is no longer pending, unless it changed since.
+    pub(crate) fn committed(&self, done: &CommitWrite) {
+        let mut state = self.state();
+        for (generation, end) in &done.ends {
+            if state.ends.get(generation).is_some_and(|now| now <= end) {
+                state.ends.remove(generation);
+            }
+        }
+        if state.mtime == done.mtime {
+            state.mtime = None;
+        }
+        let forget = |now: &mut Option<u32>, done: Option<u32>| {
+            if *now == done {
+                *now = None;
+            }
+        };
+        forget(&mut state.set.mode, done.set.mode);
+        forget(&mut state.set.uid, done.set.uid);
+        forget(&mut state.set.gid, done.set.gid);
+        if state.set.atime == done.set.atime {
+            state.set.atime = None;
+        }
+        if state.set.mtime == done.set.mtime {
+            state.set.mtime = None;
+        }
+        state.fresh = false;
+        state.uncommitted_since = state.uncommitted().then(Instant::now);
+    }
+
+    /// Tells the metadata plane the ends and times of acknowledged writes, and attribute changes
+    /// that rode along.
+    pub(crate) async fn commit(&self) -> Result<()> {
+        let _one = self.committing.lock().await;
+        let Some(commit) = self.pending_commit() else {
+            self.state().fresh = false;
+            return Ok(());
+        };
+        match self.shared.cluster.mutate(Op::Commit(commit.clone()), None).await {
+            Ok((OpReply::Attr(attr), _)) => {
+                // First the new attributes, then the overlay goes: no reader sees neither.
+                self.state().see(&attr);
+                self.committed(&commit);
+                Ok(())
+            }
+            Ok(_) => {
+                self.committed(&commit);
+                Ok(())
+            }
+            Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
+                self.mark_stale();
+                self.committed(&commit);
+                Err(ClientError::Stale)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Attribute changes that wait for the next commit, since this client is writing the file.
+    pub(crate) fn ride(&self, set: SetAttr) {
+        let mut state = self.state();
+        let fixed = |t: TimeChange| match t {
+            TimeChange::Now => TimeChange::At(crate::now()),
+            at => at,
+        };
+        state.set.mode = set.mode.or(state.set.mode);
+        state.set.uid = set.uid.or(state.set.uid);
+        state.set.gid = set.gid.or(state.set.gid);
+        state.set.atime = set.atime.map(fixed).or(state.set.atime);
+        state.set.mtime = set.mtime.map(fixed).or(state.set.mtime);
+        state.note_uncommitted();
+    }
+
+    /// Truncates or extends, with writes of this client held back meanwhile: those before it are
+    /// acknowledged first, those after it go under the new generation (PROTOCOL §3).
+    pub(crate) async fn truncate(self: &Arc<Self>, set: SetAttr) -> Result<()> {
+        self.raise_barrier().await;
+        self.drain().await;
+        let result = self.shared.cluster.mutate(Op::SetAttr { inode: self.id, set }, None).await;
+        if let Ok((OpReply::Attr(attr), _)) = &result {
+            self.cut(attr);
+        }
+        self.lift_barrier();
+        result.map(|_| ())
+    }
+
+    /// The file was cut (or extended) to `attr.size`: earlier ends of this client are part of that
+    /// size now or gone, its grant is of an older generation, and what was read ahead is void.
+    pub(crate) fn cut(&self, attr: &ebb_metaplane_protocol::Attr) {
+        let mut state = self.state();
+        state.ends.clear();
+        state.see(attr);
+        state.grant = None;
+        let freed = state.blocks.clear();
+        drop(state);
+        self.shared.read_budget.give(freed as usize);
+    }
+
+    /// Holds writes back; waits for another truncate to end first.
+    pub(crate) async fn raise_barrier(&self) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let mut state = self.state();
+                if !state.barrier {
+                    state.barrier = true;
+                    return;
+                }
+            }
+            changed.await;
+        }
+    }
+
+    pub(crate) fn lift_barrier(&self) {
+        self.state().barrier = false;
+        self.changed.notify_waiters();
+    }
+}

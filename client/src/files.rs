@@ -1,0 +1,311 @@
+//! Open files: create, open, read, write, flush, fsync, release.
+
+use crate::Result;
+use crate::error::ClientError;
+use crate::fs::{FileSystem, Owner};
+use crate::inode::{OpenInode, Remote};
+use crate::readahead::Detector;
+use bytes::Bytes;
+use ebb_dataplane_protocol::{InodeId, Lineage};
+use ebb_metaplane_protocol::attr::{Attr, FileKind};
+use ebb_metaplane_protocol::op::{OpenMode, Opened};
+use ebb_metaplane_protocol::{FsError, Op, OpReply};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// An open file of this client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileHandle(pub u64);
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenFlags {
+    /// For writing (O_WRONLY, O_RDWR): the grant comes with the open.
+    pub write: bool,
+    /// O_TRUNC.
+    pub truncate: bool,
+    /// O_EXCL of a create.
+    pub exclusive: bool,
+}
+
+/// An opened file.
+#[derive(Clone, Debug)]
+pub struct OpenedFile {
+    /// For later calls.
+    pub handle: FileHandle,
+    /// Attributes as of the open, with this client's own unflushed writes.
+    pub attr: Attr,
+    /// Create made it.
+    pub created: bool,
+}
+
+pub(crate) struct OpenFile {
+    id: u64,
+    inode: Arc<OpenInode>,
+    write: bool,
+    detector: Mutex<Detector>,
+    /// Failed background writes of the inode that this handle has reported, or that happened
+    /// before it was opened.
+    seen_failures: AtomicU64,
+}
+
+impl OpenFile {
+    /// An error of a background write this handle has not reported yet: once per handle.
+    fn take_failure(&self) -> Result<()> {
+        let state = self.inode.state();
+        let before = self.seen_failures.swap(state.failures, Ordering::AcqRel);
+        match &state.failure {
+            Some(e) if state.failures > before => Err(e.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same without taking note: writes fail early, fsync and close report.
+    fn peek_failure(&self) -> Result<()> {
+        let state = self.inode.state();
+        match &state.failure {
+            Some(e) if state.failures > self.seen_failures.load(Ordering::Acquire) => {
+                Err(e.clone())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FileSystem {
+    fn file(&self, handle: FileHandle) -> Result<Arc<OpenFile>> {
+        self.shared.files().get(&handle.0).cloned().ok_or(ClientError::BadHandle)
+    }
+
+    /// Creates a file and opens it for writing; opens an existing one unless `exclusive`.
+    pub async fn create(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        mode: u32,
+        owner: Owner,
+        flags: OpenFlags,
+    ) -> Result<OpenedFile> {
+        let op = Op::Create {
+            parent,
+            name: name.to_vec(),
+            mode: mode & 0o7777,
+            uid: owner.uid,
+            gid: owner.gid,
+            exclusive: flags.exclusive,
+            open: OpenMode { write: flags.write, truncate: flags.truncate },
+        };
+        self.opened(self.shared.cluster.mutate(op, None).await?, flags)
+    }
+
+    /// Opens an existing file. Its attributes and its grant are fresh (close-to-open).
+    pub async fn open(&self, inode: InodeId, flags: OpenFlags) -> Result<OpenedFile> {
+        let op =
+            Op::Open { inode, open: OpenMode { write: flags.write, truncate: flags.truncate } };
+        let known = self.shared.inode(inode).filter(|_| flags.truncate);
+        let Some(known) = known else {
+            return self.opened(self.shared.cluster.mutate(op, None).await?, flags);
+        };
+        // O_TRUNC of a file this client writes: its earlier writes go first.
+        known.raise_barrier().await;
+        known.drain().await;
+        let result = self.shared.cluster.mutate(op, None).await;
+        let result = result.and_then(|reply| {
+            if let (OpReply::Opened(opened), _) = &reply {
+                known.cut(&opened.attr);
+            }
+            self.opened(reply, flags)
+        });
+        known.lift_barrier();
+        result
+    }
+
+    fn opened(&self, (reply, epoch): (OpReply, u64), flags: OpenFlags) -> Result<OpenedFile> {
+        let OpReply::Opened(opened) = reply else {
+            return Err(ClientError::Metadata("no handle in the answer".into()));
+        };
+        let inode = self.attach(&opened);
+        let id = self.shared.next_file.fetch_add(1, Ordering::Relaxed);
+        // A handle that could not be installed (a malformed grant) is left to the session's end.
+        inode.install(&opened, epoch).inspect_err(|_| self.detach(&inode))?;
+        let (attr, failures) = {
+            let mut state = inode.state();
+            state.remotes.insert(id, Remote { handle: opened.handle, epoch });
+            state.fresh |= opened.created;
+            (state.effective(), state.failures)
+        };
+        let file = OpenFile {
+            id,
+            inode,
+            write: flags.write,
+            detector: Mutex::default(),
+            seen_failures: AtomicU64::new(failures),
+        };
+        self.shared.files().insert(id, Arc::new(file));
+        Ok(OpenedFile { handle: FileHandle(id), attr, created: opened.created })
+    }
+
+    /// The open inode of this lineage, made if there is none.
+    fn attach(&self, opened: &Opened) -> Arc<OpenInode> {
+        let mut inodes = self.shared.inodes();
+        let same = |i: &&Arc<OpenInode>, lineage: Lineage| {
+            let state = i.state();
+            state.lineage == lineage && !state.stale
+        };
+        let inode = match inodes.get(&opened.attr.inode).filter(|i| same(i, opened.lineage)) {
+            Some(inode) => Arc::clone(inode),
+            None => {
+                let fresh = Arc::new(OpenInode::new(
+                    Arc::clone(&self.shared),
+                    opened.attr.clone(),
+                    opened.lineage,
+                ));
+                if let Some(old) = inodes.insert(opened.attr.inode, Arc::clone(&fresh)) {
+                    old.mark_stale();
+                }
+                fresh
+            }
+        };
+        let mut state = inode.state();
+        state.opens += 1;
+        // Somebody else changed it since it was last looked at: what was read ahead is void.
+        let old = state.effective();
+        let changed = (old.size, old.mtime) != (opened.attr.size, opened.attr.mtime);
+        let freed = if changed { state.blocks.clear() } else { 0 };
+        drop(state);
+        self.shared.read_budget.give(freed as usize);
+        inode
+    }
+
+    fn detach(&self, inode: &Arc<OpenInode>) {
+        let mut inodes = self.shared.inodes();
+        let mut state = inode.state();
+        state.opens = state.opens.saturating_sub(1);
+        let last = state.opens == 0;
+        drop(state);
+        if last && inodes.get(&inode.id).is_some_and(|i| Arc::ptr_eq(i, inode)) {
+            inodes.remove(&inode.id);
+        }
+    }
+
+    /// Reads up to `len` bytes at `offset`; fewer only at the end of the file.
+    pub async fn read(&self, handle: FileHandle, offset: u64, len: u64) -> Result<Bytes> {
+        let file = self.file(handle)?;
+        file.inode.read(&file.detector, offset, len).await
+    }
+
+    /// Takes a write if that needs no waiting: a copy into the buffer. `Ok(false)`: nothing was
+    /// taken, use [`Self::write`]. Never blocks.
+    pub fn try_write(&self, handle: FileHandle, offset: u64, data: &[u8]) -> Result<bool> {
+        let file = self.file(handle)?;
+        if !file.write {
+            return Err(ClientError::BadHandle);
+        }
+        file.peek_failure()?;
+        file.inode.try_write(offset, data)
+    }
+
+    /// Writes `data` at `offset`. It returns once the data is in the buffer; errors of sending it
+    /// come at the next [`Self::fsync`] or [`Self::flush`].
+    pub async fn write(&self, handle: FileHandle, offset: u64, data: &[u8]) -> Result<()> {
+        let file = self.file(handle)?;
+        if !file.write {
+            return Err(ClientError::BadHandle);
+        }
+        file.peek_failure()?;
+        file.inode.write(offset, data).await
+    }
+
+    /// Close of a descriptor: everything written is acknowledged and committed, so that whoever
+    /// opens the file next, anywhere, sees it. The handle stays usable (dup'd descriptors, mmap).
+    pub async fn flush(&self, handle: FileHandle) -> Result<()> {
+        let file = self.file(handle)?;
+        if !file.write {
+            return Ok(());
+        }
+        self.settle(&file).await
+    }
+
+    /// Everything written through any handle of the file is durable on the nodes and committed.
+    pub async fn fsync(&self, handle: FileHandle) -> Result<()> {
+        let file = self.file(handle)?;
+        self.settle(&file).await
+    }
+
+    async fn settle(&self, file: &OpenFile) -> Result<()> {
+        file.inode.drain().await;
+        let committed = file.inode.commit().await;
+        file.take_failure()?;
+        committed
+    }
+
+    /// The last descriptor is gone. Errors are reported once, like those of a flush.
+    pub async fn release(&self, handle: FileHandle) -> Result<()> {
+        let file = self.shared.files().remove(&handle.0).ok_or(ClientError::BadHandle)?;
+        let inode = &file.inode;
+        inode.drain().await;
+        let remote = inode.state().remotes.get(&file.id).copied();
+        let result = match remote {
+            None => Ok(()),
+            Some(remote) => self.release_remote(inode, remote).await,
+        };
+        inode.state().remotes.remove(&file.id);
+        self.detach(inode);
+        file.take_failure()?;
+        result
+    }
+
+    /// Ends a handle, with the commit that is still due.
+    async fn release_remote(&self, inode: &Arc<OpenInode>, remote: Remote) -> Result<()> {
+        let _one = inode.committing.lock().await;
+        let commit = inode.pending_commit();
+        let op = Op::Release { handle: remote.handle, commit: commit.clone() };
+        match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
+            Ok(_) => {
+                if let Some(done) = &commit {
+                    // The answer carries no attributes; other handles go on with what was told.
+                    inode.state().fold();
+                    inode.committed(done);
+                }
+                Ok(())
+            }
+            // The handle went with its session; what was to be committed is told without it.
+            Err(ClientError::Fs(FsError::SessionExpired)) => match commit {
+                None => Ok(()),
+                Some(commit) => {
+                    self.shared.cluster.mutate(Op::Commit(commit.clone()), None).await?;
+                    inode.committed(&commit);
+                    Ok(())
+                }
+            },
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The inode of a handle.
+    pub fn inode_of(&self, handle: FileHandle) -> Result<InodeId> {
+        Ok(self.file(handle)?.inode.id)
+    }
+
+    /// Grows a file to at least `end` bytes (fallocate without flags).
+    pub async fn extend(&self, handle: FileHandle, end: u64) -> Result<()> {
+        let file = self.file(handle)?;
+        if !file.write {
+            return Err(ClientError::BadHandle);
+        }
+        if file.inode.state().size() >= end {
+            return Ok(());
+        }
+        let set = ebb_metaplane_protocol::attr::SetAttr { size: Some(end), ..Default::default() };
+        file.inode.truncate(set).await
+    }
+}
+
+/// What kind of error an open of something that is not a file is.
+pub(crate) fn not_a_file(kind: FileKind) -> Option<FsError> {
+    match kind {
+        FileKind::File => None,
+        FileKind::Directory => Some(FsError::IsDirectory),
+        FileKind::Symlink => Some(FsError::Invalid("a symbolic link".into())),
+    }
+}

@@ -1,0 +1,345 @@
+//! The file system by inode: names, attributes, directories. Open files are in [`crate::files`].
+
+use crate::Result;
+use crate::budget::Budget;
+use crate::cluster::{self, Cluster};
+use crate::error::ClientError;
+use crate::files::OpenFile;
+use crate::inode::OpenInode;
+use ebb_dataplane_protocol::InodeId;
+use ebb_metaplane_protocol::attr::{Attr, SetAttr};
+use ebb_metaplane_protocol::query::{DirEntry, StatFs};
+use ebb_metaplane_protocol::{Op, OpReply, Query, QueryReply};
+use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+
+/// Who creates something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// A mounted name space. Cheap to clone; clones share open files and buffers.
+#[derive(Clone)]
+pub struct FileSystem {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) cluster: Arc<cluster::Shared>,
+    pub(crate) runtime: Handle,
+    pub(crate) write_budget: Budget,
+    pub(crate) read_budget: Budget,
+    /// Data writes in flight.
+    pub(crate) window: Semaphore,
+    inodes: Mutex<HashMap<InodeId, Arc<OpenInode>>>,
+    files: Mutex<HashMap<u64, Arc<OpenFile>>>,
+    pub(crate) next_file: AtomicU64,
+}
+
+/// How often buffers are looked over for what is due.
+const TURN: Duration = Duration::from_millis(250);
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl std::fmt::Debug for FileSystem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FileSystem").field("open", &self.shared.files().len()).finish()
+    }
+}
+
+impl FileSystem {
+    /// A file system over a cluster's session. Must be called in a tokio runtime, whose threads
+    /// then do the background work.
+    pub fn new(cluster: &Cluster) -> Self {
+        let config = &cluster.shared.config;
+        let shared = Arc::new(Shared {
+            runtime: Handle::current(),
+            write_budget: Budget::new(config.write_buffer_bytes),
+            read_budget: Budget::new(config.read_cache_bytes),
+            window: Semaphore::new(config.write_window.max(1)),
+            inodes: Mutex::default(),
+            files: Mutex::default(),
+            next_file: AtomicU64::new(1),
+            cluster: Arc::clone(&cluster.shared),
+        });
+        tokio::spawn(look_after(Arc::downgrade(&shared)));
+        Self { shared }
+    }
+
+    /// The cluster under it.
+    pub fn cluster(&self) -> Cluster {
+        Cluster { shared: Arc::clone(&self.shared.cluster) }
+    }
+
+    /// Everything written through any open file is durable and committed; the first error, if any.
+    pub async fn sync_all(&self) -> Result<()> {
+        let open: Vec<_> = self.shared.inodes().values().cloned().collect();
+        let mut first = Ok(());
+        for inode in open {
+            inode.drain().await;
+            let committed = inode.commit().await;
+            let failure = inode.state().failure.clone();
+            first = first.and(committed).and(failure.map_or(Ok(()), Err));
+        }
+        first
+    }
+
+    /// Flushes, releases every open file, and ends the session.
+    pub async fn close(&self) -> Result<()> {
+        let synced = self.sync_all().await;
+        let handles: Vec<u64> = self.shared.files().keys().copied().collect();
+        for handle in handles {
+            let _ = self.release(crate::FileHandle(handle)).await;
+        }
+        let closed = self.cluster().close().await;
+        synced.and(closed)
+    }
+
+    /// An entry of a directory.
+    pub async fn lookup(&self, parent: InodeId, name: &[u8]) -> Result<Attr> {
+        let query = Query::Lookup { parent, name: name.to_vec() };
+        self.shared.attr_query(query).await
+    }
+
+    /// Attributes, with this client's own unflushed writes.
+    pub async fn getattr(&self, inode: InodeId) -> Result<Attr> {
+        if let Some(open) = self.shared.inode(inode) {
+            let state = open.state();
+            // While this client writes the file, its own view is the one to show.
+            if state.may_ride() && state.attr_at.elapsed() < self.shared.cluster.config.attr_age_max
+            {
+                return Ok(state.effective());
+            }
+        }
+        self.shared.getattr(inode).await
+    }
+
+    /// The parent of a directory.
+    pub async fn parent(&self, inode: InodeId) -> Result<Attr> {
+        self.shared.attr_query(Query::Parent(inode)).await
+    }
+
+    /// chmod, chown, utimes, truncate; answers with the attributes after it.
+    pub async fn setattr(&self, inode: InodeId, set: SetAttr) -> Result<Attr> {
+        let open = self.shared.inode(inode).filter(|i| !i.state().stale);
+        if let Some(open) = &open {
+            if set.size.is_some() {
+                open.truncate(set).await?;
+                return Ok(open.state().effective());
+            }
+            if open.state().may_ride() {
+                open.ride(set);
+                return Ok(open.state().effective());
+            }
+        }
+        match self.shared.cluster.mutate(Op::SetAttr { inode, set }, None).await? {
+            (OpReply::Attr(attr), _) => Ok(self.shared.noticed(attr)),
+            _ => Err(no_attr()),
+        }
+    }
+
+    /// A page of a directory in name order: entries after `after` (empty: from the start), and
+    /// whether it was the last.
+    pub async fn readdir(
+        &self,
+        inode: InodeId,
+        after: &[u8],
+        limit: u32,
+    ) -> Result<(Vec<DirEntry>, bool)> {
+        let query = Query::ReadDir { inode, after: after.to_vec(), limit };
+        match self.shared.cluster.query(query).await? {
+            QueryReply::Page { mut entries, end } => {
+                for entry in &mut entries {
+                    if let Some(open) = self.shared.inode(entry.attr.inode) {
+                        open.state().lay_over(&mut entry.attr);
+                    }
+                }
+                Ok((entries, end))
+            }
+            _ => Err(ClientError::Metadata("no page in the answer".into())),
+        }
+    }
+
+    /// Creates a directory.
+    pub async fn mkdir(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        mode: u32,
+        owner: Owner,
+    ) -> Result<Attr> {
+        let (uid, gid) = (owner.uid, owner.gid);
+        let op = Op::Mkdir { parent, name: name.to_vec(), mode: mode & 0o7777, uid, gid };
+        self.shared.attr_op(op).await
+    }
+
+    /// Creates a symbolic link.
+    pub async fn symlink(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        target: &[u8],
+        owner: Owner,
+    ) -> Result<Attr> {
+        let (uid, gid) = (owner.uid, owner.gid);
+        let op = Op::Symlink { parent, name: name.to_vec(), target: target.to_vec(), uid, gid };
+        self.shared.attr_op(op).await
+    }
+
+    /// The target of a symbolic link.
+    pub async fn readlink(&self, inode: InodeId) -> Result<Vec<u8>> {
+        match self.shared.cluster.query(Query::ReadLink(inode)).await? {
+            QueryReply::Link(target) => Ok(target),
+            _ => Err(ClientError::Metadata("no target in the answer".into())),
+        }
+    }
+
+    /// Removes a file or a symbolic link. An open file lives on.
+    pub async fn unlink(&self, parent: InodeId, name: &[u8]) -> Result<()> {
+        self.shared.op(Op::Unlink { parent, name: name.to_vec() }).await
+    }
+
+    /// Removes an empty directory.
+    pub async fn rmdir(&self, parent: InodeId, name: &[u8]) -> Result<()> {
+        self.shared.op(Op::Rmdir { parent, name: name.to_vec() }).await
+    }
+
+    /// Renames; `flags` are `RENAME_NOREPLACE` and `RENAME_EXCHANGE`.
+    pub async fn rename(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        new_parent: InodeId,
+        new_name: &[u8],
+        flags: u32,
+    ) -> Result<()> {
+        let (name, new_name) = (name.to_vec(), new_name.to_vec());
+        self.shared.op(Op::Rename { parent, name, new_parent, new_name, flags }).await
+    }
+
+    /// Space and counts.
+    pub async fn statfs(&self) -> Result<StatFs> {
+        match self.shared.cluster.query(Query::StatFs).await? {
+            QueryReply::StatFs(s) => Ok(s),
+            _ => Err(ClientError::Metadata("no counts in the answer".into())),
+        }
+    }
+
+    /// Bytes buffered for writing and held for reading, for people and for tests of the bounds.
+    pub fn held_bytes(&self) -> (usize, usize) {
+        (self.shared.write_budget.used(), self.shared.read_budget.used())
+    }
+}
+
+fn no_attr() -> ClientError {
+    ClientError::Metadata("no attributes in the answer".into())
+}
+
+impl Shared {
+    pub(crate) fn inodes(&self) -> MutexGuard<'_, HashMap<InodeId, Arc<OpenInode>>> {
+        lock(&self.inodes)
+    }
+
+    pub(crate) fn files(&self) -> MutexGuard<'_, HashMap<u64, Arc<OpenFile>>> {
+        lock(&self.files)
+    }
+
+    pub(crate) fn inode(&self, id: InodeId) -> Option<Arc<OpenInode>> {
+        self.inodes().get(&id).cloned()
+    }
+
+    /// Takes note of attributes of an open file, and lays its uncommitted changes over them.
+    fn noticed(&self, attr: Attr) -> Attr {
+        match self.inode(attr.inode) {
+            None => attr,
+            Some(open) => {
+                let mut state = open.state();
+                if state.lineage != attr.lineage {
+                    return attr;
+                }
+                state.see(&attr);
+                state.effective()
+            }
+        }
+    }
+
+    async fn attr_query(&self, query: Query) -> Result<Attr> {
+        match self.cluster.query(query).await? {
+            QueryReply::Attr(attr) => Ok(self.noticed(attr)),
+            _ => Err(no_attr()),
+        }
+    }
+
+    pub(crate) async fn getattr(&self, inode: InodeId) -> Result<Attr> {
+        self.attr_query(Query::GetAttr(inode)).await
+    }
+
+    async fn attr_op(&self, op: Op) -> Result<Attr> {
+        match self.cluster.mutate(op, None).await? {
+            (OpReply::Attr(attr), _) => Ok(attr),
+            _ => Err(no_attr()),
+        }
+    }
+
+    async fn op(&self, op: Op) -> Result<()> {
+        self.cluster.mutate(op, None).await.map(|_| ())
+    }
+
+    /// Sends everything that is buffered: a writer waits for room.
+    pub(crate) fn make_room(&self) {
+        let open: Vec<_> = self.inodes().values().cloned().collect();
+        for inode in open {
+            let mut state = inode.state();
+            state.buffer.make_due();
+            inode.pump(&mut state);
+        }
+    }
+}
+
+/// Sends and commits what has waited long enough, and drops what was read ahead long ago.
+async fn look_after(shared: Weak<Shared>) {
+    let mut turn = tokio::time::interval(TURN);
+    turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        turn.tick().await;
+        let Some(shared) = shared.upgrade() else { return };
+        let open: Vec<_> = shared.inodes().values().cloned().collect();
+        let config = &shared.cluster.config;
+        for inode in open {
+            let commit_due = {
+                let mut state = inode.state();
+                if let Some(limit) = Instant::now().checked_sub(config.write_age_max) {
+                    if state.buffer.make_due_if_older(limit) {
+                        inode.pump(&mut state);
+                    }
+                    state.uncommitted_since.is_some_and(|since| since <= limit)
+                } else {
+                    false
+                }
+            };
+            if let Some(limit) = Instant::now().checked_sub(config.read_age_max) {
+                let freed = inode.state().blocks.expire(limit);
+                shared.read_budget.give(freed as usize);
+            }
+            // A commit under way will carry it; a failing one is tried again next turn.
+            if commit_due && inode.committing.try_lock().is_ok() {
+                let inode = Arc::clone(&inode);
+                tokio::spawn(async move {
+                    if let Err(e) = inode.commit().await {
+                        tracing::warn!(inode = inode.id.0, error = %e, "commit failed");
+                    }
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! An open inode: what this client knows of it and has not yet told the cluster.
+//!
+//! Several handles of one file share it. Everything here is guarded by one short lock that is never
+//! held across I/O. An inode is bound to one lineage: when the object was replaced from outside, a
+//! later open gets a new `OpenInode`, and this one's handles answer ESTALE (PROTOCOL §7).
+
+use crate::Result;
+use crate::buffer::WriteBuffer;
+use crate::error::ClientError;
+use crate::fs::Shared;
+use crate::grant::GrantState;
+use crate::readahead::Blocks;
+use bytes::Bytes;
+use ebb_dataplane_protocol::{Generation, HandleId, InodeId, Lineage};
+use ebb_metaplane_protocol::attr::{Attr, SetAttr, Time, TimeChange};
+use futures::future::{BoxFuture, Shared as SharedFuture};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+use tokio::sync::Notify;
+
+/// A handle at the metadata plane.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Remote {
+    pub(crate) handle: HandleId,
+    /// Epoch of its session.
+    pub(crate) epoch: u64,
+}
+
+/// A block being read ahead.
+pub(crate) type Fetch = SharedFuture<BoxFuture<'static, Result<Bytes>>>;
+
+pub(crate) struct OpenInode {
+    pub(crate) id: InodeId,
+    pub(crate) shared: Arc<Shared>,
+    state: Mutex<State>,
+    /// Something landed, or a barrier was lifted.
+    pub(crate) changed: Notify,
+    /// One asker for a grant at a time.
+    pub(crate) granting: tokio::sync::Mutex<()>,
+    /// One commit at a time.
+    pub(crate) committing: tokio::sync::Mutex<()>,
+}
+
+pub(crate) struct State {
+    attr: Attr,
+    /// When the metadata plane last told.
+    pub(crate) attr_at: Instant,
+    pub(crate) lineage: Lineage,
+    /// Handles at the metadata plane, by the local file that opened them.
+    pub(crate) remotes: BTreeMap<u64, Remote>,
+    /// Local files.
+    pub(crate) opens: usize,
+    pub(crate) grant: Option<Arc<GrantState>>,
+    pub(crate) stale: bool,
+    pub(crate) buffer: WriteBuffer,
+    /// Acknowledged and not committed: per generation, one past the last byte.
+    pub(crate) ends: BTreeMap<Generation, u64>,
+    /// Time of the last write that is not committed.
+    pub(crate) mtime: Option<Time>,
+    /// Attribute changes that ride in the next commit.
+    pub(crate) set: SetAttr,
+    /// When the oldest uncommitted change was made.
+    pub(crate) uncommitted_since: Option<Instant>,
+    /// Created by this client and not yet committed: attribute changes may ride.
+    pub(crate) fresh: bool,
+    /// The last failed background write; `failures` counts them, handles remember what they saw.
+    pub(crate) failure: Option<ClientError>,
+    pub(crate) failures: u64,
+    /// A truncate is under way: writes wait.
+    pub(crate) barrier: bool,
+    pub(crate) blocks: Blocks<Fetch>,
+}
+
+impl OpenInode {
+    pub(crate) fn new(shared: Arc<Shared>, attr: Attr, lineage: Lineage) -> Self {
+        let segment = shared.cluster.config.segment_bytes;
+        let state = State {
+            lineage,
+            attr_at: Instant::now(),
+            remotes: BTreeMap::new(),
+            opens: 0,
+            grant: None,
+            stale: false,
+            buffer: WriteBuffer::new(segment),
+            ends: BTreeMap::new(),
+            mtime: None,
+            set: SetAttr::default(),
+            uncommitted_since: None,
+            fresh: false,
+            failure: None,
+            failures: 0,
+            barrier: false,
+            blocks: Blocks::default(),
+            attr,
+        };
+        Self {
+            id: state.attr.inode,
+            shared,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            granting: tokio::sync::Mutex::default(),
+            committing: tokio::sync::Mutex::default(),
+        }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn mark_stale(&self) {
+        self.state().stale = true;
+    }
+
+    /// Drops what was read ahead.
+    pub(crate) fn forget_blocks(&self) {
+        let freed = self.state().blocks.clear();
+        self.shared.read_budget.give(freed as usize);
+    }
+}
+
+impl Drop for OpenInode {
+    fn drop(&mut self) {
+        self.forget_blocks();
+    }
+}
+
+impl State {
+    /// Takes over attributes from the metadata plane, unless they are older than those known
+    /// (answers may overtake each other) or of another object.
+    pub(crate) fn see(&mut self, attr: &Attr) {
+        let rank = |a: &Attr| (a.ctime, a.generation);
+        if attr.lineage == self.lineage && rank(attr) >= rank(&self.attr) {
+            self.attr = attr.clone();
+            self.attr_at = Instant::now();
+        }
+    }
+
+    /// One past the last byte of this client's writes that are not committed.
+    fn local_end(&self) -> u64 {
+        self.ends.values().copied().fold(self.buffer.end(), u64::max)
+    }
+
+    /// The size as this client's readers see it.
+    pub(crate) fn size(&self) -> u64 {
+        self.attr.size.max(self.local_end())
+    }
+
+    /// The attributes with what this client has not committed yet.
+    pub(crate) fn effective(&self) -> Attr {
+        let mut a = self.attr.clone();
+        self.lay_over(&mut a);
+        a
+    }
+
+    /// Lays uncommitted changes over attributes from the metadata plane.
+    pub(crate) fn lay_over(&self, a: &mut Attr) {
+        a.size = a.size.max(self.local_end());
+        if let Some(t) = self.mtime {
+            a.mtime = t;
+            a.ctime = a.ctime.max(t);
+        }
+        let at = |c: TimeChange| match c {
+            TimeChange::At(t) => t,
+            TimeChange::Now => crate::now(),
+        };
+        let SetAttr { mode, uid, gid, size: _, atime, mtime } = self.set;
+        a.mode = mode.unwrap_or(a.mode);
+        a.uid = uid.unwrap_or(a.uid);
+        a.gid = gid.unwrap_or(a.gid);
+        a.atime = atime.map_or(a.atime, at);
+        a.mtime = mtime.map_or(a.mtime, at);
+    }
+
+    /// Takes the uncommitted changes into the known attributes: they were committed by a call that
+    /// answers without attributes. The ctime stays the leader's, whose clock orders answers.
+    pub(crate) fn fold(&mut self) {
+        let ctime = self.attr.ctime;
+        self.attr = Attr { ctime, ..self.effective() };
+    }
+
+    /// Whether something is to be committed.
+    pub(crate) fn uncommitted(&self) -> bool {
+        !self.ends.is_empty() || self.mtime.is_some() || self.set != SetAttr::default()
+    }
+
+    /// Whether attribute changes may wait for the next commit: this client is writing the file.
+    pub(crate) fn may_ride(&self) -> bool {
+        !self.stale && (self.fresh || self.uncommitted() || !self.buffer.is_empty())
+    }
+
+    /// Notes a failed background write.
+    pub(crate) fn fail(&mut self, e: ClientError) {
+        self.failures += 1;
+        self.failure = Some(e);
+    }
+
+    pub(crate) fn note_uncommitted(&mut self) {
+        self.uncommitted_since.get_or_insert_with(Instant::now);
+    }
+}
