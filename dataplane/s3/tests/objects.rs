@@ -77,7 +77,7 @@ async fn ranges_are_clipped_or_refused() {
         let clipped = end.min(1_500_000);
         assert_eq!(body.range(), start..clipped);
         let bytes = body.collect().await.expect("whole");
-        assert_eq!(bytes[..], data[start as usize..clipped as usize]);
+        assert!(bytes[..] == data[start as usize..clipped as usize]);
     }
     is(w.bucket.get_bytes("k", None, 1_500_000..1_500_001).await, ErrorKind::Invalid);
     is(w.bucket.get_bytes("k", None, 7..7).await, ErrorKind::Invalid);
@@ -98,12 +98,12 @@ async fn a_body_in_many_pieces_arrives_as_one() {
     let whole = pieces.concat();
     w.bucket.put("k", pieces.clone(), &none(), &ALWAYS).await.expect("put");
     let got = w.bucket.get_bytes("k", None, 0..9_999_999).await.expect("get");
-    assert_eq!(got[..], whole[..]);
+    assert!(got[..] == whole[..]);
     let upload = w.bucket.create_multipart("m", &none()).await.expect("create");
     let part = w.bucket.upload_part("m", &upload, 3, pieces).await.expect("part");
     w.bucket.complete_multipart("m", &upload, &[part], &ALWAYS).await.expect("complete");
     let got = w.bucket.get_bytes("m", None, 0..9_999_999).await.expect("get");
-    assert_eq!(got[..], whole[..]);
+    assert!(got[..] == whole[..]);
 }
 
 #[tokio::test]
