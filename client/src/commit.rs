@@ -14,7 +14,8 @@ impl OpenInode {
     /// What is to be committed now; `None`: nothing.
     pub(crate) fn pending_commit(&self) -> Option<CommitWrite> {
         let state = self.state();
-        state.uncommitted().then(|| CommitWrite {
+        // A stale inode's writes were to another object; they must not size the new one.
+        (state.uncommitted() && !state.stale).then(|| CommitWrite {
             inode: self.id,
             ends: state.ends.iter().map(|(g, e)| (*g, *e)).collect(),
             mtime: state.mtime,
@@ -55,28 +56,44 @@ impl OpenInode {
     /// that rode along.
     pub(crate) async fn commit(&self) -> Result<()> {
         let _one = self.committing.lock().await;
+        self.commit_locked().await
+    }
+
+    /// The same for a caller that holds `committing`.
+    pub(crate) async fn commit_locked(&self) -> Result<()> {
         let Some(commit) = self.pending_commit() else {
-            self.state().fresh = false;
-            return Ok(());
+            let mut state = self.state();
+            state.fresh = false;
+            let lost = state.stale && state.uncommitted();
+            return if lost { Err(ClientError::Stale) } else { Ok(()) };
         };
-        match self.shared.cluster.mutate(Op::Commit(commit.clone()), None).await {
-            Ok((OpReply::Attr(attr), _)) => {
-                // First the new attributes, then the overlay goes: no reader sees neither.
-                self.state().see(&attr);
-                self.committed(&commit);
-                Ok(())
+        // The commit needs an open handle of the session it is sent in: a handle of an expired one
+        // is replaced first (PROTOCOL §4).
+        for _ in 0..3 {
+            let remote = self.live_remote(true).await.inspect_err(|e| {
+                if matches!(e, ClientError::Stale) {
+                    self.committed(&commit);
+                }
+            })?;
+            let op = Op::Commit(commit.clone());
+            match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
+                Ok((OpReply::Attr(attr), _)) => {
+                    // First the new attributes, then the overlay goes: no reader sees neither.
+                    self.state().see(&attr);
+                    self.committed(&commit);
+                    return Ok(());
+                }
+                Ok(_) => return Err(ClientError::Metadata("no attributes in the answer".into())),
+                Err(ClientError::Fs(FsError::SessionExpired)) => {}
+                Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
+                    self.mark_stale();
+                    self.committed(&commit);
+                    return Err(ClientError::Stale);
+                }
+                Err(e) => return Err(e),
             }
-            Ok(_) => {
-                self.committed(&commit);
-                Ok(())
-            }
-            Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
-                self.mark_stale();
-                self.committed(&commit);
-                Err(ClientError::Stale)
-            }
-            Err(e) => Err(e),
         }
+        Err(FsError::SessionExpired.into())
     }
 
     /// Attribute changes that wait for the next commit, since this client is writing the file.
@@ -112,6 +129,9 @@ impl OpenInode {
     pub(crate) fn cut(&self, attr: &ebb_metaplane_protocol::Attr) {
         let mut state = self.state();
         state.ends.clear();
+        // The truncate's time is later than that of the writes before it.
+        state.mtime = None;
+        state.set.mtime = None;
         state.see(attr);
         state.grant = None;
         let freed = state.blocks.clear();

@@ -244,42 +244,43 @@ impl FileSystem {
         let file = self.shared.files().remove(&handle.0).ok_or(ClientError::BadHandle)?;
         let inode = &file.inode;
         inode.drain().await;
-        let remote = inode.state().remotes.get(&file.id).copied();
-        let result = match remote {
-            None => Ok(()),
-            Some(remote) => self.release_remote(inode, remote).await,
-        };
+        let result = self.release_remote(&file).await;
         inode.state().remotes.remove(&file.id);
         self.detach(inode);
         file.take_failure()?;
         result
     }
 
-    /// Ends a handle, with the commit that is still due.
-    async fn release_remote(&self, inode: &Arc<OpenInode>, remote: Remote) -> Result<()> {
+    /// Ends a handle, with the commit that is still due. A handle of an expired session is gone
+    /// already; what is to be committed then needs a new one first.
+    async fn release_remote(&self, file: &OpenFile) -> Result<()> {
+        let inode = &file.inode;
         let _one = inode.committing.lock().await;
-        let commit = inode.pending_commit();
-        let op = Op::Release { handle: remote.handle, commit: commit.clone() };
-        match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
-            Ok(_) => {
-                if let Some(done) = &commit {
-                    // The answer carries no attributes; other handles go on with what was told.
-                    inode.state().fold();
-                    inode.committed(done);
-                }
-                Ok(())
+        for _ in 0..3 {
+            let live = || {
+                let (_, epoch) = self.shared.cluster.session.current();
+                inode.state().remotes.get(&file.id).copied().filter(|r| r.epoch == epoch)
+            };
+            if live().is_none() {
+                inode.commit_locked().await?;
             }
-            // The handle went with its session; what was to be committed is told without it.
-            Err(ClientError::Fs(FsError::SessionExpired)) => match commit {
-                None => Ok(()),
-                Some(commit) => {
-                    self.shared.cluster.mutate(Op::Commit(commit.clone()), None).await?;
-                    inode.committed(&commit);
-                    Ok(())
+            let Some(remote) = live() else { return Ok(()) };
+            let commit = inode.pending_commit();
+            let op = Op::Release { handle: remote.handle, commit: commit.clone() };
+            match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
+                Ok(_) => {
+                    if let Some(done) = &commit {
+                        // The answer carries no attributes; other handles go on with what was told.
+                        inode.state().fold();
+                        inode.committed(done);
+                    }
+                    return Ok(());
                 }
-            },
-            Err(e) => Err(e),
+                Err(ClientError::Fs(FsError::SessionExpired)) => {}
+                Err(e) => return Err(e),
+            }
         }
+        Err(FsError::SessionExpired.into())
     }
 
     /// The inode of a handle.

@@ -115,7 +115,7 @@ impl OpenInode {
 
     /// A handle of the current session: one that is open, or one opened anew in place of a handle
     /// whose session expired. The lineage must be the old one (PROTOCOL §4).
-    async fn live_remote(&self, write: bool) -> Result<Remote> {
+    pub(crate) async fn live_remote(&self, write: bool) -> Result<Remote> {
         let (_, epoch) = self.shared.cluster.session.current();
         let old = {
             let state = self.state();
