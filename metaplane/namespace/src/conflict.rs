@@ -1,13 +1,13 @@
 //! Strangers' objects (PROTOCOL §10): a foreign object keeps the name; the local inode becomes
 //! `name.conflict-<id>` in the same command. Nothing is lost, nothing is overwritten.
 
-use crate::directory::{RESERVED, check_name};
+use crate::directory::check_name;
 use crate::kv::Kv;
 use crate::limits::KEY_BYTES_MAX;
 use crate::tables::Ctx;
 use ebb_dataplane_protocol::{InodeId, NAME_BYTES_MAX};
-use ebb_metaplane_protocol::FsResult;
-use ebb_metaplane_protocol::flush::{ForeignObject, IngestObject};
+use ebb_metaplane_protocol::flush::{ForeignObject, IngestAttrs, IngestObject};
+use ebb_metaplane_protocol::{FileKind, FsResult};
 
 impl<K: Kv> Ctx<'_, K> {
     /// The flush of `id` found `object` at `s3_key`.
@@ -59,22 +59,27 @@ impl<K: Kv> Ctx<'_, K> {
         unreachable!("a directory holds fewer names than there are suffixes")
     }
 
-    /// A foreign object appears under its name, if nothing of ours has it.
+    /// A foreign object appears under its name, if nothing of ours has it. Directories that were
+    /// renamed or removed meanwhile come back for it: a stranger's object is never hidden.
     pub(crate) fn adopt_at_key(&mut self, s3_key: &str, object: &ForeignObject) -> FsResult<()> {
-        let (dir_key, name) = match s3_key.rsplit_once('/') {
-            Some((d, n)) => (format!("{d}/"), n),
-            None => (String::new(), s3_key),
-        };
-        let parent = if dir_key.is_empty() {
-            Some(InodeId::ROOT)
-        } else {
-            self.read().inode_at_key(&dir_key)?
-        };
-        let Some(parent) = parent else { return Ok(()) };
-        if name.as_bytes() == RESERVED
-            || check_name(parent, name.as_bytes()).is_err()
+        if self.read().owner_of(s3_key)?.is_some() || s3_key.ends_with('/') {
+            return Ok(());
+        }
+        let mut names: Vec<&str> = s3_key.split('/').collect();
+        let Some(name) = names.pop() else { return Ok(()) };
+        let mut parent = InodeId::ROOT;
+        for dir in names {
+            if check_name(parent, dir.as_bytes()).is_err() {
+                return Ok(());
+            }
+            parent = match self.read().entry(parent, dir.as_bytes())? {
+                Some(id) if self.read().inode(id)?.is_dir() => id,
+                Some(_) => return Ok(()),
+                None => self.bring_back(parent, dir.as_bytes(), object)?,
+            };
+        }
+        if check_name(parent, name.as_bytes()).is_err()
             || self.read().entry(parent, name.as_bytes())?.is_some()
-            || self.read().owner_of(s3_key)?.is_some()
         {
             return Ok(());
         }
@@ -82,5 +87,28 @@ impl<K: Kv> Ctx<'_, K> {
             IngestObject { key: s3_key.to_owned(), etag: object.etag.clone(), size: object.size };
         self.create_found(parent, name.as_bytes(), Some(&found), &object.attrs)?;
         self.touch_dir(parent, 0)
+    }
+
+    /// A directory on the way to a foreign object.
+    fn bring_back(
+        &mut self,
+        parent: InodeId,
+        name: &[u8],
+        object: &ForeignObject,
+    ) -> FsResult<InodeId> {
+        let attrs = IngestAttrs {
+            kind: FileKind::Directory,
+            mode: 0o755,
+            uid: object.attrs.uid,
+            gid: object.attrs.gid,
+            mtime: self.now,
+            target: None,
+            complete: true,
+        };
+        let id = self.create_found(parent, name, None, &attrs)?;
+        let now = self.now;
+        self.update(id, |n| n.changed(now))?;
+        self.touch_dir(parent, 0)?;
+        Ok(id)
     }
 }
