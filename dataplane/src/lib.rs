@@ -4,4 +4,17 @@
 //! drives one ring per core and speaks frames; [`core`] decides, sans-IO; `ebb-store` keeps; `mover`
 //! talks to S3 on threads of its own.
 
+mod clock;
+pub mod config;
 pub mod core;
+mod heartbeat;
+mod mover;
+pub mod node;
+mod reactor_glue;
+mod shards;
+
+pub use config::{ConfigError, NodeConfig};
+pub use heartbeat::HeartbeatError;
+pub use node::{NodeError, Ready, run, shutdown_signal};
+pub use reactor_glue::CoreError;
+pub use shards::ShardError;

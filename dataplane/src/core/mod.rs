@@ -269,6 +269,11 @@ impl<B: Buffer> ShardCore<B> {
         !self.starved.is_empty() || !self.waiting.is_empty() || !self.parked_controls.is_empty()
     }
 
+    /// Whether a write that waited may go on now: take a turn without sleeping.
+    pub fn has_ready_work(&self) -> bool {
+        self.retry_waiting && !self.waiting.is_empty()
+    }
+
     /// Whether nothing is in progress: requests answered, journal quiet.
     pub fn is_idle(&self) -> bool {
         self.requests == 0

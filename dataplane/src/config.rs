@@ -1,0 +1,198 @@
+//! What a data node is started with: one TOML file, validated once.
+
+use ebb_dataplane_protocol::ClusterId;
+use ebb_dataplane_protocol::auth::ClusterKey;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Cores of a node at most.
+pub const CORES_MAX: u16 = 256;
+/// Least arena of a core: one buffer per class and pool, and room to work.
+pub const ARENA_BYTES_MIN: u64 = 48 << 20;
+
+/// Configuration of a data node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Where the shard files are; created if missing.
+    pub dir: PathBuf,
+    /// Address to listen on.
+    #[serde(default = "localhost")]
+    pub listen: String,
+    /// Host that clients connect to; the listen address if not given.
+    #[serde(default)]
+    pub advertise: Option<String>,
+    /// One port per core; missing ones and 0 take a free one.
+    #[serde(default)]
+    pub ports: Vec<u16>,
+    /// Cores: each has a ring, a port, a shard file.
+    #[serde(default = "one")]
+    pub cores: u16,
+    /// CPUs to pin the cores to, in order; empty: not pinned.
+    #[serde(default)]
+    pub cpus: Vec<usize>,
+    /// Bytes of all shard files together. Only used when they are made.
+    #[serde(default = "capacity_default")]
+    pub capacity_bytes: u64,
+    /// Bytes of buffers of each core.
+    #[serde(default = "arena_default")]
+    pub arena_bytes: u64,
+    /// The cluster, 32 hexadecimal digits.
+    pub cluster: String,
+    /// File of the cluster key.
+    pub key_file: PathBuf,
+    /// Metadata servers, host:port.
+    pub meta: Vec<String>,
+    /// Written when the node serves: JSON with node, host, ports, pid.
+    #[serde(default)]
+    pub ready_file: Option<PathBuf>,
+}
+
+fn localhost() -> String {
+    "127.0.0.1".into()
+}
+fn one() -> u16 {
+    1
+}
+fn capacity_default() -> u64 {
+    10 << 30
+}
+fn arena_default() -> u64 {
+    128 << 20
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Not readable.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, or not these fields.
+    #[error("{path}: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<toml::de::Error>,
+    },
+    /// A value out of range.
+    #[error("{field} is {found}; it must be {rule}")]
+    Value {
+        /// Which.
+        field: &'static str,
+        /// Its value.
+        found: String,
+        /// What is allowed.
+        rule: &'static str,
+    },
+    /// The key file holds no key.
+    #[error("{path}: {source}")]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: ebb_dataplane_protocol::auth::BadKey,
+    },
+}
+
+impl NodeConfig {
+    /// Reads a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|e| ConfigError::Parse { path: path.to_owned(), source: Box::new(e) })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks ranges.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let bad = |field, found: String, rule| Err(ConfigError::Value { field, found, rule });
+        if !(1..=CORES_MAX).contains(&self.cores) {
+            return bad("cores", self.cores.to_string(), "from 1 to 256");
+        }
+        if self.ports.len() > usize::from(self.cores) {
+            return bad("ports", format!("{:?}", self.ports), "at most one per core");
+        }
+        if !self.cpus.is_empty() && self.cpus.len() < usize::from(self.cores) {
+            return bad("cpus", format!("{:?}", self.cpus), "empty, or one per core");
+        }
+        if self.arena_bytes < ARENA_BYTES_MIN {
+            return bad("arena_bytes", self.arena_bytes.to_string(), "at least 48 MiB");
+        }
+        if self.meta.is_empty() {
+            return bad("meta", "empty".into(), "at least one host:port");
+        }
+        self.cluster_id()?;
+        Ok(())
+    }
+
+    /// The cluster.
+    pub fn cluster_id(&self) -> Result<ClusterId, ConfigError> {
+        match u128::from_str_radix(&self.cluster, 16) {
+            Ok(id) if id != 0 => Ok(ClusterId(id)),
+            _ => Err(ConfigError::Value {
+                field: "cluster",
+                found: self.cluster.clone(),
+                rule: "32 hexadecimal digits, not all zero",
+            }),
+        }
+    }
+
+    /// Reads the cluster key.
+    pub fn key(&self) -> Result<ClusterKey, ConfigError> {
+        let path = || self.key_file.clone();
+        let text = std::fs::read_to_string(&self.key_file)
+            .map_err(|source| ConfigError::Read { path: path(), source })?;
+        ClusterKey::from_hex(&text).map_err(|source| ConfigError::Key { path: path(), source })
+    }
+
+    /// The host that clients connect to.
+    pub fn host(&self) -> &str {
+        self.advertise.as_deref().unwrap_or(&self.listen)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = r#"
+        dir = "/tmp/x"
+        cluster = "0000000000000000000000000000000f"
+        key_file = "/tmp/key"
+        meta = ["127.0.0.1:1"]
+    "#;
+
+    #[test]
+    fn the_least_configuration_has_sensible_defaults_and_round_trips() {
+        let c: NodeConfig = toml::from_str(LEAST).expect("valid");
+        c.check().expect("sensible");
+        assert_eq!((c.cores, c.arena_bytes, c.host()), (1, 128 << 20, "127.0.0.1"));
+        assert_eq!(c.cluster_id().expect("valid"), ClusterId(15));
+        let text = toml::to_string(&c).expect("serialises");
+        assert_eq!(toml::from_str::<NodeConfig>(&text).expect("reads back"), c);
+    }
+
+    #[test]
+    fn senseless_values_are_named() {
+        let c: NodeConfig = toml::from_str(LEAST).expect("valid");
+        let broken: [(&str, NodeConfig); 4] = [
+            ("cores", NodeConfig { cores: 0, ..c.clone() }),
+            ("arena_bytes", NodeConfig { arena_bytes: 1, ..c.clone() }),
+            ("meta", NodeConfig { meta: vec![], ..c.clone() }),
+            ("cluster", NodeConfig { cluster: "x".into(), ..c }),
+        ];
+        for (field, config) in broken {
+            let error = config.check().expect_err(field).to_string();
+            assert!(error.contains(field), "{error}");
+        }
+        assert!(toml::from_str::<NodeConfig>(&format!("{LEAST}\nwrong = 1")).is_err());
+    }
+}

@@ -1,0 +1,329 @@
+//! Drives one core: ring events into the shard core, its commands back into the ring.
+//!
+//! One turn: take completions, feed them to the core, let it close its batch, carry out its commands;
+//! then one system call submits it all. Replies of a turn leave in one `sendmsg` per connection (the
+//! ring gathers them). Only moves bytes and checks frames: every decision about data is the core's.
+
+mod commands;
+mod conn;
+mod frames;
+mod handshake;
+mod slots;
+
+use crate::clock;
+use crate::core::{ConnRef, CoreLimits, Event as CoreEvent, JobDone, Report, ShardCore};
+use crate::mover::JobSender;
+use conn::Conn;
+use ebb_dataplane_protocol::auth::ClusterKey;
+use ebb_dataplane_protocol::{ClusterId, ClusterMap, SessionId, ShardRef};
+use ebb_ring::{
+    Buf, ConnId, DeviceFile, Event, FileId, ListenerId, MailSender, Mailbox, Reactor, SetupError,
+    TurnError, mailbox,
+};
+use ebb_store::Store;
+use std::collections::{HashMap, VecDeque};
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Messages that can wait for a core: one per job and the placements.
+const MAILBOX_MAX: usize = 8192;
+/// Longest sleep: housekeeping and the report happen this often.
+const TICK_MS: u64 = 250;
+/// Sleep while something waits that no completion will wake.
+const RETRY_MS: u64 = 10;
+/// How long a draining core waits for what is in progress.
+const DRAIN_MS: u64 = 5000;
+
+/// A message to a core.
+#[derive(Debug)]
+pub(crate) enum Mail {
+    /// An S3 job ended.
+    Job(JobDone<Buf>),
+    /// Map and lease.
+    Placement {
+        /// This core.
+        me: ShardRef,
+        /// The map.
+        map: Arc<ClusterMap>,
+        /// On the clock of [`clock::now_ms`].
+        lease_until_ms: u64,
+    },
+    /// Take nothing new, finish what there is, end.
+    Drain,
+    /// End now.
+    Stop,
+}
+
+/// What a core is started with.
+pub(crate) struct CoreSetup {
+    pub(crate) index: u16,
+    pub(crate) ring: ebb_ring::Config,
+    pub(crate) listener: TcpListener,
+    pub(crate) device: DeviceFile,
+    pub(crate) store: Store,
+    pub(crate) key: ClusterKey,
+    pub(crate) cluster: ClusterId,
+    pub(crate) limits: CoreLimits,
+    pub(crate) jobs: JobSender,
+    pub(crate) report: Arc<Mutex<Report>>,
+    /// Asks the heartbeat to beat now.
+    pub(crate) refresh: Arc<tokio::sync::Notify>,
+}
+
+/// Why a core ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum CoreError {
+    /// The ring could not be set up.
+    #[error("core {core}: {source}")]
+    Setup {
+        /// Which.
+        core: u16,
+        /// Why, and what to do.
+        source: SetupError,
+    },
+    /// The ring refused the listener or the device.
+    #[error("core {core}: the ring refused its {what}: {why}")]
+    Refused {
+        /// Which.
+        core: u16,
+        /// What.
+        what: &'static str,
+        /// Why.
+        why: String,
+    },
+    /// The ring stopped working.
+    #[error("core {core}: {source}")]
+    Turn {
+        /// Which.
+        core: u16,
+        /// Why.
+        source: TurnError,
+    },
+    /// The device failed: nothing it says is to be trusted.
+    #[error(
+        "core {core}: {why}: the node stops, its acked data is on the device up to the failure"
+    )]
+    Device {
+        /// Which.
+        core: u16,
+        /// What failed.
+        why: &'static str,
+    },
+}
+
+/// One core's server.
+pub(crate) struct Glue {
+    index: u16,
+    reactor: Reactor,
+    core: ShardCore<Buf>,
+    file: FileId,
+    listener: Option<ListenerId>,
+    conns: HashMap<ConnRef, Conn>,
+    /// The live connection of each (session, lane).
+    lanes: HashMap<(SessionId, u32), ConnRef>,
+    /// Connections that wait for a payload slot, oldest first.
+    slotless: VecDeque<ConnRef>,
+    /// Commands the ring or the mover had no room for.
+    deferred: VecDeque<crate::core::Command<Buf>>,
+    mail: Mailbox<Mail>,
+    key: ClusterKey,
+    cluster: ClusterId,
+    jobs: JobSender,
+    report: Arc<Mutex<Report>>,
+    refresh: Arc<tokio::sync::Notify>,
+    now_ms: u64,
+    tick_at_ms: u64,
+    draining_since_ms: Option<u64>,
+    stop: bool,
+    failure: Option<&'static str>,
+    zero_slab: &'static [u8],
+}
+
+/// Zeros that replies share.
+static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+
+impl Glue {
+    /// Builds a core on the calling thread, which must be the one that runs it.
+    pub(crate) fn new(setup: CoreSetup) -> Result<(Self, MailSender<Mail>), CoreError> {
+        let core = setup.index;
+        let mut reactor =
+            Reactor::new(setup.ring).map_err(|source| CoreError::Setup { core, source })?;
+        let (sender, mail) = mailbox(MAILBOX_MAX, reactor.waker());
+        let file = reactor.add_file(setup.device).map_err(|r| CoreError::Refused {
+            core,
+            what: "device file",
+            why: r.why.to_string(),
+        })?;
+        let listener = reactor.add_listener(setup.listener).map_err(|r| CoreError::Refused {
+            core,
+            what: "listening socket",
+            why: r.why.to_string(),
+        })?;
+        let buffers = Box::new(slots::Slots::new(reactor.arena().clone()));
+        let shard =
+            ShardCore::new(setup.store, setup.key.clone(), setup.cluster, setup.limits, buffers);
+        let glue = Self {
+            index: setup.index,
+            reactor,
+            core: shard,
+            file,
+            listener: Some(listener),
+            conns: HashMap::new(),
+            lanes: HashMap::new(),
+            slotless: VecDeque::new(),
+            deferred: VecDeque::new(),
+            mail,
+            key: setup.key,
+            cluster: setup.cluster,
+            jobs: setup.jobs,
+            report: setup.report,
+            refresh: setup.refresh,
+            now_ms: clock::now_ms(),
+            tick_at_ms: 0,
+            draining_since_ms: None,
+            stop: false,
+            failure: None,
+            zero_slab: &ZEROS,
+        };
+        Ok((glue, sender))
+    }
+
+    /// Runs until told to stop.
+    pub(crate) fn run(mut self) -> Result<(), CoreError> {
+        let core = self.index;
+        let mut events = Vec::with_capacity(1024);
+        loop {
+            let timeout = self.timeout();
+            self.reactor
+                .turn(Some(timeout), &mut events)
+                .map_err(|source| CoreError::Turn { core, source })?;
+            self.now_ms = clock::now_ms();
+            for event in events.drain(..) {
+                self.event(event);
+            }
+            self.feed_slotless();
+            self.core.end_turn(self.now_ms);
+            self.carry_out();
+            if self.now_ms >= self.tick_at_ms {
+                self.tick();
+            }
+            if let Some(why) = self.failure {
+                self.publish();
+                return Err(CoreError::Device { core, why });
+            }
+            if self.done() {
+                self.publish();
+                return Ok(());
+            }
+        }
+    }
+
+    fn timeout(&self) -> Duration {
+        let ms = if self.core.has_ready_work() {
+            0
+        } else if !self.deferred.is_empty() {
+            1
+        } else if self.core.wants_turn() || !self.slotless.is_empty() {
+            RETRY_MS
+        } else {
+            self.tick_at_ms.saturating_sub(self.now_ms).clamp(1, TICK_MS)
+        };
+        Duration::from_millis(ms)
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Read { token, buf, range, result, .. } => {
+                let ok = match result {
+                    Ok(n) => n == range.len(),
+                    Err(e) => {
+                        tracing::warn!(core = self.index, error = %e, "device read failed");
+                        false
+                    }
+                };
+                let token = crate::core::Token(token.0);
+                self.core.handle(self.now_ms, CoreEvent::Read { token, buf, ok });
+            }
+            Event::Written { token, result, .. } => {
+                self.device_done(token.0, result.map_err(|e| e.to_string()));
+            }
+            Event::Synced { token, result, .. } => {
+                self.device_done(token.0, result.map_err(|e| e.to_string()));
+            }
+            Event::Accepted { conn, peer, .. } => self.accepted(conn, peer),
+            Event::AcceptFailed { errno, .. } => {
+                tracing::warn!(core = self.index, %errno, "accept failed");
+            }
+            Event::Received { conn, buf, range, result, .. } => {
+                self.received(conn, buf, range, result);
+            }
+            Event::Sent { conn, segments, .. } => {
+                // The buffers go back to their pools here.
+                drop(segments);
+                self.sent(conn);
+            }
+            Event::Closed { conn, .. } => self.closed(conn),
+            Event::Woken => self.take_mail(),
+        }
+    }
+
+    fn device_done(&mut self, token: u64, result: Result<(), String>) {
+        if let Err(error) = &result {
+            tracing::error!(core = self.index, error, "device write failed");
+        }
+        let token = crate::core::Token(token);
+        self.core.handle(self.now_ms, CoreEvent::Written { token, ok: result.is_ok() });
+    }
+
+    fn take_mail(&mut self) {
+        while let Some(mail) = self.mail.try_recv() {
+            match mail {
+                Mail::Job(done) => self.core.handle(self.now_ms, CoreEvent::Job(done)),
+                Mail::Placement { me, map, lease_until_ms } => {
+                    let event = CoreEvent::Placement { me, map, lease_until_ms };
+                    self.core.handle(self.now_ms, event);
+                    // The heartbeat acks this map from the report.
+                    self.tick_at_ms = 0;
+                }
+                Mail::Drain => self.drain(),
+                Mail::Stop => self.stop = true,
+            }
+        }
+    }
+
+    fn drain(&mut self) {
+        if self.draining_since_ms.is_none() {
+            self.draining_since_ms = Some(self.now_ms);
+            if let Some(listener) = self.listener.take() {
+                self.reactor.close_listener(listener);
+            }
+        }
+    }
+
+    fn done(&self) -> bool {
+        let drained = self.draining_since_ms.is_some_and(|since| {
+            let quiet = self.core.is_idle() && self.conns.values().all(|c| c.unsent() == 0);
+            quiet || self.now_ms >= since + DRAIN_MS
+        });
+        self.stop || drained
+    }
+
+    fn tick(&mut self) {
+        self.tick_at_ms = self.now_ms + TICK_MS;
+        self.close_idle_handshakes();
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        self.core.stats.connections = self.conns.len() as u64;
+        let report = self.core.report();
+        // A poisoned lock only means that the reader died; the value is replaced whole.
+        *self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = report;
+    }
+
+    /// The ring's name of a connection as the core's.
+    fn conn_ref(conn: ConnId) -> ConnRef {
+        ConnRef(conn.to_bits())
+    }
+}
