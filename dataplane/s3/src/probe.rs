@@ -107,6 +107,20 @@ fn refused<T>(reply: Result<T, S3Error>) -> Result<bool, S3Error> {
     }
 }
 
+/// Whether the server carried it out; also `false` where it does not offer the request.
+fn worked<T>(reply: Result<T, S3Error>) -> Result<bool, S3Error> {
+    match reply {
+        Ok(_) => Ok(true),
+        Err(e) => match e.kind {
+            ErrorKind::PreconditionFailed
+            | ErrorKind::Conflict
+            | ErrorKind::NotFound
+            | ErrorKind::Invalid => Ok(false),
+            _ => Err(e),
+        },
+    }
+}
+
 impl Run<'_> {
     fn key(&self, name: &str) -> String {
         format!("{}{name}", self.folder)
@@ -139,7 +153,7 @@ impl Run<'_> {
         if !good {
             return Ok(true);
         }
-        Ok(!refused(self.bucket.put(&key, other, &none, &Condition::IfMatch(etag)).await)?)
+        worked(self.bucket.put(&key, other, &none, &Condition::IfMatch(etag)).await)
     }
 
     async fn upload(&self, name: &str) -> Result<(UploadId, Vec<crate::types::Part>), S3Error> {
@@ -164,7 +178,7 @@ impl Run<'_> {
             let (upload, parts) = self.upload(name).await?;
             let condition = Condition::IfMatch(etag);
             let reply = self.bucket.complete_multipart(&key, &upload, &parts, &condition).await;
-            honoured = !refused(reply)?;
+            honoured = worked(reply)?;
             if !honoured {
                 self.bucket.abort_multipart(&key, &upload).await?;
             }
@@ -220,7 +234,7 @@ impl Run<'_> {
             return Ok(false);
         }
         let good = self.bucket.get(&key, Some(&etag), None).await.map(drop);
-        Ok(refused(bad.map(drop))? && !refused(good)?)
+        Ok(refused(bad.map(drop))? && worked(good)?)
     }
 
     async fn delete(&self) -> Result<bool, S3Error> {
@@ -230,7 +244,7 @@ impl Run<'_> {
         if !no || !self.is_still("delete", &etag).await? {
             return Ok(false);
         }
-        Ok(!refused(self.bucket.delete(&key, Some(&etag)).await)?)
+        worked(self.bucket.delete(&key, Some(&etag)).await)
     }
 
     async fn part_copy(&self) -> Result<bool, S3Error> {
@@ -239,7 +253,7 @@ impl Run<'_> {
         let upload = self.bucket.create_multipart(&to, &Metadata::new()).await?;
         let reply = self.bucket.upload_part_copy(&to, &upload, 1, &from, Some(&source), 0..4).await;
         self.bucket.abort_multipart(&to, &upload).await?;
-        Ok(!refused(reply)?)
+        worked(reply)
     }
 
     async fn sweep(&self) -> Result<(), S3Error> {

@@ -20,7 +20,9 @@ use crate::{
     operation::Operation,
 };
 
-const CONNECTIONS_MAX: usize = 1024;
+const CONNECTIONS_MAX: usize = 512;
+/// Read at once from a connection, and so the largest piece of a body on its way in.
+const READ_BYTES_MAX: usize = 128 * 1024;
 /// An idle connection is closed after this. Longer than clients keep theirs (the AWS SDK: 90 s),
 /// so that a request seldom meets a connection that is just being closed.
 const IDLE: Duration = Duration::from_secs(300);
@@ -81,6 +83,7 @@ async fn connection(
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE)
+        .max_buf_size(READ_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), handler);
     tokio::pin!(connection);
     let ended = tokio::select! {
@@ -175,26 +178,30 @@ fn error_reply(status: StatusCode) -> HttpResponse {
 
 /// The first bytes of a body, then a broken connection.
 fn truncated(body: Body, bytes: u64) -> Body {
-    use futures::StreamExt;
-    let mut left = bytes;
-    let stream = body.flat_map(move |piece| {
-        let mut out: Vec<Result<hyper::body::Bytes, s3s::StdError>> = Vec::with_capacity(2);
-        match piece {
-            Ok(piece) if (piece.len() as u64) <= left => {
-                left -= piece.len() as u64;
-                out.push(Ok(piece));
-            }
-            Ok(mut piece) => {
-                piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-                out.push(Ok(piece));
-                out.push(Err("cut short by a fault switch".into()));
-            }
-            Err(e) => out.push(Err(e)),
+    use futures::{StreamExt, stream};
+    let pieces = stream::unfold((body, bytes, false), |(mut body, left, cut)| async move {
+        if cut {
+            // hyper sends what it has gathered when the body is not ready, and drops it when the
+            // body fails: without this turn the head of the reply might go missing too.
+            tokio::task::yield_now().await;
+            return Some((Err("cut short by a fault switch".into()), (body, 0, true)));
         }
-        futures::stream::iter(out)
+        match body.next().await? {
+            Ok(mut piece) => {
+                let cut = piece.len() as u64 > left;
+                if cut {
+                    piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+                }
+                let left = left - piece.len() as u64;
+                Some((Ok(piece), (body, left, cut)))
+            }
+            Err(e) => Some((Err(e), (body, left, false))),
+        }
     });
     Body::http_body_unsync(http_body_util::StreamBody::new(
-        stream.map(|piece| piece.map(hyper::body::Frame::data).map_err(Cut)),
+        pieces.map(|piece: Result<_, s3s::StdError>| {
+            piece.map(hyper::body::Frame::data).map_err(Cut)
+        }),
     ))
 }
 

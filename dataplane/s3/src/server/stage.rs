@@ -11,6 +11,7 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -23,7 +24,7 @@ use s3s::{
     dto::{Checksum, StreamingBlob},
     s3_error,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::{
     durable::blocking,
@@ -34,7 +35,12 @@ use super::{
 /// Up to here a body is gathered in memory and written at once.
 const GATHER_BYTES_MAX: u64 = 1024 * 1024;
 /// Pieces on their way to the writing thread, per upload.
-const QUEUE_PIECES: usize = 16;
+const QUEUE_PIECES: usize = 8;
+/// Large bodies on their way in at once. Each holds a blocking thread; what is left of those
+/// (tokio has 512) is for everything else.
+const STREAMS_MAX: usize = 64;
+/// A client that sends nothing for so long is given up.
+const BODY_IDLE: Duration = Duration::from_secs(60);
 const COPY_BUFFER_BYTES: usize = 256 * 1024;
 /// S3's own limit for one PUT or part.
 pub(super) const BODY_BYTES_MAX: u64 = 5 * 1024 * 1024 * 1024;
@@ -103,6 +109,7 @@ impl Source {
 pub(super) struct Staging {
     dir: PathBuf,
     next: AtomicU64,
+    streams: Semaphore,
 }
 
 /// A file being written.
@@ -168,7 +175,7 @@ impl Staging {
         if swept > 0 {
             tracing::info!(swept, dir = %dir.display(), "removed unfinished uploads of a crash");
         }
-        Ok(Self { dir, next: AtomicU64::new(0) })
+        Ok(Self { dir, next: AtomicU64::new(0), streams: Semaphore::new(STREAMS_MAX) })
     }
 
     fn path(&self) -> PathBuf {
@@ -195,8 +202,7 @@ impl Staging {
                 let mut pieces: Vec<Bytes> = Vec::new();
                 let mut size = 0;
                 if let Some(mut body) = body {
-                    while let Some(piece) = body.next().await {
-                        let piece = piece.map_err(broken)?;
+                    while let Some(piece) = next_piece(&mut body).await? {
                         size += piece.len() as u64;
                         if size > n {
                             return Err(s3_error!(IncompleteBody, "body longer than declared"));
@@ -227,6 +233,11 @@ impl Staging {
         expected: Option<u64>,
         checks: ChecksumHasher,
     ) -> S3Result<(Staged, [u8; 16], Checksum)> {
+        let _permit = self
+            .streams
+            .acquire()
+            .await
+            .map_err(|e| internal("take in a body", io::Error::other(e)))?;
         let (queue, mut pieces) = mpsc::channel::<Bytes>(QUEUE_PIECES);
         // Set by the sender once the whole body came; without it the queue's end means a failure.
         let (whole, is_whole) = std::sync::mpsc::channel::<()>();
@@ -243,11 +254,12 @@ impl Staging {
         let mut size = 0;
         let mut failure = None;
         if let Some(mut body) = body {
-            while let Some(piece) = body.next().await {
-                let piece = match piece {
-                    Ok(piece) => piece,
+            loop {
+                let piece = match next_piece(&mut body).await {
+                    Ok(Some(piece)) => piece,
+                    Ok(None) => break,
                     Err(e) => {
-                        failure = Some(broken(e));
+                        failure = Some(e);
                         break;
                     }
                 };
@@ -332,8 +344,14 @@ fn copy_hashed(from: &mut impl Read, to: &mut Writer) -> io::Result<u64> {
     }
 }
 
-fn broken(e: s3s::StdError) -> s3s::S3Error {
-    s3_error!(IncompleteBody, "the body broke off: {e}")
+/// The next piece of a body that is coming in; None at its end.
+async fn next_piece(body: &mut StreamingBlob) -> S3Result<Option<Bytes>> {
+    match tokio::time::timeout(BODY_IDLE, body.next()).await {
+        Ok(None) => Ok(None),
+        Ok(Some(Ok(piece))) => Ok(Some(piece)),
+        Ok(Some(Err(e))) => Err(s3_error!(IncompleteBody, "the body broke off: {e}")),
+        Err(_) => Err(s3_error!(RequestTimeout, "nothing more of the body came")),
+    }
 }
 
 fn check_length(size: u64, expected: Option<u64>) -> S3Result<()> {

@@ -10,6 +10,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
@@ -58,7 +59,8 @@ impl Store {
     /// Opens or founds the directory and reads everything in it. Blocking.
     pub(super) fn open(dir: &Path, wanted: &[String]) -> Result<Self, ServerError> {
         let failed = |source| ServerError::Directory { dir: dir.to_owned(), source };
-        fs::create_dir_all(dir).map_err(failed)?;
+        // Object files carry no owner: who may read them is decided here.
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
         let lock = lock(dir)?;
         let mark = dir.join("FORMAT");
         match fs::read_to_string(&mark) {

@@ -75,10 +75,9 @@ impl Uploads {
                     open.insert((upload.head.key.clone(), id), Arc::new(upload));
                 }
                 Ok(_) => fs::remove_dir_all(&path)?,
-                Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "removed an unfinished upload");
-                    fs::remove_dir_all(&path)?;
-                }
+                Err(_) if !path.join(UPLOAD_FILE).exists() => fs::remove_dir_all(&path)?,
+                // It was acknowledged: left for a person to look at.
+                Err(error) => tracing::error!(path = %path.display(), %error, "upload not usable"),
             }
         }
         sync_dir(&dir)?;
