@@ -1,11 +1,12 @@
 //! The provisioner that runs a whole cluster on this machine, as processes of the one binary.
 
 use crate::error::ControllerError as Error;
-use crate::layout::{ClusterConfig, Layout};
+use crate::layout::{ClusterConfig, Layout, write_atomically};
 use crate::plan::NodeProcess;
 use crate::process::{CommandSpec, Process};
-use ebb_dataplane_protocol::{ClusterMap, NodeId};
+use ebb_dataplane_protocol::NodeId;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A server's role in the cluster.
@@ -97,6 +98,7 @@ impl<L: Launch> LocalCluster<L> {
         if self.config.meta_port != 0 {
             for process in self.nodes.values_mut() {
                 if process.check() {
+                    Record::keep(&self.layout, process)?;
                     continue;
                 }
                 let role = Role::Data(process.name().to_owned());
@@ -107,16 +109,6 @@ impl<L: Launch> LocalCluster<L> {
             }
         }
         Ok(())
-    }
-
-    /// The first process that died and is not ready, with its last words: for `ebb up`'s error.
-    pub fn ailing(&self) -> Option<(String, String)> {
-        self.s3
-            .iter()
-            .chain([&self.meta])
-            .chain(self.nodes.values())
-            .find(|p| p.pid().is_none() && p.restarts() > 0 || p.restarts() > 3)
-            .map(|p| (p.name().to_owned(), p.last_words(&self.layout)))
     }
 
     /// The metadata plane's address, once it serves.
@@ -133,17 +125,13 @@ impl<L: Launch> LocalCluster<L> {
             .then(|| format!("http://{}:{}", self.config.host, self.config.s3_port))
     }
 
-    /// The data nodes' processes, matched with the map by what they said when they got ready.
-    pub fn node_processes(&self, map: &ClusterMap) -> Vec<NodeProcess> {
+    /// The data nodes' processes, with the ids they registered under (kept over restarts).
+    pub fn node_processes(&self) -> Vec<NodeProcess> {
         self.nodes
             .values()
-            .map(|p| {
-                let id = recorded_node_id(&self.layout, p.name());
-                let node = id.or_else(|| {
-                    let ports = ports_of(p, &self.layout)?;
-                    map.nodes.iter().find(|n| n.ports == ports).map(|n| n.id)
-                });
-                NodeProcess { name: p.name().to_owned(), node }
+            .map(|p| NodeProcess {
+                name: p.name().to_owned(),
+                node: Record::load(&self.layout, p.name()).map(|r| NodeId(r.node)),
             })
             .collect()
     }
@@ -199,15 +187,34 @@ fn port_of(process: &Process, layout: &Layout) -> Option<u16> {
     u16::try_from(process.ready(layout)?.get("port")?.as_u64()?).ok()
 }
 
-/// `{"ports": [N…]}` of a ready file.
-pub fn ports_of(process: &Process, layout: &Layout) -> Option<Vec<u16>> {
-    let ready = process.ready(layout)?;
-    ready.get("ports")?.as_array()?.iter().map(|p| u16::try_from(p.as_u64()?).ok()).collect()
+/// What a data node said when it got ready, kept beside its store: its id, and the ports its
+/// clients know.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Record {
+    /// Its node id.
+    pub node: u32,
+    /// One port per core.
+    pub ports: Vec<u16>,
 }
 
-/// `{"node": N}` of a node's ready file; kept over its restarts beside its store.
-fn recorded_node_id(layout: &Layout, name: &str) -> Option<NodeId> {
-    let text = std::fs::read_to_string(layout.run(&format!("{name}.ready"))).ok()?;
-    let json: serde_json::Value = serde_json::from_str(&text).ok()?;
-    Some(NodeId(u32::try_from(json.get("node")?.as_u64()?).ok()?))
+impl Record {
+    fn path(layout: &Layout, name: &str) -> PathBuf {
+        layout.node(name).join("registered.json")
+    }
+
+    /// What is known of a node.
+    pub fn load(layout: &Layout, name: &str) -> Option<Self> {
+        serde_json::from_str(&std::fs::read_to_string(Self::path(layout, name)).ok()?).ok()
+    }
+
+    /// Keeps what a ready node says, if it is news.
+    fn keep(layout: &Layout, process: &Process) -> Result<(), Error> {
+        let Some(ready) = process.ready(layout) else { return Ok(()) };
+        let Ok(said) = serde_json::from_value::<Self>(ready) else { return Ok(()) };
+        if Self::load(layout, process.name()).as_ref() == Some(&said) {
+            return Ok(());
+        }
+        let text = serde_json::to_vec(&said).unwrap_or_default();
+        write_atomically(&Self::path(layout, process.name()), &text, 0o644)
+    }
 }

@@ -69,11 +69,15 @@ fn node_set(status: &ClusterStatus, processes: &[NodeProcess], actions: &mut Vec
 
     // Processes that count towards the wish: running or starting, not on their way out.
     let mut staying = 0usize;
+    let mut registered = 0usize;
     for p in processes {
         match p.node.map(state) {
             // Not registered yet.
             None => staying += 1,
-            Some(Some(NodeState::Active | NodeState::Joining)) => staying += 1,
+            Some(Some(NodeState::Active | NodeState::Joining)) => {
+                staying += 1;
+                registered += 1;
+            }
             Some(Some(NodeState::Draining)) => {}
             // The map does not know it any more: it is gone, its process may go.
             Some(Some(NodeState::Gone) | None) => actions.push(Action::StopNode(p.name.clone())),
@@ -86,6 +90,7 @@ fn node_set(status: &ClusterStatus, processes: &[NodeProcess], actions: &mut Vec
     {
         actions.push(set(node, NodeState::Active));
         staying += 1;
+        registered += 1;
     }
     for _ in staying..wish {
         actions.push(Action::StartNode);
@@ -97,7 +102,7 @@ fn node_set(status: &ClusterStatus, processes: &[NodeProcess], actions: &mut Vec
     }
     // The youngest go first: they hold the least.
     let mut active = nodes_in(status, NodeState::Active);
-    let mut surplus = staying.saturating_sub(wish);
+    let mut surplus = registered.saturating_sub(wish);
     while surplus > 0
         && let Some(node) = active.pop()
     {

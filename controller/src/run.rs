@@ -105,7 +105,7 @@ async fn turn<L: Launch>(cluster: &mut LocalCluster<L>, meta: &MetaClient) -> Re
         admin(meta, AdminCall::SetDesired { nodes: cluster.config.nodes }).await?;
         return Ok(());
     }
-    for action in plan(&status, &cluster.node_processes(&status.map)) {
+    for action in plan(&status, &cluster.node_processes()) {
         tracing::info!(?action, "acting");
         match action {
             Action::Admin(call) => {

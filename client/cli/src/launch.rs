@@ -3,6 +3,8 @@
 use crate::exit::CliError;
 use ebb_controller::layout::{ClusterConfig, Layout, write_atomically};
 use ebb_controller::process::CommandSpec;
+use ebb_client::{Cluster, Config, FileSystem};
+use ebb_controller::local::Record;
 use ebb_controller::{ControllerError, Launch, Role};
 use ebb_dataplane_protocol::auth::ClusterKey;
 use serde::{Deserialize, Serialize};
@@ -108,9 +110,12 @@ fn data_config(
 ) -> Result<String, String> {
     let node = ebb_dataplane::NodeConfig {
         dir: layout.node(name),
-        host: config.host.clone(),
-        ports: known_ports(layout, name, config.cores_per_node),
+        listen: config.host.clone(),
+        advertise: None,
+        // The ports it had before, so that its clients find it where it was.
+        ports: Record::load(layout, name).map(|r| r.ports).unwrap_or_default(),
         cores: config.cores_per_node,
+        cpus: vec![],
         capacity_bytes: config.node_capacity_bytes,
         arena_bytes: config.arena_bytes,
         cluster: config.cluster.0.to_string(),
@@ -121,16 +126,6 @@ fn data_config(
     toml::to_string(&node).map_err(|e| e.to_string())
 }
 
-/// The ports a node had before, so that its clients find it where it was; zeros: any.
-fn known_ports(layout: &Layout, name: &str, cores: u16) -> Vec<u16> {
-    let path = layout.node(name).join("ports.json");
-    std::fs::read_to_string(path)
-        .ok()
-        .and_then(|text| serde_json::from_str::<Vec<u16>>(&text).ok())
-        .filter(|ports| ports.len() == usize::from(cores))
-        .unwrap_or_else(|| vec![0; usize::from(cores)])
-}
-
 /// Runs a mount in this process until it is unmounted or told to stop.
 pub async fn run_mount(
     addresses: Vec<String>,
@@ -138,6 +133,31 @@ pub async fn run_mount(
     dir: &Path,
     options: &[String],
 ) -> Result<(), CliError> {
-    let _ = (addresses, key, dir, options);
-    Err(CliError::new("mount"))
+    let stop = ebb_fuse::stop_signal();
+    let source = addresses.join(",");
+    let label = format!("mount on {}, pid {}", dir.display(), std::process::id());
+    let cluster = Cluster::connect(addresses, key, &label, Config::default()).await?;
+    let mut config = ebb_fuse::MountConfig::new(FileSystem::new(&cluster), dir);
+    config.source = source;
+    for option in options {
+        match option.as_str() {
+            "ro" => config.read_only = true,
+            "rw" | "defaults" | "_netdev" | "nofail" | "auto" | "noauto" | "nosuid" | "nodev" => {}
+            "allow_other" => config.allow_other = true,
+            "strict" => {
+                config.attr_ttl = std::time::Duration::ZERO;
+                config.entry_ttl = std::time::Duration::ZERO;
+            }
+            other => {
+                return Err(CliError::usage(format!(
+                    "unknown mount option {other:?}: known are ro, rw, allow_other, strict, nosuid, nodev, _netdev, nofail"
+                )));
+            }
+        }
+    }
+    let fs = config.fs.clone();
+    let result = ebb_fuse::mount(config, stop).await;
+    let closed = fs.close().await;
+    result.map_err(|e| CliError::new(e.to_string()))?;
+    Ok(closed?)
 }

@@ -42,7 +42,8 @@ fn main() -> std::process::ExitCode {
 fn init_logging(cli: &Cli) {
     use std::io::IsTerminal;
     // Servers log to their log files; commands stay quiet unless asked.
-    let default = if matches!(cli.command, Command::Serve(_)) { "info" } else { "error" };
+    // s3s calls every 404 and 412 an error; here they are answers.
+    let default = if matches!(cli.command, Command::Serve(_)) { "info,s3s=off" } else { "error" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("EBB_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     tracing_subscriber::fmt()
