@@ -114,6 +114,9 @@ impl<K: Kv> Ctx<'_, K> {
             let (s, t) = (i32::from(source.is_dir()), i32::from(t.is_dir()));
             self.touch_dir(from.0, t - s)?;
             self.touch_dir(to.0, s - t)?;
+            if let Some(k) = target_key {
+                self.reconsider(&k)?;
+            }
         } else {
             self.delete_entry(from.0, from.1);
             self.put_entry(to.0, to.1, source.id);

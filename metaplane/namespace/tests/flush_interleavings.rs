@@ -134,8 +134,8 @@ impl Run {
                 let t = self.w.begun.swap_remove(i);
                 if self.rng.random_bool(0.15) {
                     if t.needs_seal && self.rng.random_bool(0.5) {
-                        let h = self.w.node.entry(t.inode).or_default();
-                        let _ = h;
+                        // Some primary had sealed already.
+                        self.w.seal_only(&t);
                     }
                     self.w.done(Command::FlushAbort(vec![t.inode]));
                 } else {
@@ -308,12 +308,24 @@ fn the_same_log_gives_the_same_bytes() {
 #[ignore = "prints one seed's log"]
 fn trace() {
     let foreign = std::env::var("FOREIGN").is_ok();
+    let key = std::env::var("KEY").unwrap_or_default();
     for seed in seeds(1) {
         let mut r = run(seed, foreign, 300);
         finish(&mut r);
+        let mut kv = MemKv::default();
+        let mut was = None;
         for (i, e) in r.w.log.iter().enumerate() {
-            println!("{i} {:?}", e.commands[0]);
+            let reply = Machine::apply(&mut kv, e);
+            println!("{i} {:?}\n    {:?}", e.commands[0], reply[0]);
+            let state = kv.0.get(&[b"K", key.as_bytes()].concat()).cloned();
+            let owner = ebb_namespace::Reader(&kv).owner_of(&key);
+            if was.as_ref() != Some(&(state.clone(), owner.clone())) {
+                let text = state.as_ref().map(|s| String::from_utf8_lossy(s).into_owned());
+                println!("    >>> {key}: owner {owner:?} state {text:?}");
+                was = Some((state, owner));
+            }
         }
         println!("{:?}", r.w.tree());
+        println!("{:?}", r.w.bucket.objects.get(&key));
     }
 }
