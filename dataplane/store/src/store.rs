@@ -203,6 +203,11 @@ impl Store {
         Pending { records, urgent: urgent > 0 }
     }
 
+    /// Sequence the next batch will have; grows by one per batch, across restarts.
+    pub fn batch_sequence(&self) -> u64 {
+        self.journal.applied.sequence
+    }
+
     /// Whether a batch is in flight.
     pub fn batch_in_flight(&self) -> bool {
         self.journal.in_flight.is_some()

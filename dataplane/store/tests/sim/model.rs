@@ -1,0 +1,186 @@
+//! The reference model: what a store must hold, block by block, with none of its machinery.
+
+use ebb_dataplane_protocol::control::FlushDone;
+use ebb_dataplane_protocol::*;
+use ebb_store::ViewUpdate;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+pub type Block = Rc<[u8]>;
+pub type BlockKey = (u32, u32);
+
+#[derive(Clone, Debug)]
+pub enum Op {
+    Write {
+        inode: InodeId,
+        chunk: u32,
+        first: u32,
+        blocks: Vec<Block>,
+        end: u64,
+        generation: Generation,
+        session: SessionId,
+        sequence: u64,
+        below: u64,
+    },
+    Seal(InodeId, Generation),
+    FlushDone(FlushDone),
+    Aborted(InodeId, Generation),
+    View(ViewUpdate),
+    Floor(InodeId, Generation),
+    Drop(InodeId),
+    Frozen(u16, Option<PgEpoch>),
+    Thaw(u16, PgEpoch),
+    Trim(SessionId, u64),
+    SessionGone(SessionId),
+    Node(NodeId),
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Inode {
+    pub floor: Generation,
+    pub view: ViewVersion,
+    pub dirty: BTreeMap<BlockKey, (Generation, Block)>,
+    pub seals: BTreeMap<Generation, (BTreeMap<BlockKey, Block>, u64)>,
+    pub marks: BTreeMap<Generation, u64>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    pub inodes: BTreeMap<InodeId, Inode>,
+    pub windows: BTreeMap<SessionId, (u64, BTreeSet<u64>)>,
+    pub frozen: BTreeMap<u16, PgEpoch>,
+    pub node: NodeId,
+}
+
+impl State {
+    pub fn apply(&mut self, op: &Op) {
+        match op {
+            Op::Write {
+                inode,
+                chunk,
+                first,
+                blocks,
+                end,
+                generation,
+                session,
+                sequence,
+                below,
+            } => {
+                let i = self.inodes.entry(*inode).or_default();
+                for (k, b) in blocks.iter().enumerate() {
+                    i.dirty.insert((*chunk, first + k as u32), (*generation, b.clone()));
+                }
+                let m = i.marks.entry(*generation).or_default();
+                *m = (*m).max(*end);
+                while i.marks.len() > 16 {
+                    let low = i.marks.pop_first().map_or(0, |m| m.1);
+                    if let Some(mut e) = i.marks.first_entry() {
+                        let v = (*e.get()).max(low);
+                        e.insert(v);
+                    }
+                }
+                let w = self.windows.entry(*session).or_default();
+                w.1.insert(*sequence);
+                w.0 = w.0.max(*below);
+                let below = w.0;
+                w.1.retain(|s| *s >= below);
+            }
+            Op::Seal(inode, g) => {
+                let i = self.inodes.entry(*inode).or_default();
+                i.floor = i.floor.max(g.next());
+                if !i.seals.contains_key(g) {
+                    let snapshot = i
+                        .dirty
+                        .iter()
+                        .filter(|(_, (d, _))| d <= g)
+                        .map(|(k, (_, b))| (*k, b.clone()))
+                        .collect();
+                    let high = i.marks.range(..=g).map(|m| *m.1).max().unwrap_or(0);
+                    i.seals.insert(*g, (snapshot, high));
+                }
+            }
+            Op::FlushDone(d) => {
+                if let Some(i) = self.inodes.get_mut(&d.inode) {
+                    let floor = i.floor;
+                    i.dirty.retain(|_, (g, _)| !(*g <= d.generation && *g < floor));
+                    i.marks.retain(|g, _| !(*g <= d.generation && *g < floor));
+                    i.seals.retain(|g, _| *g > d.generation);
+                }
+            }
+            Op::Aborted(inode, g) => {
+                if let Some(i) = self.inodes.get_mut(inode) {
+                    i.seals.retain(|s, _| s > g);
+                }
+            }
+            Op::View(v) => {
+                let i = self.inodes.entry(v.inode).or_default();
+                if v.version > i.view {
+                    i.view = v.version;
+                    for c in &v.cuts {
+                        i.floor = i.floor.max(c.generation.next());
+                        cut(i, c);
+                    }
+                }
+            }
+            Op::Floor(inode, floor) => {
+                let i = self.inodes.entry(*inode).or_default();
+                i.floor = i.floor.max(*floor);
+            }
+            Op::Drop(inode) => {
+                self.inodes.remove(inode);
+            }
+            Op::Frozen(pg, Some(e)) => {
+                self.frozen.insert(*pg, *e);
+            }
+            Op::Frozen(pg, None) => {
+                self.frozen.remove(pg);
+            }
+            Op::Thaw(pg, e) => {
+                if self.frozen.get(pg) == Some(e) {
+                    self.frozen.remove(pg);
+                }
+            }
+            Op::Trim(session, below) => {
+                if let Some(w) = self.windows.get_mut(session) {
+                    w.0 = w.0.max(*below);
+                    let below = w.0;
+                    w.1.retain(|s| *s >= below);
+                }
+            }
+            Op::SessionGone(session) => {
+                self.windows.remove(session);
+            }
+            Op::Node(n) => self.node = *n,
+        }
+    }
+
+    pub fn applied(&self, session: SessionId, sequence: u64) -> bool {
+        self.windows.get(&session).is_some_and(|w| sequence < w.0 || w.1.contains(&sequence))
+    }
+}
+
+fn cut(i: &mut Inode, c: &Cut) {
+    let keys: Vec<BlockKey> = i.dirty.keys().copied().collect();
+    for k in keys {
+        let start = block_start(k);
+        let (g, b) = &i.dirty[&k];
+        if *g > c.generation || start + 4096 <= c.at {
+            continue;
+        }
+        if start >= c.at {
+            i.dirty.remove(&k);
+        } else {
+            let mut bytes = b.to_vec();
+            bytes[(c.at - start) as usize..].fill(0);
+            let g = *g;
+            i.dirty.insert(k, (g, bytes.into()));
+        }
+    }
+    for (_, m) in i.marks.range_mut(..=c.generation) {
+        *m = (*m).min(c.at);
+    }
+}
+
+pub fn block_start(k: BlockKey) -> u64 {
+    u64::from(k.0) * u64::from(CHUNK_BYTES) + u64::from(k.1) * 4096
+}
