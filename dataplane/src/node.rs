@@ -27,6 +27,9 @@ use tokio::sync::{Notify, mpsc, watch};
 
 /// Upload bodies in memory, for all cores of a node.
 const FLUSH_BYTES: u64 = 64 << 20;
+/// How often, and how far apart, a port in use is tried again.
+const BIND_TRIES: u32 = 100;
+const BIND_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 /// Connections of a core.
 const CONNS_MAX: u32 = 1024;
 
@@ -126,7 +129,8 @@ pub async fn run(
         Some(store) => store,
         None => random()?,
     };
-    let (listeners, ports) = listen(&config)?;
+    let binding = config.clone();
+    let (listeners, ports) = blocking(0, move || listen(&binding)).await??;
     let who = Registration {
         store,
         host: config.host().to_owned(),
@@ -339,11 +343,25 @@ fn listen(config: &NodeConfig) -> Result<(Vec<TcpListener>, Vec<u16>), NodeError
         let port = config.ports.get(core).copied().unwrap_or(0);
         let address = format!("{}:{port}", config.listen);
         let fail = |source| NodeError::Listen { address: address.clone(), source };
-        let listener = TcpListener::bind(&address).map_err(fail)?;
+        let listener = bind(&address).map_err(fail)?;
         ports.push(listener.local_addr().map_err(fail)?.port());
         listeners.push(listener);
     }
     Ok((listeners, ports))
+}
+
+/// Binds; a fixed port may be held for a moment by the ring of the process that had it before.
+fn bind(address: &str) -> std::io::Result<TcpListener> {
+    let mut tries = 0;
+    loop {
+        match TcpListener::bind(address) {
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && tries < BIND_TRIES => {
+                tries += 1;
+                std::thread::sleep(BIND_PAUSE);
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Whole or not at all: written beside and renamed.

@@ -12,9 +12,13 @@ use ebb_store::{
 };
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Copied through an aligned buffer at a time, when a caller's memory is not.
 const COPY_BYTES: usize = 1 << 20;
+/// How long a shard that another process has locked is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// Progress of a fill is logged every so many bytes.
 const PROGRESS_BYTES: u64 = 1 << 30;
 
@@ -64,6 +68,24 @@ pub enum ShardError {
         /// What does not fit.
         reason: String,
     },
+}
+
+/// Opens a device file. A process that was killed holds its lock a little longer than it lives: the
+/// kernel takes its ring apart in the background.
+fn open_device(path: &Path, mode: OpenMode) -> Result<DeviceFile, FileError> {
+    let mut waited = Duration::ZERO;
+    loop {
+        match DeviceFile::open(path, mode) {
+            Err(FileError::Locked { .. }) if waited < LOCK_PATIENCE => {
+                if waited.is_zero() {
+                    tracing::info!(path = %path.display(), "in use; waiting for its last process to go");
+                }
+                std::thread::sleep(LOCK_PAUSE);
+                waited += LOCK_PAUSE;
+            }
+            other => return other,
+        }
+    }
 }
 
 /// A device file as the store's blocking device.
@@ -136,7 +158,7 @@ impl Shard {
             .map_err(|source| ShardError::Directory { dir: dir.to_owned(), source })?;
         let path = path_of(dir, core);
         if path.exists() {
-            let file = DeviceFile::open(&path, OpenMode::Existing)?;
+            let file = open_device(&path, OpenMode::Existing)?;
             let identity = identify(&mut BlockingDevice(&file))
                 .map_err(|source| ShardError::Open { path: path.clone(), source })?;
             if identity.cluster != cluster {
@@ -221,7 +243,7 @@ impl Shard {
                     .and_then(|()| std::fs::File::open(&dir))
                     .and_then(|d| d.sync_all());
                 renamed.map_err(|source| ShardError::Directory { dir, source })?;
-                (DeviceFile::open(&path, OpenMode::Existing)?, path)
+                (open_device(&path, OpenMode::Existing)?, path)
             }
         };
         let store = Store::open(&mut BlockingDevice(&file), identity.cluster)
