@@ -6,7 +6,7 @@ use std::path::PathBuf;
 /// Ebbtide: an elastic file system over S3.
 #[derive(Parser, Debug)]
 #[command(name = "ebb", version, max_term_width = 100, arg_required_else_help = true)]
-pub struct Cli {
+pub(crate) struct Cli {
     /// Directory of the local cluster
     #[arg(long, global = true, env = "EBB_DIR", value_name = "DIR")]
     pub dir: Option<PathBuf>,
@@ -26,7 +26,7 @@ pub struct Cli {
 
 /// What to do.
 #[derive(Subcommand, Debug)]
-pub enum Command {
+pub(crate) enum Command {
     /// Start a cluster on this machine (or take a running one over)
     Up(Up),
     /// Flush everything to S3, then stop; refuses to drop dirty data
@@ -69,7 +69,7 @@ pub enum Command {
 
 /// `ebb up`
 #[derive(Args, Debug)]
-pub struct Up {
+pub(crate) struct Up {
     /// Data nodes to start with
     #[arg(long, value_name = "N")]
     pub nodes: Option<u32>,
@@ -110,7 +110,7 @@ pub struct Up {
 
 /// `ebb down`
 #[derive(Args, Debug)]
-pub struct Down {
+pub(crate) struct Down {
     /// Stop at once and keep dirty data in DIR for the next `ebb up`
     #[arg(long, conflicts_with = "abandon")]
     pub keep: bool,
@@ -124,7 +124,7 @@ pub struct Down {
 
 /// `ebb scale`
 #[derive(Args, Debug)]
-pub struct Scale {
+pub(crate) struct Scale {
     /// Data nodes
     pub nodes: u32,
     /// Return when it is done
@@ -137,7 +137,7 @@ pub struct Scale {
 
 /// `ebb mount`
 #[derive(Args, Debug)]
-pub struct Mount {
+pub(crate) struct Mount {
     /// [SOURCE] DIR; SOURCE is HOST:PORT of a metadata server
     #[arg(num_args = 1..=2, required = true, value_name = "[SOURCE] DIR")]
     pub target: Vec<String>,
@@ -151,7 +151,7 @@ pub struct Mount {
 
 /// `ebb umount`
 #[derive(Args, Debug)]
-pub struct Umount {
+pub(crate) struct Umount {
     /// Mount point
     pub target: PathBuf,
     /// Detach even if it is busy
@@ -161,7 +161,7 @@ pub struct Umount {
 
 /// `ebb cp`
 #[derive(Args, Debug)]
-pub struct Cp {
+pub(crate) struct Cp {
     /// Copy directories
     #[arg(short, long)]
     pub recursive: bool,
@@ -175,7 +175,7 @@ pub struct Cp {
 
 /// `ebb ls`
 #[derive(Args, Debug)]
-pub struct Ls {
+pub(crate) struct Ls {
     /// Modes, owners, sizes and times
     #[arg(short, long)]
     pub long: bool,
@@ -186,7 +186,7 @@ pub struct Ls {
 
 /// Commands on several paths.
 #[derive(Args, Debug)]
-pub struct Paths {
+pub(crate) struct Paths {
     /// Paths in the file system (ebb:/path or /path)
     #[arg(required = true)]
     pub paths: Vec<String>,
@@ -194,14 +194,14 @@ pub struct Paths {
 
 /// Commands on one path.
 #[derive(Args, Debug)]
-pub struct OnePath {
+pub(crate) struct OnePath {
     /// Path in the file system
     pub path: String,
 }
 
 /// `ebb mkdir`
 #[derive(Args, Debug)]
-pub struct Mkdir {
+pub(crate) struct Mkdir {
     /// Parents too; no error if it exists
     #[arg(short, long)]
     pub parents: bool,
@@ -212,7 +212,7 @@ pub struct Mkdir {
 
 /// `ebb mv`
 #[derive(Args, Debug)]
-pub struct Mv {
+pub(crate) struct Mv {
     /// Old path
     pub source: String,
     /// New path, or a directory to move into
@@ -221,7 +221,7 @@ pub struct Mv {
 
 /// `ebb rm`
 #[derive(Args, Debug)]
-pub struct Rm {
+pub(crate) struct Rm {
     /// Directories and what is in them
     #[arg(short, long)]
     pub recursive: bool,
@@ -235,7 +235,7 @@ pub struct Rm {
 
 /// `ebb flush`
 #[derive(Args, Debug)]
-pub struct FlushArgs {
+pub(crate) struct FlushArgs {
     /// Subtree
     #[arg(default_value = "/")]
     pub path: String,
@@ -246,7 +246,7 @@ pub struct FlushArgs {
 
 /// `ebb bench`
 #[derive(Args, Debug)]
-pub struct Bench {
+pub(crate) struct Bench {
     /// What to measure
     #[command(subcommand)]
     pub what: BenchWhat,
@@ -254,14 +254,14 @@ pub struct Bench {
 
 /// What to measure.
 #[derive(Subcommand, Debug)]
-pub enum BenchWhat {
+pub(crate) enum BenchWhat {
     /// Reads and writes of chunks against the running cluster
     Chunk(BenchChunk),
 }
 
 /// `ebb bench chunk`
 #[derive(Args, Debug)]
-pub struct BenchChunk {
+pub(crate) struct BenchChunk {
     /// Bytes of each request
     #[arg(long, value_name = "BYTES", value_delimiter = ',', default_values = ["4KiB", "64KiB", "1MiB"], value_parser = parse_bytes)]
     pub size: Vec<u64>,
@@ -281,7 +281,7 @@ pub struct BenchChunk {
 
 /// `ebb serve`
 #[derive(Args, Debug)]
-pub struct Serve {
+pub(crate) struct Serve {
     /// Which server
     #[command(subcommand)]
     pub what: ServeWhat,
@@ -289,7 +289,7 @@ pub struct Serve {
 
 /// A server.
 #[derive(Subcommand, Debug)]
-pub enum ServeWhat {
+pub(crate) enum ServeWhat {
     /// The embedded S3 server
     S3(ConfigFile),
     /// A metadata server
@@ -305,14 +305,14 @@ pub enum ServeWhat {
 
 /// A server's configuration.
 #[derive(Args, Debug)]
-pub struct ConfigFile {
+pub(crate) struct ConfigFile {
     /// TOML file
     #[arg(long)]
     pub config: PathBuf,
 }
 
 /// "4096", "64KiB", "1.5GiB", "10MB".
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {

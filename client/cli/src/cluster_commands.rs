@@ -13,7 +13,7 @@ const POLL: Duration = Duration::from_millis(100);
 const FLUSH_PATIENCE: Duration = Duration::from_secs(3600);
 
 /// `ebb status`
-pub async fn status(cli: &Cli) -> Result<(), CliError> {
+pub(crate) async fn status(cli: &Cli) -> Result<(), CliError> {
     let status = ask_status(&find::meta(cli)?).await?;
     if cli.json {
         return output::json(&status);
@@ -34,7 +34,11 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
         "files    {} inodes known, {} not in S3 yet{}, {} keys pending",
         s.inodes,
         s.dirty_inodes,
-        if s.dirty_inodes > 0 { format!(" (oldest {})", output::age(s.dirty_oldest_ms)) } else { String::new() },
+        if s.dirty_inodes > 0 {
+            format!(" (oldest {})", output::age(s.dirty_oldest_ms))
+        } else {
+            String::new()
+        },
         s.pending_keys
     ))?;
     output::line(&format!("nodes    {} wanted", s.desired_nodes))?;
@@ -54,8 +58,14 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
             output::bytes(sum(|c| c.dirty_bytes)),
             output::bytes(sum(|c| c.clean_bytes)),
             output::bytes(node.capacity_bytes),
-            if hits + misses == 0 { "-".into() } else { format!("{:.0} %", 100.0 * hits as f64 / (hits + misses) as f64) },
-            report.and_then(|r| r.heartbeat_age_ms).map_or("never".into(), |ms| format!("{} ago", output::age(ms))),
+            if hits + misses == 0 {
+                "-".into()
+            } else {
+                format!("{:.0} %", 100.0 * hits as f64 / (hits + misses) as f64)
+            },
+            report
+                .and_then(|r| r.heartbeat_age_ms)
+                .map_or("never".into(), |ms| format!("{} ago", output::age(ms))),
         ))?;
     }
     output::line(&format!("sessions {}", s.sessions.len()))?;
@@ -72,7 +82,7 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
 }
 
 /// `ebb scale`
-pub async fn scale(cli: &Cli, args: &Scale) -> Result<(), CliError> {
+pub(crate) async fn scale(cli: &Cli, args: &Scale) -> Result<(), CliError> {
     let meta = find::meta(cli)?;
     let before = ask_status(&meta).await?;
     admin(&meta, AdminCall::SetDesired { nodes: args.nodes }).await?;
@@ -96,8 +106,13 @@ pub async fn scale(cli: &Cli, args: &Scale) -> Result<(), CliError> {
         };
         let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
         let groups = if args.nodes == 0 { 0 } else { s.map.pgs.len() };
-        let settled = s.map.nodes.iter().all(|n| n.state == ebb_dataplane_protocol::NodeState::Active);
-        if s.map.nodes.len() == args.nodes as usize && settled && held == groups && s.moves.is_empty() {
+        let settled =
+            s.map.nodes.iter().all(|n| n.state == ebb_dataplane_protocol::NodeState::Active);
+        if s.map.nodes.len() == args.nodes as usize
+            && settled
+            && held == groups
+            && s.moves.is_empty()
+        {
             spinner.finish_and_clear();
             let ms = started.elapsed().as_millis() as u64;
             if cli.json {
@@ -125,7 +140,7 @@ pub async fn scale(cli: &Cli, args: &Scale) -> Result<(), CliError> {
 }
 
 /// `ebb flush`
-pub async fn flush(cli: &Cli, args: &FlushArgs) -> Result<(), CliError> {
+pub(crate) async fn flush(cli: &Cli, args: &FlushArgs) -> Result<(), CliError> {
     let inode = file_commands::resolve(cli, &args.path).await?.inode;
     let meta = find::meta(cli)?;
     let spinner = output::spinner("flushing to S3", cli.json || !args.wait);
@@ -151,26 +166,33 @@ fn print_flush(cli: &Cli, args: &FlushArgs, report: &FlushReport) -> Result<(), 
             "{} files, {} to S3{}",
             report.flushed,
             output::bytes(report.bytes),
-            if report.remaining > 0 { format!(", {} still dirty", report.remaining) } else { String::new() }
+            if report.remaining > 0 {
+                format!(", {} still dirty", report.remaining)
+            } else {
+                String::new()
+            }
         ))?;
         for (path, why) in &report.failed {
             output::line(&format!("  {path}: {why}"))?;
         }
     }
     if args.wait && !report.failed.is_empty() {
-        return Err(CliError::s3(format!("{} files did not reach S3; they stay safe and dirty", report.failed.len())));
+        return Err(CliError::s3(format!(
+            "{} files did not reach S3; they stay safe and dirty",
+            report.failed.len()
+        )));
     }
     Ok(())
 }
 
 /// `ebb evict`
-pub async fn evict(cli: &Cli, args: &OnePath) -> Result<(), CliError> {
+pub(crate) async fn evict(cli: &Cli, args: &OnePath) -> Result<(), CliError> {
     let inode = file_commands::resolve(cli, &args.path).await?.inode;
     subtree(cli, AdminCall::Evict { inode }).await
 }
 
 /// `ebb warm`
-pub async fn warm(cli: &Cli, args: &OnePath) -> Result<(), CliError> {
+pub(crate) async fn warm(cli: &Cli, args: &OnePath) -> Result<(), CliError> {
     let inode = file_commands::resolve(cli, &args.path).await?.inode;
     subtree(cli, AdminCall::Warm { inode }).await
 }
@@ -184,7 +206,7 @@ async fn subtree(cli: &Cli, call: AdminCall) -> Result<(), CliError> {
 }
 
 /// `ebb env`
-pub fn env(cli: &Cli) -> Result<(), CliError> {
+pub(crate) fn env(cli: &Cli) -> Result<(), CliError> {
     let layout = find::layout(cli)?;
     let config = layout.load()?;
     let mut vars: Vec<(&str, String)> = Vec::new();
@@ -213,7 +235,7 @@ pub fn env(cli: &Cli) -> Result<(), CliError> {
 }
 
 /// `ebb bench`
-pub async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
+pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
     match &args.what {
         BenchWhat::Chunk(a) => crate::file_commands::bench_chunk(cli, a).await,
     }

@@ -2,7 +2,9 @@
 //! symbolic links, and as root owners.
 
 use crate::exit::CliError;
-use ebb_client::{Attr, FileKind, FileSystem, InodeId, OpenFlags, Owner, SetAttr, Time, TimeChange};
+use ebb_client::{
+    Attr, FileKind, FileSystem, InodeId, OpenFlags, Owner, SetAttr, Time, TimeChange,
+};
 use indicatif::ProgressBar;
 use std::ffi::OsStr;
 use std::future::Future;
@@ -21,7 +23,7 @@ const QUEUE_MAX: usize = 256;
 
 /// What was copied.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Copied {
+pub(crate) struct Copied {
     /// Files and links.
     pub files: u64,
     /// Directories.
@@ -32,7 +34,7 @@ pub struct Copied {
 
 /// One side of a copy.
 #[derive(Clone, Debug)]
-pub enum Place {
+pub(crate) enum Place {
     /// On this machine.
     Local(PathBuf),
     /// In the file system.
@@ -41,7 +43,7 @@ pub enum Place {
 
 impl Place {
     /// `ebb:/path` or a local path.
-    pub fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Self {
         match text.strip_prefix("ebb:") {
             Some(path) => Self::Ebb(path.as_bytes().to_vec()),
             None => Self::Local(PathBuf::from(text)),
@@ -49,7 +51,7 @@ impl Place {
     }
 
     /// The last component, for `cp a/b dir/`.
-    pub fn name(&self) -> Option<Vec<u8>> {
+    pub(crate) fn name(&self) -> Option<Vec<u8>> {
         match self {
             Self::Local(p) => {
                 let p = p.canonicalize().unwrap_or_else(|_| p.clone());
@@ -63,7 +65,7 @@ impl Place {
     }
 
     /// This place with one more component.
-    pub fn join(&self, name: &[u8]) -> Self {
+    pub(crate) fn join(&self, name: &[u8]) -> Self {
         match self {
             Self::Local(p) => Self::Local(p.join(OsStr::from_bytes(name))),
             Self::Ebb(p) => {
@@ -86,7 +88,7 @@ impl std::fmt::Display for Place {
 }
 
 /// The copier: a file system, a bar, a limit on what is in flight.
-pub struct Copier {
+pub(crate) struct Copier {
     fs: FileSystem,
     bar: ProgressBar,
     jobs: Arc<Semaphore>,
@@ -97,7 +99,7 @@ pub struct Copier {
 
 impl Copier {
     /// A copier of at most `jobs` files at once.
-    pub fn new(fs: FileSystem, bar: ProgressBar, jobs: usize) -> Self {
+    pub(crate) fn new(fs: FileSystem, bar: ProgressBar, jobs: usize) -> Self {
         Self {
             fs,
             bar,
@@ -109,16 +111,21 @@ impl Copier {
     }
 
     /// Copies one source to exactly `target`; directories only with `recursive`.
-    pub async fn copy(mut self, source: &Place, target: &Place, recursive: bool) -> Result<Copied, CliError> {
+    pub(crate) async fn copy(
+        mut self,
+        source: &Place,
+        target: &Place,
+        recursive: bool,
+    ) -> Result<Copied, CliError> {
         let result = match (source, target) {
             (Place::Local(s), Place::Ebb(t)) => self.inward(s, t, recursive).await,
             (Place::Ebb(s), Place::Local(t)) => self.outward(s, t, recursive).await,
             (Place::Local(_), Place::Local(_)) => {
                 Err(CliError::usage("one side must be ebb:/path; for local copies use cp"))
             }
-            (Place::Ebb(_), Place::Ebb(_)) => {
-                Err(CliError::usage("copies inside the file system are not there yet: copy through a mount"))
-            }
+            (Place::Ebb(_), Place::Ebb(_)) => Err(CliError::usage(
+                "copies inside the file system are not there yet: copy through a mount",
+            )),
         };
         // Whatever was begun is finished before the outcome is told.
         let rest = self.drain(0).await;
@@ -161,19 +168,26 @@ impl Copier {
 
     // --- in ------------------------------------------------------------------
 
-    async fn inward(&mut self, source: &Path, target: &[u8], recursive: bool) -> Result<(), CliError> {
+    async fn inward(
+        &mut self,
+        source: &Path,
+        target: &[u8],
+        recursive: bool,
+    ) -> Result<(), CliError> {
         let failed = |e: std::io::Error| CliError::new(format!("{}: {e}", source.display()));
         let meta = std::fs::symlink_metadata(source).map_err(failed)?;
         if meta.is_dir() && !recursive {
-            return Err(CliError::usage(format!("{} is a directory: use --recursive", source.display())));
+            return Err(CliError::usage(format!(
+                "{} is a directory: use --recursive",
+                source.display()
+            )));
         }
         let total = tree_bytes(source).map_err(failed)?;
         self.bar.set_length(total);
-        let (parent, name) = self
-            .fs
-            .resolve_parent(target)
-            .await
-            .map_err(|e| CliError::new(format!("ebb:{}: {e}", String::from_utf8_lossy(target))))?;
+        let (parent, name) =
+            self.fs.resolve_parent(target).await.map_err(|e| {
+                CliError::new(format!("ebb:{}: {e}", String::from_utf8_lossy(target)))
+            })?;
         self.entry_in(source.to_owned(), meta, parent.inode, name).await
     }
 
@@ -189,7 +203,9 @@ impl Copier {
             let (fs, bar) = (self.fs.clone(), self.bar.clone());
             if meta.is_file() {
                 return self
-                    .spawn(async move { file_in(&fs, &bar, &source, &meta, parent, &name, keep_owner).await })
+                    .spawn(async move {
+                        file_in(&fs, &bar, &source, &meta, parent, &name, keep_owner).await
+                    })
                     .await;
             }
             let failed = |e: String| CliError::new(format!("{}: {e}", source.display()));
@@ -203,7 +219,9 @@ impl Copier {
                 return Ok(());
             }
             if !meta.is_dir() {
-                return Err(failed("neither a file, a directory nor a symbolic link: left out".into()));
+                return Err(failed(
+                    "neither a file, a directory nor a symbolic link: left out".into(),
+                ));
             }
             let dir = match fs.mkdir(parent, &name, meta.mode() & 0o7777, owner).await {
                 Ok(attr) => attr.inode,
@@ -229,7 +247,12 @@ impl Copier {
 
     // --- out -----------------------------------------------------------------
 
-    async fn outward(&mut self, source: &[u8], target: &Path, recursive: bool) -> Result<(), CliError> {
+    async fn outward(
+        &mut self,
+        source: &[u8],
+        target: &Path,
+        recursive: bool,
+    ) -> Result<(), CliError> {
         let shown = String::from_utf8_lossy(source).into_owned();
         let failed = |e: String| CliError::new(format!("ebb:{shown}: {e}"));
         let root = self.fs.resolve(source).await.map_err(|e| failed(e.to_string()))?;
@@ -244,7 +267,9 @@ impl Copier {
             })
             .await
             .map_err(|e| failed(e.to_string()))?;
-        self.bar.set_length(entries.iter().filter(|e| e.attr.kind == FileKind::File).map(|e| e.attr.size).sum());
+        self.bar.set_length(
+            entries.iter().filter(|e| e.attr.kind == FileKind::File).map(|e| e.attr.size).sum(),
+        );
         let mut directories = Vec::new();
         for entry in entries {
             let path = if entry.path.is_empty() {
@@ -264,14 +289,21 @@ impl Copier {
                     directories.push((path, entry.attr));
                 }
                 FileKind::Symlink => {
-                    let link = self.fs.readlink(entry.attr.inode).await.map_err(|e| failed(e.to_string()))?;
+                    let link = self
+                        .fs
+                        .readlink(entry.attr.inode)
+                        .await
+                        .map_err(|e| failed(e.to_string()))?;
                     let _ = std::fs::remove_file(&path);
                     std::os::unix::fs::symlink(OsStr::from_bytes(&link), &path).map_err(told)?;
                     self.copied.files += 1;
                 }
                 FileKind::File => {
                     let (fs, bar) = (self.fs.clone(), self.bar.clone());
-                    self.spawn(async move { file_out(&fs, &bar, &entry.attr, &path, keep_owner).await }).await?;
+                    self.spawn(
+                        async move { file_out(&fs, &bar, &entry.attr, &path, keep_owner).await },
+                    )
+                    .await?;
                 }
             }
         }
@@ -298,7 +330,9 @@ fn tree_bytes(path: &Path) -> std::io::Result<u64> {
 }
 
 fn attributes(meta: &std::fs::Metadata, keep_owner: bool) -> SetAttr {
-    let time = |s: i64, ns: i64| Some(TimeChange::At(Time(s.saturating_mul(1_000_000_000).saturating_add(ns))));
+    let time = |s: i64, ns: i64| {
+        Some(TimeChange::At(Time(s.saturating_mul(1_000_000_000).saturating_add(ns))))
+    };
     SetAttr {
         mode: Some(meta.mode() & 0o7777),
         uid: keep_owner.then(|| meta.uid()),
@@ -323,7 +357,8 @@ async fn file_in(
     let mut local = tokio::fs::File::open(source).await.map_err(|e| told(&e))?;
     let owner = Owner { uid: meta.uid(), gid: meta.gid() };
     let flags = OpenFlags { write: true, truncate: true, exclusive: false };
-    let file = fs.create(parent, name, meta.mode() & 0o7777, owner, flags).await.map_err(|e| told(&e))?;
+    let file =
+        fs.create(parent, name, meta.mode() & 0o7777, owner, flags).await.map_err(|e| told(&e))?;
     let result: Result<u64, CliError> = async {
         let mut block = vec![0u8; BLOCK_BYTES.min(meta.len().max(1) as usize)];
         let mut at = 0u64;

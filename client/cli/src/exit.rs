@@ -15,7 +15,7 @@ use ebb_rpc::RpcError;
 
 /// An error for people.
 #[derive(Debug)]
-pub struct CliError {
+pub(crate) struct CliError {
     message: String,
     code: u8,
 }
@@ -28,31 +28,31 @@ impl std::fmt::Display for CliError {
 
 impl CliError {
     /// A plain failure.
-    pub fn new(message: impl Into<String>) -> Self {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: 1 }
     }
     /// Nothing to talk to.
-    pub fn no_cluster(message: impl Into<String>) -> Self {
+    pub(crate) fn no_cluster(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: 3 }
     }
     /// S3 is the trouble.
-    pub fn s3(message: impl Into<String>) -> Self {
+    pub(crate) fn s3(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: 4 }
     }
     /// Refused for the data's sake.
-    pub fn unsafe_to_go_on(message: impl Into<String>) -> Self {
+    pub(crate) fn unsafe_to_go_on(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: 5 }
     }
     /// Wrong arguments that clap cannot see.
-    pub fn usage(message: impl Into<String>) -> Self {
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self { message: message.into(), code: 2 }
     }
     /// The exit code.
-    pub fn code(&self) -> u8 {
+    pub(crate) fn code(&self) -> u8 {
         self.code
     }
     /// Puts what was being done in front.
-    pub fn context(mut self, what: impl std::fmt::Display) -> Self {
+    pub(crate) fn context(mut self, what: impl std::fmt::Display) -> Self {
         self.message = format!("{what}: {}", self.message);
         self
     }

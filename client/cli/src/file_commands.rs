@@ -4,7 +4,9 @@ use crate::args::{BenchChunk, Cli, Cp, Ls, Mkdir, Mv, Paths, Rm};
 use crate::copy::{Copier, Place};
 use crate::exit::CliError;
 use crate::{find, output};
-use ebb_client::{Attr, ClientError, Cluster, Config, FileKind, FileSystem, OpenFlags, Owner, Time};
+use ebb_client::{
+    Attr, ClientError, Cluster, Config, FileKind, FileSystem, OpenFlags, Owner, Time,
+};
 use std::io::Write;
 
 impl From<ClientError> for CliError {
@@ -12,7 +14,9 @@ impl From<ClientError> for CliError {
         match e {
             ClientError::Fs(e) => e.into(),
             ClientError::WrongKey(text) => Self::no_cluster(text),
-            ClientError::Metadata(text) => Self::no_cluster(format!("{text}; is the cluster up? (`ebb status`)")),
+            ClientError::Metadata(text) => {
+                Self::no_cluster(format!("{text}; is the cluster up? (`ebb status`)"))
+            }
             e => Self::new(e.to_string()),
         }
     }
@@ -54,12 +58,12 @@ fn me() -> Owner {
 }
 
 /// The inode at a path, for commands about subtrees.
-pub async fn resolve(cli: &Cli, path: &str) -> Result<Attr, CliError> {
+pub(crate) async fn resolve(cli: &Cli, path: &str) -> Result<Attr, CliError> {
     with_fs(cli, async |fs| fs.resolve(inside(path)).await.map_err(on(path))).await
 }
 
 /// `ebb cp`
-pub async fn cp(cli: &Cli, args: &Cp) -> Result<(), CliError> {
+pub(crate) async fn cp(cli: &Cli, args: &Cp) -> Result<(), CliError> {
     let Some((target, sources)) = args.paths.split_last() else {
         return Err(CliError::usage("ebb cp SOURCE… TARGET"));
     };
@@ -114,11 +118,16 @@ async fn is_directory(fs: &FileSystem, place: &Place) -> bool {
 }
 
 /// `ebb ls`
-pub async fn ls(cli: &Cli, args: &Ls) -> Result<(), CliError> {
+pub(crate) async fn ls(cli: &Cli, args: &Ls) -> Result<(), CliError> {
     with_fs(cli, async |fs| {
         let attr = fs.resolve_following(inside(&args.path)).await.map_err(on(&args.path))?;
         let entries = if attr.kind == FileKind::Directory {
-            fs.list(attr.inode).await.map_err(on(&args.path))?.into_iter().map(|e| (e.name, e.attr)).collect()
+            fs.list(attr.inode)
+                .await
+                .map_err(on(&args.path))?
+                .into_iter()
+                .map(|e| (e.name, e.attr))
+                .collect()
         } else {
             vec![(inside(&args.path).to_vec(), attr)]
         };
@@ -140,7 +149,7 @@ pub async fn ls(cli: &Cli, args: &Ls) -> Result<(), CliError> {
 }
 
 /// `ebb cat`
-pub async fn cat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
+pub(crate) async fn cat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
     with_fs(cli, async |fs| {
         for path in &args.paths {
             let attr = fs.resolve_following(inside(path)).await.map_err(on(path))?;
@@ -152,7 +161,9 @@ pub async fn cat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
                     Ok(block) => {
                         at += block.len() as u64;
                         match std::io::stdout().lock().write_all(&block) {
-                            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+                            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {
+                                std::process::exit(0)
+                            }
                             Err(e) => break Err(CliError::new(format!("cannot print: {e}"))),
                             Ok(()) => {}
                         }
@@ -169,7 +180,7 @@ pub async fn cat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
 }
 
 /// `ebb stat`
-pub async fn stat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
+pub(crate) async fn stat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
     with_fs(cli, async |fs| {
         let mut rows = Vec::new();
         for path in &args.paths {
@@ -230,7 +241,7 @@ fn date(t: Time) -> String {
 }
 
 /// `ebb mkdir`
-pub async fn mkdir(cli: &Cli, args: &Mkdir) -> Result<(), CliError> {
+pub(crate) async fn mkdir(cli: &Cli, args: &Mkdir) -> Result<(), CliError> {
     with_fs(cli, async |fs| {
         for path in &args.paths {
             if !args.parents {
@@ -259,13 +270,15 @@ pub async fn mkdir(cli: &Cli, args: &Mkdir) -> Result<(), CliError> {
 }
 
 /// `ebb mv`
-pub async fn mv(cli: &Cli, args: &Mv) -> Result<(), CliError> {
+pub(crate) async fn mv(cli: &Cli, args: &Mv) -> Result<(), CliError> {
     with_fs(cli, async |fs| {
-        let (parent, name) = fs.resolve_parent(inside(&args.source)).await.map_err(on(&args.source))?;
+        let (parent, name) =
+            fs.resolve_parent(inside(&args.source)).await.map_err(on(&args.source))?;
         let (new_parent, new_name) = match fs.resolve_following(inside(&args.target)).await {
             Ok(attr) if attr.kind == FileKind::Directory => (attr.inode, name.clone()),
             _ => {
-                let (dir, name) = fs.resolve_parent(inside(&args.target)).await.map_err(on(&args.target))?;
+                let (dir, name) =
+                    fs.resolve_parent(inside(&args.target)).await.map_err(on(&args.target))?;
                 (dir.inode, name)
             }
         };
@@ -275,12 +288,14 @@ pub async fn mv(cli: &Cli, args: &Mv) -> Result<(), CliError> {
 }
 
 /// `ebb rm`
-pub async fn rm(cli: &Cli, args: &Rm) -> Result<(), CliError> {
+pub(crate) async fn rm(cli: &Cli, args: &Rm) -> Result<(), CliError> {
     with_fs(cli, async |fs| {
         for path in &args.paths {
             match remove(fs, path, args.recursive).await {
                 Err(RemoveError::Missing) if args.force => {}
-                Err(RemoveError::Missing) => return Err(CliError::new(format!("{path}: no such file or directory"))),
+                Err(RemoveError::Missing) => {
+                    return Err(CliError::new(format!("{path}: no such file or directory")));
+                }
                 Err(RemoveError::Other(e)) => return Err(e),
                 Ok(()) => {}
             }
@@ -297,7 +312,11 @@ enum RemoveError {
 
 async fn remove(fs: &FileSystem, path: &str, recursive: bool) -> Result<(), RemoveError> {
     let told = |e: ClientError| {
-        if e.errno() == nix::libc::ENOENT { RemoveError::Missing } else { RemoveError::Other(on(path)(e)) }
+        if e.errno() == nix::libc::ENOENT {
+            RemoveError::Missing
+        } else {
+            RemoveError::Other(on(path)(e))
+        }
     };
     let attr = fs.resolve(inside(path)).await.map_err(told)?;
     let (parent, name) = fs.resolve_parent(inside(path)).await.map_err(told)?;
@@ -305,7 +324,9 @@ async fn remove(fs: &FileSystem, path: &str, recursive: bool) -> Result<(), Remo
         return fs.unlink(parent.inode, &name).await.map_err(told);
     }
     if !recursive {
-        return Err(RemoveError::Other(CliError::usage(format!("{path} is a directory: use --recursive"))));
+        return Err(RemoveError::Other(CliError::usage(format!(
+            "{path} is a directory: use --recursive"
+        ))));
     }
     // Depth first without recursion; a directory is removed when its listing is empty.
     let mut stack = vec![(parent.inode, name, attr.inode)];
@@ -330,7 +351,7 @@ async fn remove(fs: &FileSystem, path: &str, recursive: bool) -> Result<(), Remo
 }
 
 /// `ebb bench chunk`
-pub async fn bench_chunk(cli: &Cli, args: &BenchChunk) -> Result<(), CliError> {
+pub(crate) async fn bench_chunk(cli: &Cli, args: &BenchChunk) -> Result<(), CliError> {
     with_fs(cli, async |fs| {
         let plan = ebb_bench::chunk::Plan {
             sizes: args.size.clone(),

@@ -9,24 +9,27 @@ use ebb_rpc::{Identity, MetaClient};
 use std::path::PathBuf;
 
 /// Directory of the local cluster.
-pub fn layout(cli: &Cli) -> Result<Layout, CliError> {
-    let dir = match &cli.dir {
-        Some(dir) => dir.clone(),
-        None => PathBuf::from(
-            std::env::var_os("HOME")
-                .ok_or_else(|| CliError::usage("say where the cluster is: --dir DIR, or set HOME"))?,
-        )
-        .join(".ebb"),
-    };
-    let dir = std::path::absolute(&dir).map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
+pub(crate) fn layout(cli: &Cli) -> Result<Layout, CliError> {
+    let dir =
+        match &cli.dir {
+            Some(dir) => dir.clone(),
+            None => PathBuf::from(std::env::var_os("HOME").ok_or_else(|| {
+                CliError::usage("say where the cluster is: --dir DIR, or set HOME")
+            })?)
+            .join(".ebb"),
+        };
+    let dir = std::path::absolute(&dir)
+        .map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
     Ok(Layout::new(dir))
 }
 
 /// Addresses of the metadata servers and the key.
-pub fn cluster(cli: &Cli) -> Result<(Vec<String>, ClusterKey), CliError> {
+pub(crate) fn cluster(cli: &Cli) -> Result<(Vec<String>, ClusterKey), CliError> {
     let layout = layout(cli)?;
     let addresses = match &cli.cluster {
-        Some(list) => list.split(',').map(|a| a.trim().to_owned()).filter(|a| !a.is_empty()).collect(),
+        Some(list) => {
+            list.split(',').map(|a| a.trim().to_owned()).filter(|a| !a.is_empty()).collect()
+        }
         None => {
             if !layout.exists() {
                 return Err(CliError::no_cluster(format!(
@@ -34,12 +37,15 @@ pub fn cluster(cli: &Cli) -> Result<(Vec<String>, ClusterKey), CliError> {
                     layout.dir().display()
                 )));
             }
-            layout.load_endpoints().map_err(|_| {
-                CliError::no_cluster(format!(
-                    "the cluster in {} is not running: `ebb up --dir {0}` brings it back",
-                    layout.dir().display()
-                ))
-            })?.meta
+            layout
+                .load_endpoints()
+                .map_err(|_| {
+                    CliError::no_cluster(format!(
+                        "the cluster in {} is not running: `ebb up --dir {0}` brings it back",
+                        layout.dir().display()
+                    ))
+                })?
+                .meta
         }
     };
     if addresses.is_empty() {
@@ -58,7 +64,7 @@ pub fn cluster(cli: &Cli) -> Result<(Vec<String>, ClusterKey), CliError> {
 }
 
 /// A client for operators' calls.
-pub fn meta(cli: &Cli) -> Result<MetaClient, CliError> {
+pub(crate) fn meta(cli: &Cli) -> Result<MetaClient, CliError> {
     let (addresses, key) = cluster(cli)?;
     Ok(MetaClient::new(addresses, Identity::new(key, Role::Controller)))
 }

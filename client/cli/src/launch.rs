@@ -1,10 +1,10 @@
 //! How the servers of a local cluster are started: their configuration files and command lines.
 
 use crate::exit::CliError;
-use ebb_controller::layout::{ClusterConfig, Layout, write_atomically};
-use ebb_controller::process::CommandSpec;
 use ebb_client::{Cluster, Config, FileSystem};
+use ebb_controller::layout::{ClusterConfig, Layout, write_atomically};
 use ebb_controller::local::Record;
+use ebb_controller::process::CommandSpec;
 use ebb_controller::{ControllerError, Launch, Role};
 use ebb_dataplane_protocol::auth::ClusterKey;
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,7 @@ const S3_PATIENCE_S: u64 = 15;
 /// Configuration of `ebb serve s3`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct S3Config {
+pub(crate) struct S3Config {
     /// Written when it serves: `{"port": N}`.
     #[serde(default)]
     pub ready_file: Option<PathBuf>,
@@ -25,14 +25,15 @@ pub struct S3Config {
 }
 
 /// Starts roles as processes of this binary.
-pub struct LocalLaunch {
+pub(crate) struct LocalLaunch {
     program: PathBuf,
 }
 
 impl LocalLaunch {
     /// Of the running binary.
-    pub fn new() -> Result<Self, CliError> {
-        let program = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
+    pub(crate) fn new() -> Result<Self, CliError> {
+        let program = std::env::current_exe()
+            .map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
         Ok(Self { program })
     }
 }
@@ -127,7 +128,7 @@ fn data_config(
 }
 
 /// Runs a mount in this process until it is unmounted or told to stop.
-pub async fn run_mount(
+pub(crate) async fn run_mount(
     addresses: Vec<String>,
     key: ClusterKey,
     dir: &Path,

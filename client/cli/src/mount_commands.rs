@@ -14,7 +14,7 @@ const MOUNT_PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(20);
 
 /// Refuses a mount point that will not do, in words.
-pub fn check_mount_point(dir: &Path) -> Result<(), CliError> {
+pub(crate) fn check_mount_point(dir: &Path) -> Result<(), CliError> {
     match std::fs::metadata(dir) {
         Ok(m) if m.is_dir() => {}
         Ok(_) => return Err(CliError::usage(format!("{} is not a directory", dir.display()))),
@@ -53,7 +53,7 @@ fn mounted(dir: &Path) -> bool {
 }
 
 /// `ebb mount`
-pub async fn mount(cli: &Cli, args: &Mount) -> Result<(), CliError> {
+pub(crate) async fn mount(cli: &Cli, args: &Mount) -> Result<(), CliError> {
     let (source, dir) = match args.target.as_slice() {
         [dir] => (None, PathBuf::from(dir)),
         [source, dir] => (Some(source.clone()), PathBuf::from(dir)),
@@ -84,7 +84,7 @@ async fn foreground(
 }
 
 /// Mounts in a process of its own, for `ebb up --mount`.
-pub async fn mount_detached(cli: &Cli, dir: &Path) -> Result<(), CliError> {
+pub(crate) async fn mount_detached(cli: &Cli, dir: &Path) -> Result<(), CliError> {
     detached(cli, None, dir, &[]).await
 }
 
@@ -94,8 +94,10 @@ async fn detached(
     dir: &Path,
     options: &[String],
 ) -> Result<(), CliError> {
-    let dir = std::path::absolute(dir).map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
-    let program = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
+    let dir =
+        std::path::absolute(dir).map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
+    let program =
+        std::env::current_exe().map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
     let layout = find::layout(cli)?;
     let log_path = if layout.exists() {
         layout.log("mount")
@@ -140,7 +142,10 @@ async fn detached(
         }
         if Instant::now() > deadline {
             let _ = child.kill();
-            return Err(CliError::new(format!("the mount does not appear; see {}", log_path.display())));
+            return Err(CliError::new(format!(
+                "the mount does not appear; see {}",
+                log_path.display()
+            )));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -148,7 +153,7 @@ async fn detached(
 }
 
 /// `ebb umount`
-pub async fn umount(args: &Umount) -> Result<(), CliError> {
+pub(crate) async fn umount(args: &Umount) -> Result<(), CliError> {
     if !mounted(&args.target) {
         return Err(CliError::usage(format!("nothing is mounted on {}", args.target.display())));
     }
@@ -156,8 +161,9 @@ pub async fn umount(args: &Umount) -> Result<(), CliError> {
 }
 
 /// Unmounts, as root directly, else by fusermount3.
-pub fn unmount(dir: &Path, lazy: bool) -> Result<(), CliError> {
-    let dir = std::path::absolute(dir).map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
+pub(crate) fn unmount(dir: &Path, lazy: bool) -> Result<(), CliError> {
+    let dir =
+        std::path::absolute(dir).map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
     let busy = || {
         CliError::new(format!(
             "{0} is busy: close what uses it (`fuser -vm {0}`), or `ebb umount --lazy {0}`",

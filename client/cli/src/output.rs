@@ -5,14 +5,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// Prints one JSON document.
-pub fn json(value: &impl Serialize) -> Result<(), CliError> {
+pub(crate) fn json(value: &impl Serialize) -> Result<(), CliError> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| CliError::new(format!("cannot print as JSON: {e}")))?;
     line(&text)
 }
 
 /// Prints a line; a closed pipe ends the program quietly, as `head` expects.
-pub fn line(text: &str) -> Result<(), CliError> {
+pub(crate) fn line(text: &str) -> Result<(), CliError> {
     use std::io::Write;
     match writeln!(std::io::stdout().lock(), "{text}") {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
@@ -21,7 +21,7 @@ pub fn line(text: &str) -> Result<(), CliError> {
 }
 
 /// "1.5 GiB"
-pub fn bytes(n: u64) -> String {
+pub(crate) fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if n < 1024 {
         return format!("{n} B");
@@ -36,7 +36,7 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// "350 ms", "12 s", "3 min"
-pub fn age(ms: u64) -> String {
+pub(crate) fn age(ms: u64) -> String {
     match ms {
         0..1000 => format!("{ms} ms"),
         1000..120_000 => format!("{} s", ms / 1000),
@@ -45,19 +45,18 @@ pub fn age(ms: u64) -> String {
 }
 
 /// A bar over bytes; invisible when stderr is no terminal or with `--json`.
-pub fn bar(total: u64, quiet: bool) -> ProgressBar {
+pub(crate) fn bar(total: u64, quiet: bool) -> ProgressBar {
     if quiet {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template(
-        "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-    )
-    .unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style =
+        ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(total).with_style(style)
 }
 
 /// A spinner with a message.
-pub fn spinner(message: &str, quiet: bool) -> ProgressBar {
+pub(crate) fn spinner(message: &str, quiet: bool) -> ProgressBar {
     if quiet {
         return ProgressBar::hidden();
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Runs a server until SIGTERM or SIGINT.
-pub async fn serve(args: &Serve) -> Result<(), CliError> {
+pub(crate) async fn serve(args: &Serve) -> Result<(), CliError> {
     match &args.what {
         ServeWhat::S3(file) => {
             let config: S3Config = read(file)?;

@@ -4,8 +4,8 @@ use crate::args::{Cli, Down, Up};
 use crate::exit::CliError;
 use crate::{find, output};
 use ebb_controller::layout::{ClusterConfig, ClusterIdHex, Layout};
-use ebb_controller::run::{DOWN_FILE, admin, status};
 use ebb_controller::process;
+use ebb_controller::run::{DOWN_FILE, admin, status};
 use ebb_dataplane_protocol::ClusterId;
 use ebb_dataplane_protocol::auth::Role;
 use ebb_metaplane_protocol::admin::FlushReport;
@@ -23,7 +23,7 @@ const POLL: Duration = Duration::from_millis(100);
 const NODE_CAPACITY_MIN: u64 = 256 << 20;
 
 /// Starts a cluster, or takes a running one over.
-pub async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
+pub(crate) async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
     if args.nodes == Some(0) {
         return Err(CliError::usage(
             "a cluster starts with at least one data node: use --nodes 1 or more; `ebb scale 0` lets them go later",
@@ -62,9 +62,13 @@ pub async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
         return Ok(());
     }
     if !cli.json {
-        output::line("running in the foreground: Ctrl-C flushes everything to S3 and stops (--detach leaves it running)")?;
+        output::line(
+            "running in the foreground: Ctrl-C flushes everything to S3 and stops (--detach leaves it running)",
+        )?;
     }
-    tokio::signal::ctrl_c().await.map_err(|e| CliError::new(format!("cannot wait for Ctrl-C: {e}")))?;
+    tokio::signal::ctrl_c()
+        .await
+        .map_err(|e| CliError::new(format!("cannot wait for Ctrl-C: {e}")))?;
     if let Some(dir) = &args.mount {
         crate::mount_commands::unmount(dir, false)?;
     }
@@ -152,8 +156,10 @@ fn start_controller(layout: &Layout) -> Result<bool, CliError> {
     if process::living(layout, "controller").is_some() {
         return Ok(false);
     }
-    let program = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
-    let open = || std::fs::OpenOptions::new().create(true).append(true).open(layout.log("controller"));
+    let program =
+        std::env::current_exe().map_err(|e| CliError::new(format!("cannot find myself: {e}")))?;
+    let open =
+        || std::fs::OpenOptions::new().create(true).append(true).open(layout.log("controller"));
     let (out, err) = open()
         .and_then(|f| Ok((f.try_clone()?, f)))
         .map_err(|e| CliError::new(format!("{}: {e}", layout.log("controller").display())))?;
@@ -182,7 +188,8 @@ async fn wait_until_serving(
     let mut silent_since = Instant::now();
     loop {
         if let Ok(endpoints) = layout.load_endpoints() {
-            let meta = MetaClient::new(endpoints.meta, Identity::new(key.clone(), Role::Controller));
+            let meta =
+                MetaClient::new(endpoints.meta, Identity::new(key.clone(), Role::Controller));
             match status(&meta).await {
                 Ok(s) => {
                     let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
@@ -242,7 +249,8 @@ fn ailing(layout: &Layout) -> Option<(String, String)> {
 }
 
 fn trouble(layout: &Layout, name: &str, words: &str) -> CliError {
-    let text = format!("{name} does not start: {} (log: {})", words.trim(), layout.log(name).display());
+    let text =
+        format!("{name} does not start: {} (log: {})", words.trim(), layout.log(name).display());
     if name == "meta" && words.contains("S3") { CliError::s3(text) } else { CliError::new(text) }
 }
 
@@ -276,17 +284,26 @@ fn announce(
         output::line(&format!("warning: {warning}"))?;
     }
     if args.mount.is_none() && args.detach {
-        let dir = if cli.dir.is_some() { format!(" --dir {}", layout.dir().display()) } else { String::new() };
-        output::line(&format!("next: `ebb{dir} mount DIR`, `ebb{dir} cp -r SRC ebb:/`, `ebb{dir} status`"))?;
+        let dir = if cli.dir.is_some() {
+            format!(" --dir {}", layout.dir().display())
+        } else {
+            String::new()
+        };
+        output::line(&format!(
+            "next: `ebb{dir} mount DIR`, `ebb{dir} cp -r SRC ebb:/`, `ebb{dir} status`"
+        ))?;
     }
     Ok(())
 }
 
 /// Flushes everything, then stops.
-pub async fn down(cli: &Cli, args: &Down) -> Result<(), CliError> {
+pub(crate) async fn down(cli: &Cli, args: &Down) -> Result<(), CliError> {
     let layout = find::layout(cli)?;
     if !layout.exists() {
-        return Err(CliError::no_cluster(format!("there is no cluster in {}", layout.dir().display())));
+        return Err(CliError::no_cluster(format!(
+            "there is no cluster in {}",
+            layout.dir().display()
+        )));
     }
     let Some(pid) = process::living(&layout, "controller") else {
         if ["meta", "s3"].iter().any(|n| process::living(&layout, n).is_some()) {
@@ -308,7 +325,8 @@ pub async fn down(cli: &Cli, args: &Down) -> Result<(), CliError> {
         said = "clean";
     }
     ebb_controller::layout::write_atomically(&layout.run(DOWN_FILE), said.as_bytes(), 0o644)?;
-    kill(pid, Signal::SIGTERM).map_err(|e| CliError::new(format!("cannot signal the controller: {e}")))?;
+    kill(pid, Signal::SIGTERM)
+        .map_err(|e| CliError::new(format!("cannot signal the controller: {e}")))?;
     let spinner = output::spinner("stopping the servers", cli.json);
     let deadline = Instant::now() + Duration::from_secs(60);
     while process::living(&layout, "controller").is_some() {
@@ -329,7 +347,11 @@ pub async fn down(cli: &Cli, args: &Down) -> Result<(), CliError> {
 }
 
 /// Asks for a shutdown until nothing is left, as long as it gets less.
-async fn flush_all(meta: &MetaClient, args: &Down, progress: impl Fn(String)) -> Result<(), CliError> {
+async fn flush_all(
+    meta: &MetaClient,
+    args: &Down,
+    progress: impl Fn(String),
+) -> Result<(), CliError> {
     let mut best = u64::MAX;
     let mut since = Instant::now();
     loop {
@@ -353,7 +375,8 @@ async fn flush_all(meta: &MetaClient, args: &Down, progress: impl Fn(String)) ->
         }
         if since.elapsed() >= Duration::from_secs(args.patience) {
             let _ = admin(meta, AdminCall::Resume).await;
-            let failed: Vec<String> = report.failed.iter().map(|(p, why)| format!("  {p}: {why}")).collect();
+            let failed: Vec<String> =
+                report.failed.iter().map(|(p, why)| format!("  {p}: {why}")).collect();
             return Err(CliError::unsafe_to_go_on(format!(
                 "{} files are not in S3 and none got there for {} s; nothing was stopped.\n{}\n\
                  `ebb down --keep` stops and keeps them here for the next `ebb up`; \
