@@ -19,7 +19,7 @@ fn one(seed: u64, rule: Break, lives: u32) -> Result<Counts, String> {
     let mut rng = StdRng::seed_from_u64(seed ^ 0x11fe5);
     let mut world = World::new(seed, rule)?;
     for _ in 0..lives {
-        world.run(rng.random_range(50..700))?;
+        world.run(rng.random_range(50..1200))?;
         match rng.random_range(0..10) {
             0..6 => world.crash(true)?,
             6..8 => world.crash(false)?,

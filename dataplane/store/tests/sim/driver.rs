@@ -157,6 +157,8 @@ pub struct World {
     clients: Vec<Client>,
     step: Option<(CheckpointToken, Option<(u64, Vec<u8>)>)>,
     counter: u64,
+    /// Mostly large writes: the device fills up.
+    heavy: bool,
     pub counts: Counts,
 }
 
@@ -182,7 +184,9 @@ impl World {
         };
         format_device(&mut disk, geometry, identity).map_err(|e| e.to_string())?;
         let store = Store::open(&mut disk, CLUSTER).map_err(|e| e.to_string())?;
+        let heavy = rng.random_bool(0.3);
         let mut world = Self {
+            heavy,
             rng,
             disk,
             store,
@@ -253,16 +257,16 @@ impl World {
     pub fn run(&mut self, steps: u32) -> Check {
         for _ in 0..steps {
             match self.rng.random_range(0..100) {
-                0..22 => self.begin_write()?,
-                22..50 => self.progress()?,
-                50..60 => self.take_batch()?,
-                60..72 => self.complete_batch()?,
-                72..80 => self.flush()?,
-                80..82 => self.truncate(),
-                82..87 => self.read()?,
-                87..90 => self.fill()?,
-                90..91 => self.evict()?,
-                91..93 => self.odds_and_ends()?,
+                0..20 => self.begin_write()?,
+                20..42 => self.progress()?,
+                42..54 => self.take_batch()?,
+                54..74 => self.complete_batch()?,
+                74..81 => self.flush()?,
+                81..82 => self.truncate(),
+                82..86 => self.read()?,
+                86..89 => self.fill()?,
+                89..90 => self.evict()?,
+                90..92 => self.odds_and_ends()?,
                 _ => self.checkpoint()?,
             }
         }
@@ -331,7 +335,8 @@ impl World {
         let stale = self.rng.random_bool(0.08) && current.0 > 0;
         let generation = if stale { Generation(current.0 - 1) } else { current };
         let chunk = CHUNKS[self.rng.random_range(0..CHUNKS.len())];
-        let len = match self.rng.random_range(0..10) {
+        let kinds = if self.heavy { 3..13 } else { 0..10 };
+        let len = match self.rng.random_range(kinds) {
             0..4 => self.rng.random_range(1..5000),
             4..6 => 4096 * self.rng.random_range(1..9),
             6..8 => self.rng.random_range(1..=INLINE_BYTES_MAX),
@@ -477,9 +482,6 @@ impl World {
                     below: p.op.answered_below.0,
                 };
                 self.logged(ticket, op);
-                for w in p.left {
-                    self.disk.write(w.offset, &buffer[w.range]);
-                }
             }
             Err(
                 WriteError::StaleGeneration { .. }
@@ -574,7 +576,11 @@ impl World {
     // --- flush, cut -------------------------------------------------------------------------------------
 
     fn flush(&mut self) -> Check {
-        let f = self.rng.random_range(0..self.files.len());
+        // Mostly those that are waited for.
+        let f = match self.files.iter().position(|f| matches!(f.flush, Some((_, Phase::Sealing)))) {
+            Some(f) if self.rng.random_bool(0.6) => f,
+            _ => self.rng.random_range(0..self.files.len()),
+        };
         let inode = self.files[f].inode;
         let Some((g, phase)) = self.files[f].flush.take() else {
             let dirty = self.head.inodes.get(&inode).is_some_and(|i| !i.dirty.is_empty());
@@ -889,7 +895,8 @@ impl World {
                 self.control(r, Op::Frozen(pg, Some(epoch)))?;
             }
             2..7 => {
-                let epoch = self.head.frozen.get(&pg).copied().unwrap_or(epoch);
+                let frozen = self.head.frozen.iter().next().map(|(p, e)| (*p, *e));
+                let (pg, epoch) = frozen.unwrap_or((pg, epoch));
                 let r = self.store.thaw(PgId(pg), epoch);
                 self.control(r, Op::Thaw(pg, epoch))?;
             }
