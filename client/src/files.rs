@@ -7,7 +7,7 @@ use crate::inode::{OpenInode, Remote};
 use crate::readahead::Detector;
 use bytes::Bytes;
 use ebb_dataplane_protocol::{InodeId, Lineage};
-use ebb_metaplane_protocol::attr::{Attr, FileKind};
+use ebb_metaplane_protocol::attr::{Attr, FileKind, SetAttr};
 use ebb_metaplane_protocol::op::{OpenMode, Opened};
 use ebb_metaplane_protocol::{FsError, Op, OpReply};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -93,9 +93,23 @@ impl FileSystem {
             uid: owner.uid,
             gid: owner.gid,
             exclusive: flags.exclusive,
-            open: OpenMode { write: flags.write, truncate: flags.truncate },
+            open: OpenMode { write: flags.write, truncate: false },
         };
-        self.opened(self.shared.cluster.mutate(op, None).await?, flags)
+        let mut file = self.opened(self.shared.cluster.mutate(op, None).await?, flags)?;
+        if flags.truncate && !file.created && file.attr.size > 0 {
+            // Which file it is was not known before, and this client's own writes to it have to go
+            // before the truncate.
+            let set = SetAttr { size: Some(0), ..SetAttr::default() };
+            match self.setattr(file.attr.inode, set).await {
+                Ok(attr) => file.attr = attr,
+                Err(e) => {
+                    // The caller gets the error, not the handle; its release has nothing to add.
+                    let _ = self.release(file.handle).await;
+                    return Err(e);
+                }
+            }
+        }
+        Ok(file)
     }
 
     /// Opens an existing file. Its attributes and its grant are fresh (close-to-open).
@@ -297,7 +311,7 @@ impl FileSystem {
         if file.inode.state().size() >= end {
             return Ok(());
         }
-        let set = ebb_metaplane_protocol::attr::SetAttr { size: Some(end), ..Default::default() };
+        let set = SetAttr { size: Some(end), ..SetAttr::default() };
         file.inode.truncate(set).await
     }
 }

@@ -55,6 +55,11 @@ impl Shared {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// For replies with one lifetime for the name and the attributes.
+    fn shorter_ttl(&self) -> Duration {
+        self.attr_ttl.min(self.entry_ttl)
+    }
+
     fn entry(&self, what: &str, result: Result<Attr>, reply: ReplyEntry) {
         match result {
             Ok(a) => {
@@ -353,7 +358,7 @@ impl Filesystem for Shim {
                     let caches = s.at_open(&file.attr, flags.write);
                     s.known.told(&file.attr);
                     reply.created(
-                        &s.attr_ttl,
+                        &s.shorter_ttl(),
                         &attr(&file.attr),
                         NEVER_REUSED,
                         fuser::FileHandle(file.handle.0),
@@ -497,8 +502,7 @@ impl Filesystem for Shim {
             return reply.error(Errno::EBADF);
         };
         self.start(async move |s| {
-            // One lifetime for name and attributes here: the shorter.
-            let ttl = s.attr_ttl.min(s.entry_ttl);
+            let ttl = s.shorter_ttl();
             let filled = fill(&s, &stream, offset, |position, name, a| {
                 let full = reply.add(
                     INodeNo(a.inode.0),
