@@ -1,0 +1,249 @@
+//! A bucket that was there before: lazy listings, look-ups, outside changes.
+
+mod common;
+use common::*;
+use ebb_dataplane_protocol::*;
+use ebb_metaplane_protocol::attr::SetAttr;
+use ebb_metaplane_protocol::command::{Command, CommandReply, IngestPage};
+use ebb_metaplane_protocol::flush::*;
+use ebb_metaplane_protocol::op::Op;
+use ebb_metaplane_protocol::{FileKind, FsError, Time};
+use ebb_namespace::{LookupState, Origin};
+
+const ROOT: InodeId = InodeId::ROOT;
+
+fn attrs(kind: FileKind, complete: bool) -> IngestAttrs {
+    IngestAttrs { kind, mode: 0o644, uid: 0, gid: 0, mtime: Time(5), target: None, complete }
+}
+fn file(w: &World, prefix: &str, name: &str, complete: bool) -> IngestEntry {
+    let key = format!("{prefix}{name}");
+    let o = &w.bucket.objects[&key];
+    let object = IngestObject { key, etag: o.etag.clone(), size: o.body.len() as u64 };
+    IngestEntry { name: name.into(), object: Some(object), attrs: attrs(FileKind::File, complete) }
+}
+fn dir(name: &str) -> IngestEntry {
+    IngestEntry { name: name.into(), object: None, attrs: attrs(FileKind::Directory, true) }
+}
+fn page(from: &str, next: Option<&str>) -> Option<IngestPage> {
+    Some(IngestPage { from: from.into(), next: next.map(str::to_owned) })
+}
+fn ingest(
+    w: &mut World,
+    dir: InodeId,
+    entries: Vec<IngestEntry>,
+    page: Option<IngestPage>,
+) -> CommandReply {
+    let listed_at = w.read().sequence().expect("readable");
+    w.apply(Command::Ingest { dir, listed_at, entries, page })
+}
+
+#[test]
+fn a_bucket_appears_page_by_page() {
+    let mut w = World::format(true);
+    w.bucket.foreign_put("a", b"1");
+    w.bucket.foreign_put("d/x", b"2");
+    assert!(matches!(
+        w.read().lookup_state(ROOT, b"a"),
+        Ok(LookupState::AskS3 { file_key, dir_key }) if file_key == "a" && dir_key == "a/"
+    ));
+    let a = file(&w, "", "a", false);
+    assert_eq!(ingest(&mut w, ROOT, vec![a.clone()], page("", Some("a"))), CommandReply::Done);
+    let repeated = ingest(&mut w, ROOT, vec![a], page("", Some("a")));
+    assert!(matches!(repeated, CommandReply::Refused(_)), "that page was taken already");
+    assert_eq!(ingest(&mut w, ROOT, vec![dir("d")], page("a", None)), CommandReply::Done);
+    assert_eq!(w.names(ROOT), ["a", "d"]);
+    assert_eq!(w.read().lookup_state(ROOT, b"nope"), Ok(LookupState::Absent));
+    let d = w.lookup(ROOT, "d").expect("there").inode;
+    assert_eq!(
+        w.read().directory_origin(d),
+        Ok(("d/".into(), Origin::Listing { continuation: String::new() }))
+    );
+    assert_eq!(w.read().incomplete_under(ROOT, 10), Ok(vec![d]));
+    assert_eq!(w.read().counts().expect("readable").dirty_inodes, 0, "looking changes nothing");
+}
+
+#[test]
+fn attributes_come_before_anyone_sees_or_changes_them() {
+    let mut w = World::format(true);
+    w.bucket.foreign_put("a", b"target");
+    let s = w.session();
+    let a = file(&w, "", "a", false);
+    let etag = w.bucket.objects["a"].etag.clone();
+    ingest(&mut w, ROOT, vec![a], page("", None));
+    let id = w.lookup(ROOT, "a").expect("there").inode;
+    assert!(matches!(
+        w.read().lookup_state(ROOT, b"a"),
+        Ok(LookupState::Found { needs_attrs: true, .. })
+    ));
+    assert_eq!(w.read().attrs_source(id), Ok(Some(("a".into(), etag.clone()))));
+    let chmod = Op::SetAttr { inode: id, set: SetAttr { mode: Some(0o600), ..SetAttr::default() } };
+    assert!(is_again(&w.op(s, chmod.clone())));
+    // It turns out to be a link; the HEAD of another object is ignored.
+    let link = IngestAttrs {
+        kind: FileKind::Symlink,
+        target: Some(b"target".to_vec()),
+        ..attrs(FileKind::File, true)
+    };
+    w.done(Command::SetIngestAttrs(vec![(id, "\"other\"".into(), link.clone())]));
+    assert_eq!(w.attr(id).kind, FileKind::File);
+    w.done(Command::SetIngestAttrs(vec![(id, etag, link)]));
+    assert_eq!(w.attr(id).kind, FileKind::Symlink);
+    assert_eq!(w.read().attrs_source(id), Ok(None));
+    w.op(s, chmod).expect("chmod");
+}
+
+#[test]
+fn a_late_listing_brings_nothing_back() {
+    let mut w = World::format(true);
+    let s = w.session();
+    w.bucket.foreign_put("a", b"1");
+    let a = file(&w, "", "a", true);
+    // The listing begins, then the name is looked up, unlinked and its object deleted.
+    let listed_at = w.read().sequence().expect("readable");
+    ingest(&mut w, ROOT, vec![a.clone()], None);
+    w.unlink(s, ROOT, "a").expect("unlink");
+    let late = Command::Ingest { dir: ROOT, listed_at, entries: vec![a], page: page("", None) };
+    w.apply(late.clone());
+    assert!(w.names(ROOT).is_empty(), "its delete is pending");
+    w.settle_all();
+    assert!(w.bucket.objects.is_empty());
+    w.apply(late);
+    assert!(w.names(ROOT).is_empty(), "it was deleted after the listing began");
+    // A stranger puts it there again: a listing that begins now shows it.
+    w.bucket.foreign_put("a", b"2");
+    let a = file(&w, "", "a", true);
+    ingest(&mut w, ROOT, vec![a], None);
+    assert_eq!(w.names(ROOT), ["a"]);
+}
+
+#[test]
+fn a_removed_directory_is_not_brought_back_by_what_is_being_deleted_below_it() {
+    let mut w = World::format(true);
+    let s = w.session();
+    let d = w.mkdir(s, ROOT, "d").expect("mkdir");
+    w.put_file(s, d, "x", b"1");
+    w.settle_all();
+    w.unlink(s, d, "x").expect("unlink");
+    w.op(s, Op::Rmdir { parent: ROOT, name: b"d".to_vec() }).expect("rmdir");
+    ingest(&mut w, ROOT, vec![dir("d")], page("", None));
+    assert!(w.names(ROOT).is_empty());
+}
+
+#[test]
+fn reserved_and_unusable_names_stay_hidden() {
+    let mut w = World::format(true);
+    w.bucket.foreign_put(".ebb/owner", b"1");
+    ingest(&mut w, ROOT, vec![dir(".ebb"), dir("..")], page("", None));
+    assert!(w.names(ROOT).is_empty());
+    assert_eq!(w.read().lookup_state(ROOT, b".ebb"), Ok(LookupState::Absent));
+}
+
+#[test]
+fn a_directory_rename_waits_for_its_listing() {
+    let mut w = World::format(true);
+    let s = w.session();
+    w.bucket.foreign_put("d/x", b"1");
+    ingest(&mut w, ROOT, vec![dir("d")], page("", None));
+    let d = w.lookup(ROOT, "d").expect("there").inode;
+    let refused = w.rename(s, (ROOT, "d"), (ROOT, "e"));
+    assert!(
+        matches!(refused, Err(FsError::Again { ref why, .. }) if why == ebb_namespace::why::LISTING)
+    );
+    let rmdir = Op::Rmdir { parent: ROOT, name: b"d".to_vec() };
+    assert!(is_again(&w.op(s, rmdir)), "it may not be empty");
+    let x = file(&w, "d/", "x", true);
+    ingest(&mut w, d, vec![x], page("", None));
+    let id = w.lookup(d, "x").expect("there").inode;
+    w.expected.insert(id, b"1".to_vec());
+    w.rename(s, (ROOT, "d"), (ROOT, "e")).expect("rename");
+    w.settle_all();
+    assert!(w.bucket.objects.contains_key("e/x") && !w.bucket.objects.contains_key("d/x"));
+}
+
+#[test]
+fn an_outside_change_is_adopted_only_when_nothing_is_dirty() {
+    let mut w = World::format(true);
+    let s = w.session();
+    w.bucket.foreign_put("a", b"1");
+    let a = file(&w, "", "a", true);
+    ingest(&mut w, ROOT, vec![a], page("", None));
+    let id = w.lookup(ROOT, "a").expect("there").inode;
+    let h = w.open(s, id, READ).expect("open");
+    let r = w.read().revalidation(id).expect("readable").expect("clean");
+    let etag = w.bucket.foreign_put("a", b"22");
+    let object = Some(ForeignObject { etag, size: 2, attrs: attrs(FileKind::File, true) });
+    let adopt = Command::Adopt(vec![Adopt {
+        inode: id,
+        lineage: r.lineage,
+        old_etag: Some(r.etag.clone()),
+        object,
+    }]);
+    w.done(adopt.clone());
+    let now = w.attr(id);
+    assert_eq!((now.size, now.dirty), (2, false));
+    assert!(now.content > h.grant.view.content && now.lineage > r.lineage);
+    let regrant = Op::Regrant { handle: h.handle, write: false, write_end: 0 };
+    assert_eq!(w.op(s, regrant), Err(FsError::Stale), "never a mix of two objects");
+    let before = w.attr(id);
+    w.done(adopt);
+    assert_eq!(w.attr(id), before, "an older look changes nothing");
+
+    // Dirty: the outside change is a conflict of the next flush instead.
+    let mut h = w.open(s, id, WRITE).expect("open");
+    w.write(&mut h, 0, b"ours").expect("write");
+    w.close(h).expect("close");
+    assert_eq!(w.read().revalidation(id), Ok(None));
+    w.bucket.foreign_put("a", b"333");
+    w.settle_all();
+    assert_eq!(w.names(ROOT).len(), 2, "both survive");
+    assert_eq!(w.bucket.objects["a"].body, b"333");
+}
+
+#[test]
+fn an_object_deleted_outside_is_gone_and_queues_nothing() {
+    let mut w = World::format(true);
+    w.bucket.foreign_put("a", b"1");
+    let a = file(&w, "", "a", true);
+    ingest(&mut w, ROOT, vec![a], page("", None));
+    let id = w.lookup(ROOT, "a").expect("there").inode;
+    let r = w.read().revalidation(id).expect("readable").expect("clean");
+    w.bucket.objects.clear();
+    w.done(Command::Adopt(vec![Adopt {
+        inode: id,
+        lineage: r.lineage,
+        old_etag: Some(r.etag),
+        object: None,
+    }]));
+    assert!(w.names(ROOT).is_empty());
+    assert!(w.read().key_work(None, 10, true).expect("readable").is_empty());
+}
+
+#[test]
+fn an_object_deleted_under_a_dirty_file_is_written_again() {
+    let mut w = World::new();
+    let s = w.session();
+    let f = w.put_file(s, ROOT, "a", b"1234");
+    w.settle_all();
+    let mut h = w.open(s, f, WRITE).expect("open");
+    w.write(&mut h, 0, b"5678").expect("write");
+    w.close(h).expect("close");
+    w.bucket.objects.clear();
+    w.settle_all();
+    w.check_bucket();
+}
+
+#[test]
+fn forgotten_deletes_refuse_listings_that_are_older() {
+    let mut w = World::format(true);
+    let s = w.session();
+    let listed_at = w.read().sequence().expect("readable");
+    for name in ["a", "b", "c"] {
+        w.put_file(s, ROOT, name, b"1");
+        w.settle_all();
+        w.unlink(s, ROOT, name).expect("unlink");
+        w.settle_all();
+        w.now += 2 * ebb_namespace::limits::TOMBSTONE_TTL_NS;
+    }
+    let old = Command::Ingest { dir: ROOT, listed_at, entries: vec![], page: None };
+    assert!(matches!(w.apply(old), CommandReply::Refused(_)));
+}

@@ -1,0 +1,151 @@
+//! Exactly once, leases, and the cluster map's guards.
+
+mod common;
+use common::*;
+use ebb_dataplane_protocol::*;
+use ebb_metaplane_protocol::command::{Command, CommandReply};
+use ebb_metaplane_protocol::op::Op;
+use ebb_metaplane_protocol::{FsError, NodeCall, Time};
+
+fn mkdir(name: &str) -> Op {
+    Op::Mkdir { parent: InodeId::ROOT, name: name.into(), mode: 0o755, uid: 0, gid: 0 }
+}
+fn client(session: SessionId, sequence: u64, below: u64, op: Op) -> Command {
+    Command::Client { session, sequence: Sequence(sequence), answered_below: Sequence(below), op }
+}
+
+#[test]
+fn a_retry_gets_the_first_answer_and_an_unknown_old_one_is_never_done() {
+    let mut w = World::new();
+    let s = w.session();
+    let first = w.apply(client(s, 5, 0, mkdir("d")));
+    assert_eq!(w.apply(client(s, 5, 0, mkdir("d"))), first);
+    // An error is an answer, too: the name is free again, the retry still says so.
+    let refused = w.apply(client(s, 6, 0, mkdir("d")));
+    assert_eq!(refused, CommandReply::Op(Err(FsError::Exists)));
+    w.op(s, Op::Rmdir { parent: InodeId::ROOT, name: b"d".to_vec() }).expect("rmdir");
+    assert_eq!(w.apply(client(s, 6, 0, mkdir("d"))), refused);
+    // Out of order is fine while it is within the window; below it nothing is taken for done.
+    w.apply(client(s, 9, 8, mkdir("e")));
+    assert_eq!(w.apply(client(s, 7, 0, mkdir("f"))), CommandReply::Op(Err(FsError::TooOld)));
+    assert_eq!(w.apply(client(s, 5, 0, mkdir("d"))), CommandReply::Op(Err(FsError::TooOld)));
+    assert_eq!(w.names(InodeId::ROOT), ["e"]);
+}
+
+#[test]
+fn remembered_replies_are_bounded() {
+    let mut w = World::new();
+    let s = w.session();
+    let max = ebb_namespace::limits::REPLIES_PER_SESSION_MAX;
+    for i in 1..=max {
+        w.apply(client(s, i, 0, Op::Release { handle: HandleId(0), commit: None }));
+    }
+    let CommandReply::Op(r) = w.apply(client(s, max + 1, 0, mkdir("d"))) else { panic!("an op") };
+    assert!(is_again(&r));
+    let CommandReply::Op(r) = w.apply(client(s, max + 1, max, mkdir("d"))) else { panic!("an op") };
+    r.expect("acknowledged: room again");
+}
+
+#[test]
+fn sessions_are_found_again_expire_and_leave_nothing() {
+    let mut w = World::new();
+    let before = w.read().counts().expect("readable");
+    let open = Command::OpenSession { client: 9, label: "h".into() };
+    let CommandReply::Session(Ok(s)) = w.apply(open.clone()) else { panic!("a session") };
+    assert_eq!(w.apply(open), CommandReply::Session(Ok(s)));
+    let expires = w.read().sessions().expect("readable")[0].2;
+    assert!(w.read().expired_sessions(expires).expect("readable").is_empty());
+    assert_eq!(w.read().expired_sessions(Time(expires.0 + 1)).expect("readable"), [s]);
+    w.now += 1_000_000;
+    w.done(Command::RenewSessions(vec![s]));
+    assert!(w.read().expired_sessions(Time(expires.0 + 1)).expect("readable").is_empty());
+    let h = w.create(s, InodeId::ROOT, "f").expect("create");
+    w.unlink(s, InodeId::ROOT, "f").expect("unlink");
+    assert_eq!(w.attr(h.inode).nlink, 0, "open files live on");
+    w.done(Command::EndSessions(vec![s, s]));
+    assert!(w.read().attr(h.inode).is_err(), "the last handle took it along");
+    w.deliver_all();
+    let after = w.read().counts().expect("readable");
+    assert_eq!((after.inodes, after.sessions), (before.inodes, 0));
+    assert_eq!(w.op(s, mkdir("d")), Err(FsError::SessionExpired));
+}
+
+#[test]
+fn a_clock_that_jumps_back_changes_nothing() {
+    let mut w = World::new();
+    let s = w.session();
+    let clock = w.read().clock().expect("readable");
+    w.now = 5;
+    let d = w.mkdir(s, InodeId::ROOT, "d").expect("mkdir");
+    assert!(w.attr(d).mtime >= clock);
+}
+
+fn register(store: u128, ports: Vec<u16>) -> Command {
+    Command::RegisterNode(NodeCall::Register {
+        store,
+        host: "h".into(),
+        ports,
+        capacity_bytes: 1 << 30,
+        boot: 1,
+    })
+}
+
+#[test]
+fn a_known_store_keeps_its_node_and_stale_decisions_are_refused() {
+    let mut w = World::new();
+    let node = |r| match r {
+        CommandReply::Node(Ok(n)) => n,
+        other => panic!("{other:?}"),
+    };
+    let a = node(w.apply(register(1, vec![10, 11])));
+    let v = w.read().map().expect("readable").version;
+    assert_eq!(node(w.apply(register(1, vec![10, 11]))), a);
+    assert_eq!(w.read().map().expect("readable").version, v, "nothing changed");
+    assert_eq!(node(w.apply(register(1, vec![12, 13]))), a);
+    assert!(w.read().map().expect("readable").version > v, "new ports are a new map");
+    let b = node(w.apply(register(2, vec![20])));
+    assert_ne!(a, b);
+
+    let shard = |node, core| ShardRef { node, core: CoreId(core) };
+    let set = |pg, from, members| Command::SetPg { pg: PgId(pg), from: PgEpoch(from), members };
+    w.done(set(3, 0, vec![shard(a, 1)]));
+    let map = w.read().map().expect("readable");
+    assert_eq!(map.pgs[3].epoch, PgEpoch(1));
+    assert_eq!(map.pgs[3].since_map_version, map.version);
+    for bad in [
+        set(3, 0, vec![shard(b, 0)]),
+        set(3, 1, vec![shard(b, 1)]),
+        set(3, 1, vec![shard(NodeId(99), 0)]),
+        set(64, 0, vec![]),
+    ] {
+        assert!(matches!(w.apply(bad), CommandReply::Refused(_)));
+    }
+    assert_eq!(w.read().map().expect("readable"), map, "a refusal changes nothing");
+    let gone = |n| Command::SetNodeState(n, NodeState::Gone);
+    assert!(matches!(w.apply(gone(a)), CommandReply::Refused(_)), "it holds a group (I8)");
+    w.done(set(3, 1, vec![]));
+    w.done(gone(a));
+    w.done(gone(a));
+    let again = node(w.apply(register(1, vec![10])));
+    assert!(again != a && again != b, "node ids are never reused");
+}
+
+#[test]
+fn grants_name_the_map_they_were_issued_under() {
+    let mut w = World::new();
+    let s = w.session();
+    w.apply(register(1, vec![10]));
+    let h = w.create(s, InodeId::ROOT, "f").expect("create");
+    let version = w.read().map().expect("readable").version;
+    assert_eq!(h.grant.least_map_version, version);
+    assert_eq!((h.grant.session, h.grant.cluster), (s, ClusterId(7)));
+}
+
+#[test]
+fn the_last_wish_that_was_not_zero_is_kept() {
+    let mut w = World::new();
+    w.done(Command::SetDesired(3));
+    w.done(Command::SetDesired(0));
+    let c = w.read().counts().expect("readable");
+    assert_eq!((c.desired_nodes, c.wake_nodes), (0, 3));
+}
