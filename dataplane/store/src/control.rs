@@ -36,6 +36,9 @@ impl Store {
     }
 
     /// Seals generation `g`: floor g+1, pins of Dirty(<= g). When durable, [`Store::sealed`] answers.
+    ///
+    /// The newest view's cuts must have been appended before (`apply_view`): a cut that comes after the seal
+    /// shortens the current data but not the pins, and `flush_done` would then call the two the same.
     pub fn seal(&mut self, inode: InodeId, g: Generation) -> Result<Option<Ticket>, ControlError> {
         let seals = self.index.inodes.get(&inode).map_or(&[][..], |i| i.seals());
         let known = seals.iter().any(|s| s.0 == g);

@@ -7,3 +7,4 @@ pub mod disk;
 pub mod driver;
 pub mod model;
 pub mod oracle;
+pub mod workload;
