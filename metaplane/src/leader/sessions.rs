@@ -1,0 +1,117 @@
+//! Leases of sessions: renewals are taken in memory and committed in batches; who was not heard of
+//! for a whole lease is ended, which fences what it wrote (PROTOCOL §4).
+//!
+//! A new leader heard nobody, so it first gives everybody a full lease.
+
+use super::Stop;
+use crate::raft::propose::now;
+use crate::service::{Service, count, fs_error};
+use ebb_dataplane_protocol::SessionId;
+use ebb_metaplane_protocol::{Command, FsResult};
+use ebb_namespace::limits::SESSION_TTL_MS;
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Renewals are committed this often.
+const COMMIT_EVERY: Duration = Duration::from_millis(SESSION_TTL_MS / 4);
+/// Expiry is looked at this often.
+const LOOK_EVERY: Duration = Duration::from_millis(1_000);
+
+#[derive(Clone, Copy, Debug)]
+struct Renewed {
+    at: Instant,
+    committed: bool,
+}
+
+/// Who renewed when.
+#[derive(Debug, Default)]
+pub(crate) struct SessionClock(Mutex<HashMap<SessionId, Renewed>>);
+
+impl SessionClock {
+    fn all(&self) -> MutexGuard<'_, HashMap<SessionId, Renewed>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A session was heard of.
+    pub(crate) fn renew(&self, session: SessionId) {
+        self.all().insert(session, Renewed { at: Instant::now(), committed: false });
+    }
+
+    /// A session ended.
+    pub(crate) fn forget(&self, session: SessionId) {
+        self.all().remove(&session);
+    }
+
+    fn uncommitted(&self) -> Vec<SessionId> {
+        let mut all = self.all();
+        let mut due = Vec::new();
+        for (id, r) in all.iter_mut().filter(|(_, r)| !r.committed) {
+            r.committed = true;
+            due.push(*id);
+        }
+        due.sort_unstable();
+        due
+    }
+
+    fn heard_within(&self, session: SessionId, limit: Duration) -> bool {
+        self.all().get(&session).is_some_and(|r| r.at.elapsed() < limit)
+    }
+
+    fn forget_old(&self, limit: Duration) {
+        self.all().retain(|_, r| r.at.elapsed() < limit);
+    }
+}
+
+impl Service {
+    /// The loop of a leader.
+    pub(crate) async fn run_sessions(&self, stop: Stop) {
+        let ttl = Duration::from_millis(SESSION_TTL_MS);
+        // Everybody starts with a full lease.
+        while let Err(e) = self.renew_all().await {
+            tracing::debug!(error = %e, "renewing all sessions");
+            if stop.sleep(LOOK_EVERY).await {
+                return;
+            }
+        }
+        let mut committed = Instant::now();
+        while !stop.sleep(LOOK_EVERY).await {
+            if committed.elapsed() >= COMMIT_EVERY {
+                committed = Instant::now();
+                let due = self.sessions.uncommitted();
+                if !due.is_empty()
+                    && let Err(e) = self.submit(Command::RenewSessions(due)).await
+                {
+                    tracing::debug!(error = %e, "renewing sessions");
+                }
+                self.sessions.forget_old(ttl * 2);
+            }
+            if let Err(e) = self.expire(ttl).await {
+                tracing::debug!(error = %e, "expiring sessions");
+            }
+        }
+    }
+
+    async fn renew_all(&self) -> FsResult<()> {
+        let all = self.voter.peek(|_, r| r.sessions()).map_err(fs_error)??;
+        let ids: Vec<SessionId> = all.into_iter().map(|s| s.0).collect();
+        if !ids.is_empty() {
+            self.submit(Command::RenewSessions(ids)).await?;
+        }
+        Ok(())
+    }
+
+    async fn expire(&self, ttl: Duration) -> FsResult<()> {
+        let expired = self.voter.peek(|_, r| r.expired_sessions(now())).map_err(fs_error)??;
+        let gone: Vec<SessionId> =
+            expired.into_iter().filter(|s| !self.sessions.heard_within(*s, ttl)).collect();
+        if gone.is_empty() {
+            return Ok(());
+        }
+        for session in &gone {
+            tracing::info!(%session, "the session expired; what it wrote is fenced");
+            count(&self.counts.sessions_expired);
+        }
+        self.submit(Command::EndSessions(gone)).await.map(drop)
+    }
+}

@@ -1,0 +1,215 @@
+//! The thread that owns the segment files: takes whatever is queued, writes it as one frame, syncs
+//! once, then tells everybody whose bytes were in it (group commit).
+//!
+//! The first I/O error poisons the log: nothing after it is acknowledged, since what the device
+//! holds is no longer known.
+
+use super::super::{LogId, TypeConfig, Vote};
+use super::frame::{self, FRAME_HEADER_BYTES, Op, OpSpan, SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::index::{Index, Location};
+use super::recovery::Tail;
+use super::{segment, vote};
+use openraft::storage::IOFlushed;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use tokio::sync::oneshot;
+
+/// A frame takes no more jobs once it holds this many bytes.
+const FRAME_BYTES_SOFT: usize = 4 << 20;
+
+/// Work for the thread, in order.
+pub(super) enum Job {
+    /// Entries, encoded.
+    Append { payload: Vec<u8>, entries: Vec<(LogId, OpSpan)>, flushed: IOFlushed<TypeConfig> },
+    /// Drop the entries after.
+    Truncate { after: Option<LogId>, done: oneshot::Sender<io::Result<()>> },
+    /// Drop the entries up to, then the files that hold nothing else.
+    Purge { through: LogId },
+    /// Save the vote.
+    Vote { vote: Vote, done: oneshot::Sender<io::Result<()>> },
+    /// Answer when everything before is stable.
+    Barrier { done: oneshot::Sender<io::Result<()>> },
+}
+
+/// What to tell when a frame is stable.
+enum Waiter {
+    Flushed(IOFlushed<TypeConfig>),
+    Done(oneshot::Sender<io::Result<()>>),
+}
+
+pub(super) struct Writer {
+    pub(super) dir: PathBuf,
+    pub(super) segment_bytes: u64,
+    pub(super) tail: Tail,
+    pub(super) index: Arc<Mutex<Index>>,
+    pub(super) spare: Option<JoinHandle<io::Result<()>>>,
+    pub(super) broken: Option<String>,
+}
+
+#[derive(Default)]
+struct Batch {
+    payload: Vec<u8>,
+    ops: u32,
+    entries: Vec<(LogId, OpSpan)>,
+    waiters: Vec<Waiter>,
+    purge: Option<LogId>,
+    vote: Option<(Vote, oneshot::Sender<io::Result<()>>)>,
+}
+
+impl Batch {
+    /// Takes a job; a vote ends the batch, because it lies outside of the frame.
+    fn take(&mut self, job: Job) {
+        match job {
+            Job::Append { payload, entries, flushed } => {
+                let base = self.payload.len();
+                self.ops += entries.len() as u32;
+                self.payload.extend_from_slice(&payload);
+                self.entries.extend(
+                    entries
+                        .into_iter()
+                        .map(|(id, s)| (id, OpSpan { offset: base + s.offset, ..s })),
+                );
+                self.waiters.push(Waiter::Flushed(flushed));
+            }
+            Job::Truncate { after, done } => {
+                frame::encode_op(&Op::Truncate(after), &mut self.payload);
+                self.ops += 1;
+                self.waiters.push(Waiter::Done(done));
+            }
+            Job::Purge { through } => {
+                frame::encode_op(&Op::Purge(through), &mut self.payload);
+                self.ops += 1;
+                self.purge = self.purge.max(Some(through));
+            }
+            Job::Vote { vote, done } => self.vote = Some((vote, done)),
+            Job::Barrier { done } => self.waiters.push(Waiter::Done(done)),
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.vote.is_some() || self.payload.len() >= FRAME_BYTES_SOFT
+    }
+}
+
+impl Writer {
+    /// Runs until every sender is gone.
+    pub(super) fn run(mut self, jobs: &Receiver<Job>) {
+        while let Ok(job) = jobs.recv() {
+            let mut batch = Batch::default();
+            batch.take(job);
+            while !batch.is_full() {
+                let Ok(job) = jobs.try_recv() else { break };
+                batch.take(job);
+            }
+            self.finish(batch);
+        }
+        if let Some(spare) = self.spare.take() {
+            // A spare that could not be made shows when it is needed.
+            let _ = spare.join();
+        }
+    }
+
+    fn finish(&mut self, batch: Batch) {
+        let result = match &self.broken {
+            Some(why) => Err(why.clone()),
+            None => self.write(&batch).map_err(|e| format!("writing the Raft log: {e}")),
+        };
+        if let Err(why) = &result
+            && self.broken.is_none()
+        {
+            tracing::error!(error = %why, "the Raft log failed; this node stops taking entries");
+            self.broken = Some(why.clone());
+        }
+        let answer = || result.clone().map_err(io::Error::other);
+        for waiter in batch.waiters {
+            match waiter {
+                Waiter::Flushed(flushed) => flushed.io_completed(answer()),
+                // A caller that went away needs no answer.
+                Waiter::Done(done) => drop(done.send(answer())),
+            }
+        }
+        if let Some((vote, done)) = batch.vote {
+            let saved = answer().and_then(|()| vote::save(&self.dir, &vote));
+            if let Err(e) = &saved {
+                self.broken.get_or_insert_with(|| format!("saving the vote: {e}"));
+            }
+            drop(done.send(saved));
+        }
+    }
+
+    fn write(&mut self, batch: &Batch) -> io::Result<()> {
+        if batch.ops == 0 {
+            return Ok(());
+        }
+        let bytes = frame::frame_bytes(batch.payload.len()) as u64;
+        let empty = self.tail.offset == SEGMENT_HEADER_BYTES as u64;
+        if self.tail.offset + bytes > self.segment_bytes && !empty {
+            self.rotate()?;
+        }
+        let encoded =
+            frame::encode_frame(self.tail.number, self.tail.sequence, batch.ops, &batch.payload);
+        self.tail.file.write_all_at(&encoded, self.tail.offset)?;
+        self.tail.file.sync_data()?;
+        let base = self.tail.offset + FRAME_HEADER_BYTES as u64;
+        self.tail.offset += bytes;
+        self.tail.sequence += 1;
+        {
+            let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+            for (log_id, span) in &batch.entries {
+                let location = Location {
+                    segment: self.tail.number,
+                    offset: base + span.offset as u64,
+                    bytes: span.bytes as u32,
+                };
+                index.written(log_id, location);
+                self.tail.last_index = self.tail.last_index.max(log_id.index);
+            }
+        }
+        if let Some(through) = batch.purge {
+            self.drop_older(through.index)?;
+        }
+        self.keep_spare();
+        Ok(())
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        if let Some(spare) = self.spare.take() {
+            // Failing to make one ahead only means making one now.
+            let _ = spare.join();
+        }
+        let purged = self.index.lock().unwrap_or_else(PoisonError::into_inner).purged();
+        let header = SegmentHeader {
+            number: self.tail.number + 1,
+            first_sequence: self.tail.sequence,
+            purged,
+        };
+        let file = segment::create(&self.dir, &header, self.segment_bytes)?;
+        self.tail.older.push((self.tail.number, self.tail.last_index));
+        self.tail.file = file;
+        self.tail.number = header.number;
+        self.tail.offset = SEGMENT_HEADER_BYTES as u64;
+        self.tail.last_index = 0;
+        Ok(())
+    }
+
+    /// Removes older segments, oldest first, that hold no entry past `purged`.
+    fn drop_older(&mut self, purged: u64) -> io::Result<()> {
+        let count = self.tail.older.iter().take_while(|(_, last)| *last <= purged).count();
+        for (number, _) in self.tail.older.drain(..count) {
+            segment::remove(&self.dir, number)?;
+        }
+        if count > 0 { segment::sync_dir(&self.dir) } else { Ok(()) }
+    }
+
+    /// Has the next segment filled by another thread once this one is half full.
+    fn keep_spare(&mut self) {
+        if self.spare.is_none() && self.tail.offset * 2 > self.segment_bytes {
+            let (dir, bytes) = (self.dir.clone(), self.segment_bytes);
+            self.spare = Some(std::thread::spawn(move || segment::prepare_spare(&dir, bytes)));
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The replicated log and state: openraft over our own segmented log ([`log`]), redb ([`state`]),
+//! snapshot files ([`snapshot`]) and the cluster's own frames ([`network`]).
+//!
+//! Holds up I1 and I7 for metadata: an operation is answered only after its entry is on stable
+//! storage of a quorum and applied; a restart replays it. Decides nothing about files: that is
+//! `ebb-namespace`, which is applied here entry by entry.
+
+pub mod kv;
+pub mod log;
+pub mod network;
+pub mod propose;
+pub mod snapshot;
+pub mod state;
+pub mod wire;
+
+use bytes::Bytes;
+use ebb_dataplane_protocol::codec::{self, Malformed};
+use ebb_metaplane_protocol::{CommandReply, LogEntry};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
+use std::sync::Arc;
+
+/// The data of one log entry: decoded once, encoded once, shared by log, cache and state machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Proposal {
+    entry: Arc<LogEntry>,
+    encoded: Bytes,
+}
+
+impl Proposal {
+    /// Encodes an entry.
+    pub fn new(entry: LogEntry) -> Self {
+        let encoded = Bytes::from(codec::encode(&entry));
+        Self { entry: Arc::new(entry), encoded }
+    }
+    /// Checks and decodes what a disk or a peer gave.
+    pub fn decode(encoded: Bytes) -> Result<Self, Malformed> {
+        let entry = Arc::new(codec::decode(&encoded)?);
+        Ok(Self { entry, encoded })
+    }
+    /// The commands.
+    pub fn entry(&self) -> &LogEntry {
+        &self.entry
+    }
+    /// Their bytes, as the log holds them.
+    pub fn encoded(&self) -> &Bytes {
+        &self.encoded
+    }
+}
+
+impl std::fmt::Display for Proposal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} commands", self.entry.commands.len())
+    }
+}
+
+// openraft's messages carry serde bounds; ours travel in the log's own encoding (`wire`), and these
+// exist so that the bounds hold with the same bytes.
+impl Serialize for Proposal {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_bytes(&self.encoded)
+    }
+}
+impl<'de> Deserialize<'de> for Proposal {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let bytes = Vec::<u8>::deserialize(d)?;
+        Self::decode(Bytes::from(bytes)).map_err(de::Error::custom)
+    }
+}
+
+/// What applying an entry gave: one reply per command, in order. Empty for entries of openraft's own.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Applied(pub Vec<CommandReply>);
+
+impl Serialize for Applied {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        if self.0.len() > u32::MAX as usize {
+            return Err(ser::Error::custom("too many replies"));
+        }
+        s.serialize_bytes(&codec::encode(&self.0))
+    }
+}
+impl<'de> Deserialize<'de> for Applied {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let bytes = Vec::<u8>::deserialize(d)?;
+        codec::decode(&bytes).map(Self).map_err(de::Error::custom)
+    }
+}
+
+openraft::declare_raft_types!(
+    /// The types of the metadata plane's Raft group.
+    pub TypeConfig:
+        D = Proposal,
+        R = Applied,
+        NodeId = u64,
+        Node = openraft::impls::BasicNode,
+);
+
+/// A position in the log.
+pub type LogId = openraft::type_config::alias::LogIdOf<TypeConfig>;
+/// An entry of the log.
+pub type Entry = openraft::type_config::alias::EntryOf<TypeConfig>;
+/// A vote.
+pub type Vote = openraft::type_config::alias::VoteOf<TypeConfig>;
+/// A leader as log ids name it.
+pub type LeaderId = openraft::type_config::alias::CommittedLeaderIdOf<TypeConfig>;
+/// The voters, and the log position that set them.
+pub type StoredMembership = openraft::type_config::alias::StoredMembershipOf<TypeConfig>;
+/// The voters.
+pub type Membership = openraft::Membership<u64, openraft::impls::BasicNode>;
+/// What a snapshot covers.
+pub type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<TypeConfig>;
+/// The node.
+pub type Raft = openraft::Raft<TypeConfig, state::StateStore>;

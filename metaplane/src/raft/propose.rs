@@ -1,0 +1,174 @@
+//! From commands to log entries, and read indexes: both batched.
+//!
+//! Commands that wait together become one entry: one log write, one sync, one transaction. A few
+//! entries may be under way at once, so that the next batch is being written while the last one is
+//! applied. Reads that arrive together share one confirmation of leadership.
+
+use super::{Applied, Proposal, Raft, TypeConfig};
+use ebb_metaplane_protocol::{Command, CommandReply, LogEntry, Time};
+use openraft::ReadPolicy;
+use openraft::errors::{ClientWriteError, RaftError};
+use openraft::impls::ProgressResponder;
+use openraft::raft::ClientWriteResult;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
+
+/// Commands of one entry at most.
+const BATCH_COMMANDS_MAX: usize = 256;
+/// Commands waiting at most; further callers wait for room (I9).
+const QUEUE_MAX: usize = 8192;
+/// Entries under way at most.
+const ENTRIES_IN_FLIGHT_MAX: usize = 4;
+
+/// Why a command was not carried out.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ProposeError {
+    /// Another node leads, or nobody yet. The address, if known.
+    #[error("this metadata node does not lead")]
+    NotLeader(Option<String>),
+    /// The node is stopping, or its storage failed.
+    #[error("this metadata node has stopped: {0}")]
+    Stopped(String),
+}
+
+/// The leader's clock.
+pub fn now() -> Time {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Time(i64::try_from(since.as_nanos()).unwrap_or(i64::MAX))
+}
+
+type Answer = oneshot::Sender<Result<CommandReply, ProposeError>>;
+
+/// Proposes commands. Cheap to clone.
+#[derive(Clone)]
+pub struct Proposer {
+    queue: mpsc::Sender<(Command, Answer)>,
+}
+
+impl Proposer {
+    /// Starts the task that makes entries.
+    pub fn start(raft: Raft) -> Self {
+        let (queue, waiting) = mpsc::channel(QUEUE_MAX);
+        tokio::spawn(propose(raft, waiting));
+        Self { queue }
+    }
+
+    /// Carries out a command; the reply comes after it is committed and applied. Dropping the future
+    /// does not take the command back.
+    pub async fn submit(&self, command: Command) -> Result<CommandReply, ProposeError> {
+        let (answer, reply) = oneshot::channel();
+        let stopped = || ProposeError::Stopped("shutting down".into());
+        self.queue.send((command, answer)).await.map_err(|_| stopped())?;
+        reply.await.map_err(|_| stopped())?
+    }
+}
+
+async fn propose(raft: Raft, mut waiting: mpsc::Receiver<(Command, Answer)>) {
+    let slots = Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX));
+    while let Some(first) = waiting.recv().await {
+        // While all slots are taken, more commands gather for the next entry.
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let mut commands = Vec::with_capacity(1);
+        let mut answers = Vec::with_capacity(1);
+        let mut next = Some(first);
+        while let Some((command, answer)) = next.take() {
+            commands.push(command);
+            answers.push(answer);
+            if commands.len() < BATCH_COMMANDS_MAX {
+                next = waiting.try_recv().ok();
+            }
+        }
+        let proposal = Proposal::new(LogEntry { now: now(), commands });
+        let (responder, done) =
+            ProgressResponder::<TypeConfig, ClientWriteResult<TypeConfig>>::complete_only();
+        if let Err(e) = raft.client_write_ff(proposal, Some(responder)).await {
+            refuse(answers, &ProposeError::Stopped(e.to_string()));
+            continue;
+        }
+        tokio::spawn(async move {
+            let result = done.await;
+            drop(slot);
+            match result {
+                Ok(Ok(written)) => distribute(answers, written.data),
+                Ok(Err(e)) => refuse(answers, &refusal(&e)),
+                Err(_) => refuse(answers, &ProposeError::Stopped("the Raft core ended".into())),
+            }
+        });
+    }
+}
+
+fn distribute(answers: Vec<Answer>, applied: Applied) {
+    let mut replies = applied.0.into_iter();
+    for answer in answers {
+        let reply = replies.next().ok_or_else(|| {
+            ProposeError::Stopped("the state machine answered fewer commands than it got".into())
+        });
+        // A caller that went away asks again by its sequence.
+        drop(answer.send(reply));
+    }
+}
+
+fn refuse(answers: Vec<Answer>, why: &ProposeError) {
+    for answer in answers {
+        drop(answer.send(Err(why.clone())));
+    }
+}
+
+fn refusal(e: &ClientWriteError<TypeConfig>) -> ProposeError {
+    match e {
+        ClientWriteError::ForwardToLeader(f) | ClientWriteError::LogEntryDiscarded(f) => {
+            ProposeError::NotLeader(f.leader_node.as_ref().map(|n| n.addr.clone()))
+        }
+        e => ProposeError::Stopped(e.to_string()),
+    }
+}
+
+/// Read indexes, shared by the reads that wait together.
+#[derive(Clone)]
+pub struct ReadIndex {
+    inner: Arc<ReadInner>,
+}
+
+struct ReadInner {
+    raft: Raft,
+    /// Rounds begun.
+    begun: AtomicU64,
+    /// The round last completed.
+    round: Mutex<u64>,
+}
+
+impl ReadIndex {
+    /// Read indexes of a node.
+    pub fn new(raft: Raft) -> Self {
+        let inner = ReadInner { raft, begun: AtomicU64::new(0), round: Mutex::new(0) };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Returns when everything that was committed at the call is applied here, and this node led
+    /// meanwhile. A round that began after the call serves every caller that came before it.
+    pub async fn confirm(&self) -> Result<(), ProposeError> {
+        let seen = self.inner.begun.load(Ordering::SeqCst);
+        let mut completed = self.inner.round.lock().await;
+        if *completed > seen {
+            return Ok(());
+        }
+        let mine = self.inner.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        let confirmed = self.inner.raft.ensure_linearizable(ReadPolicy::ReadIndex).await;
+        match confirmed {
+            Ok(_) => {
+                *completed = mine;
+                Ok(())
+            }
+            Err(RaftError::APIError(e)) => {
+                use openraft::errors::LinearizableReadError as E;
+                Err(match e {
+                    E::ForwardToLeader(f) => ProposeError::NotLeader(f.leader_node.map(|n| n.addr)),
+                    E::QuorumNotEnough(_) => ProposeError::NotLeader(None),
+                })
+            }
+            Err(RaftError::Fatal(e)) => Err(ProposeError::Stopped(e.to_string())),
+        }
+    }
+}

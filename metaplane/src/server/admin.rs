@@ -1,0 +1,367 @@
+//! Operators and the controller: scale, groups, flush, evict, warm, shutdown.
+
+use crate::leader::cores;
+use crate::leader::flusher::{Flushed, is_ready};
+use crate::service::{Service, fs_error};
+use ebb_dataplane_protocol::control::{BATCH_MAX, Control};
+use ebb_dataplane_protocol::{
+    ByteRange, InodeId, NodeId, NodeState, RUN_BYTES, RunIndex, ShardRef, SignedGrant,
+};
+use ebb_metaplane_protocol::admin::FlushReport;
+use ebb_metaplane_protocol::{AdminCall, AdminReply, Command, FileKind, FsError, FsResult};
+use ebb_namespace::FlushStage;
+use futures::StreamExt;
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Inodes visited by one step of a walk.
+const WALK_STEP: usize = 1_000;
+/// Failures named in a report.
+const FAILED_NAMED: usize = 20;
+/// Tries of one inode in one flush.
+const FLUSH_ATTEMPTS: usize = 4;
+/// One shutdown call works for so long, then reports how far it is; the caller calls again.
+const SHUTDOWN_SLICE: Duration = Duration::from_secs(20);
+/// Limit of a control call.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Warm calls in flight at most, and the limit of one (it reads from S3).
+const WARM_CONCURRENCY: usize = 16;
+const WARM_TIMEOUT: Duration = Duration::from_secs(120);
+
+impl Service {
+    pub(super) async fn admin(self: &Arc<Self>, call: AdminCall) -> FsResult<AdminReply> {
+        let done = |_| AdminReply::Done;
+        match call {
+            AdminCall::Status => Ok(AdminReply::Status(Box::new(self.status().await?))),
+            AdminCall::SetDesired { nodes } => {
+                self.submit_internal(Command::SetDesired(nodes)).await.map(done)
+            }
+            AdminCall::SetNodeState { node, state } => {
+                self.set_node_state(node, state).await.map(|()| AdminReply::Done)
+            }
+            AdminCall::MovePg { pg, to } => {
+                let map = self.voter.read(|_, r| r.map()).await.map_err(fs_error)??;
+                if usize::from(pg.0) >= map.pgs.len() {
+                    return Err(FsError::Invalid(format!("there is no placement group {pg}")));
+                }
+                if let Some(m) = to.iter().find(|m| map.address(**m).is_none()) {
+                    return Err(FsError::Invalid(format!("no core {} on node {}", m.core, m.node)));
+                }
+                self.movers.want(pg, to);
+                self.wakes.groups.notify_one();
+                Ok(AdminReply::Done)
+            }
+            AdminCall::Flush { inode, wait } => {
+                self.voter.read(|_, r| r.attr(inode)).await.map_err(fs_error)??;
+                if wait {
+                    return Ok(AdminReply::Flushed(self.flush_under(inode).await?));
+                }
+                let service = Arc::clone(self);
+                tokio::spawn(async move { service.flush_under(inode).await });
+                let remaining = self.counts_now()?.dirty_inodes;
+                Ok(AdminReply::Flushed(FlushReport { remaining, ..FlushReport::default() }))
+            }
+            AdminCall::Evict { inode } => self.evict(inode).await.map(|()| AdminReply::Done),
+            AdminCall::Warm { inode } => {
+                self.voter.read(|_, r| r.attr(inode)).await.map_err(fs_error)??;
+                let service = Arc::clone(self);
+                tokio::spawn(async move {
+                    if let Err(e) = service.warm(inode).await {
+                        tracing::warn!(%inode, error = %e, "warming stopped");
+                    }
+                });
+                Ok(AdminReply::Done)
+            }
+            AdminCall::Shutdown { abandon } => {
+                Ok(AdminReply::Flushed(self.shut_down(abandon).await?))
+            }
+            AdminCall::Resume => {
+                self.flushes.all.store(false, Ordering::Release);
+                self.wake_bucket().await?;
+                self.submit_internal(Command::SetShutdown(false)).await.map(done)
+            }
+            AdminCall::Path(inode) => {
+                let path = self.voter.read(|_, r| r.path_of(inode)).await.map_err(fs_error)??;
+                Ok(AdminReply::Path(path))
+            }
+        }
+    }
+
+    fn counts_now(&self) -> FsResult<ebb_namespace::MachineCounts> {
+        self.voter.peek(|_, r| r.counts()).map_err(fs_error)?
+    }
+
+    async fn set_node_state(&self, node: NodeId, state: NodeState) -> FsResult<()> {
+        if state == NodeState::Gone {
+            let map = self.voter.read(|_, r| r.map()).await.map_err(fs_error)??;
+            if map.node(node).is_none() {
+                return Ok(());
+            }
+            if map.groups_of(node).next().is_some() {
+                return Err(FsError::Invalid(format!("node {node} still holds groups")));
+            }
+            // I8: it says so itself, under a map in which it holds nothing.
+            if !self.liveness.is_clean(node, map.version) {
+                return Err(FsError::Again {
+                    retry_after_ms: 500,
+                    why: format!("node {node} has not reported yet that it holds nothing"),
+                });
+            }
+        }
+        self.submit_internal(Command::SetNodeState(node, state)).await?;
+        if state == NodeState::Draining {
+            self.wakes.flush.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Flushes everything of a subtree that is dirty at the call.
+    async fn flush_under(self: &Arc<Self>, root: InodeId) -> FsResult<FlushReport> {
+        let mut report = FlushReport::default();
+        let (mut walk, own) = self.voter.peek(|_, r| r.dirty_walk(root)).map_err(fs_error)??;
+        let mut found: Vec<InodeId> = own.into_iter().map(|d| d.inode).collect();
+        loop {
+            if !walk.is_done() {
+                let step = self.voter.peek(|_, r| {
+                    let dirty = r.dirty_under(&mut walk, WALK_STEP);
+                    dirty.map(|d| (d, walk.is_done()))
+                });
+                let (dirty, _) = step.map_err(fs_error)??;
+                found.extend(dirty.into_iter().map(|d| d.inode));
+            }
+            if found.len() >= WALK_STEP || walk.is_done() {
+                self.flush_these(std::mem::take(&mut found), &mut report).await?;
+            }
+            if walk.is_done() && found.is_empty() {
+                return Ok(report);
+            }
+        }
+    }
+
+    /// Flushes these until each was stored once, or failed often enough.
+    async fn flush_these(
+        self: &Arc<Self>,
+        inodes: Vec<InodeId>,
+        report: &mut FlushReport,
+    ) -> FsResult<()> {
+        let mut waiting: BTreeSet<InodeId> = inodes.into_iter().collect();
+        let mut failures: std::collections::HashMap<InodeId, (usize, String)> = Default::default();
+        while !waiting.is_empty() {
+            let ids: Vec<InodeId> = waiting.iter().copied().collect();
+            let states = self
+                .voter
+                .peek(|_, r| -> FsResult<Vec<_>> {
+                    ids.iter()
+                        .map(|id| Ok((*id, r.dirty_walk(*id).ok().and_then(|w| w.1))))
+                        .collect()
+                })
+                .map_err(fs_error)??;
+            let mut ready = Vec::new();
+            let mut attrs = Vec::new();
+            for (id, state) in states {
+                let Some(d) = state else {
+                    // Somebody else flushed it, or it is gone.
+                    waiting.remove(&id);
+                    report.flushed += 1;
+                    continue;
+                };
+                if d.needs_attrs {
+                    attrs.push(id);
+                } else if is_ready(&d) && !self.flushes.is_active(id) {
+                    ready.push(id);
+                } else if matches!(d.stage, FlushStage::Flushing(..)) && !self.flushes.is_active(id)
+                {
+                    self.wakes.keys.notify_one();
+                }
+            }
+            if !attrs.is_empty() {
+                self.hydrate(attrs).await?;
+            }
+            let mut paused = ready.is_empty();
+            for batch in ready.chunks(WALK_STEP) {
+                for (id, result) in self.flush_with_blockers(batch.to_vec()).await {
+                    match result {
+                        Flushed::Done(bytes) => {
+                            waiting.remove(&id);
+                            report.flushed += 1;
+                            report.bytes += bytes;
+                        }
+                        Flushed::Failed(why) => {
+                            paused = true;
+                            let f = failures.entry(id).or_default();
+                            *f = (f.0 + 1, why);
+                        }
+                        Flushed::Blocked(_) => {
+                            paused = true;
+                            let f = failures.entry(id).or_default();
+                            *f = (f.0 + 1, "its key is busy".into());
+                        }
+                        Flushed::Skipped => paused = true,
+                    }
+                }
+            }
+            let given_up: Vec<InodeId> = failures
+                .iter()
+                .filter(|(id, f)| f.0 >= FLUSH_ATTEMPTS && waiting.contains(id))
+                .map(|(id, _)| *id)
+                .collect();
+            for id in given_up {
+                waiting.remove(&id);
+                report.remaining += 1;
+                if report.failed.len() < FAILED_NAMED {
+                    let why = failures.remove(&id).map_or_else(String::new, |f| f.1);
+                    report.failed.push((self.path_text(id), why));
+                }
+            }
+            if paused && !waiting.is_empty() {
+                self.wakes.notices.notify_one();
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn path_text(&self, inode: InodeId) -> String {
+        let path = self.voter.peek(|_, r| r.path_of(inode));
+        match path {
+            Ok(Ok(parts)) => {
+                parts.iter().map(|p| format!("/{}", String::from_utf8_lossy(p))).collect::<String>()
+            }
+            _ => format!("inode {inode}"),
+        }
+    }
+
+    async fn evict(&self, root: InodeId) -> FsResult<()> {
+        let map = self.voter.read(|_, r| r.map()).await.map_err(fs_error)??;
+        let holders: HashSet<ShardRef> = map.pgs.iter().filter_map(|g| g.primary()).collect();
+        let tell = |inodes: Vec<InodeId>| {
+            let (map, holders) = (&map, &holders);
+            async move {
+                let request = Control::EvictClean(inodes);
+                for core in holders {
+                    self.cores
+                        .order(map, *core, &request, TIMEOUT)
+                        .await
+                        .map_err(|e| FsError::Io(e.to_string()))?;
+                }
+                Ok::<_, FsError>(())
+            }
+        };
+        if root == InodeId::ROOT {
+            return tell(Vec::new()).await;
+        }
+        let (mut walk, _) = self.voter.peek(|_, r| r.dirty_walk(root)).map_err(fs_error)??;
+        tell(vec![root]).await?;
+        while !walk.is_done() {
+            let step = self
+                .voter
+                .peek(|_, r| r.inodes_under(&mut walk, BATCH_MAX))
+                .map_err(fs_error)??;
+            if !step.is_empty() {
+                tell(step).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn warm(self: &Arc<Self>, root: InodeId) -> FsResult<()> {
+        self.list_below(root).await?;
+        let (mut walk, _) = self.voter.peek(|_, r| r.dirty_walk(root)).map_err(fs_error)??;
+        let mut inodes = vec![root];
+        loop {
+            futures::stream::iter(std::mem::take(&mut inodes))
+                .for_each_concurrent(WARM_CONCURRENCY, |inode| async move {
+                    if let Err(e) = self.warm_file(inode).await {
+                        tracing::debug!(%inode, error = %e, "warming a file");
+                    }
+                })
+                .await;
+            if walk.is_done() {
+                return Ok(());
+            }
+            inodes = self
+                .voter
+                .peek(|_, r| r.inodes_under(&mut walk, WALK_STEP))
+                .map_err(fs_error)??;
+        }
+    }
+
+    async fn warm_file(&self, inode: InodeId) -> FsResult<()> {
+        let (attr, grant) = self
+            .voter
+            .peek(|_, r| -> FsResult<_> { Ok((r.attr(inode)?.0, r.grant_view(inode)?)) })
+            .map_err(fs_error)??;
+        if attr.kind != FileKind::File {
+            return Ok(());
+        }
+        let map = self.map()?;
+        let grant = SignedGrant::sign(&grant, &self.key);
+        for run in 0..RunIndex::count_for(attr.size) {
+            let run = RunIndex(run);
+            let Some(core) = cores::primary_of_run(&map, inode, run) else { continue };
+            let end = (run.start() + RUN_BYTES).min(attr.size);
+            let request = Control::Warm(grant.clone(), ByteRange { start: run.start(), end });
+            self.cores
+                .order(&map, core, &request, WARM_TIMEOUT)
+                .await
+                .map_err(|e| FsError::Io(e.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the cluster down as far as one call reaches. Zero remaining: the bucket alone is enough.
+    async fn shut_down(self: &Arc<Self>, abandon: bool) -> FsResult<FlushReport> {
+        self.submit_internal(Command::SetShutdown(true)).await?;
+        if abandon {
+            self.put_to_sleep().await?;
+            return Ok(FlushReport::default());
+        }
+        if !self.owns_bucket() && self.counts_now()?.dirty_inodes == 0 {
+            // It was put to sleep by an earlier call.
+            return Ok(FlushReport::default());
+        }
+        self.flushes.all.store(true, Ordering::Release);
+        let before = self.counts.flushed.load(Ordering::Relaxed);
+        let bytes = self.counts.flushed_bytes.load(Ordering::Relaxed);
+        let begun = Instant::now();
+        let mut report = loop {
+            let c = self.counts_now()?;
+            let left = c.dirty_inodes + c.pending_keys + c.notices + c.moves;
+            if left == 0 {
+                self.put_to_sleep().await?;
+                self.flushes.all.store(false, Ordering::Release);
+                break FlushReport::default();
+            }
+            if begun.elapsed() >= SHUTDOWN_SLICE {
+                break FlushReport {
+                    remaining: left,
+                    failed: self.failing()?,
+                    ..FlushReport::default()
+                };
+            }
+            self.wakes.flush.notify_one();
+            self.wakes.notices.notify_one();
+            self.wakes.keys.notify_one();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        report.flushed = self.counts.flushed.load(Ordering::Relaxed) - before;
+        report.bytes = self.counts.flushed_bytes.load(Ordering::Relaxed) - bytes;
+        Ok(report)
+    }
+
+    /// Dirty inodes that failed, and why.
+    fn failing(&self) -> FsResult<Vec<(String, String)>> {
+        let everything = ebb_metaplane_protocol::Time(i64::MAX);
+        let dirty = self
+            .voter
+            .peek(|_, r| r.dirty_batch(WALK_STEP, everything, None))
+            .map_err(fs_error)??;
+        Ok(dirty
+            .iter()
+            .filter_map(|d| Some((self.path_text(d.inode), self.flushes.why(d.inode)?)))
+            .take(FAILED_NAMED)
+            .collect())
+    }
+}

@@ -1,0 +1,140 @@
+//! The RPC port: takes frames, dispatches requests, answers.
+//!
+//! Reads are linearizable, mutations exactly-once (both by Raft and the state machine); who does not
+//! lead says who does. Everything a peer sends is checked before use, and a request that makes no
+//! sense is refused and counted, nothing else (I12). Bounded: so many requests per connection
+//! (ebb-rpc) and in all (here).
+
+mod admin;
+mod mutate;
+mod nodes;
+mod query;
+mod status;
+
+use crate::service::{Service, count, fs_error};
+use bytes::Bytes;
+use ebb_dataplane_protocol::auth::Role;
+use ebb_dataplane_protocol::{Opcode, Status, codec};
+use ebb_metaplane_protocol::{
+    Command, CommandReply, FsError, FsResult, Request, Response, SessionCall, SessionReply,
+};
+use ebb_namespace::limits::SESSION_TTL_MS;
+use ebb_rpc::Frame;
+use ebb_rpc::server::{Handler, Peer};
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+
+/// Requests in progress at most, of all connections.
+const REQUESTS_MAX: usize = 4096;
+
+/// The port's handler.
+pub(crate) struct Port {
+    service: Arc<Service>,
+    permits: Semaphore,
+}
+
+impl Port {
+    pub(crate) fn new(service: Arc<Service>) -> Self {
+        Self { service, permits: Semaphore::new(REQUESTS_MAX) }
+    }
+}
+
+impl Handler for Port {
+    async fn handle(&self, peer: Peer, frame: Frame) -> Frame {
+        match frame.header.opcode {
+            Opcode::Ping => Frame::new(frame.header.reply(Status::Ok), Bytes::new(), Bytes::new()),
+            Opcode::Raft if peer.hello.role == Role::Meta => {
+                self.service.voter.answer(&frame).await
+            }
+            Opcode::Meta => self.meta(&peer, &frame).await,
+            _ => Frame::refusal(&frame.header, Status::Forbidden, "not served on this port"),
+        }
+    }
+}
+
+impl Port {
+    async fn meta(&self, peer: &Peer, frame: &Frame) -> Frame {
+        let request: Request = match codec::decode(&frame.body) {
+            Ok(request) => request,
+            Err(e) => return Frame::refusal(&frame.header, Status::BadRequest, &e.to_string()),
+        };
+        // Long waits (a flush, a shutdown) hold a permit of their connection, not of everybody.
+        let waits = matches!(request, Request::Admin(_));
+        let _permit = if waits { None } else { self.permits.acquire().await.ok() };
+        let response = self.service.respond(peer, request).await;
+        if let Some(hint) = not_leader(&response) {
+            return Frame::refusal(&frame.header, Status::NotLeader, hint);
+        }
+        let body = Bytes::from(codec::encode(&response));
+        Frame::new(frame.header.reply(Status::Ok), body, Bytes::new())
+    }
+}
+
+/// The leader's address, if the response is that this node does not lead.
+fn not_leader(response: &Response) -> Option<&str> {
+    let error = match response {
+        Response::Op(r) => r.as_ref().err(),
+        Response::Query(r) => r.as_ref().err(),
+        Response::Session(r) => r.as_ref().err(),
+        Response::Node(r) => r.as_ref().err(),
+        Response::Admin(r) => r.as_ref().err(),
+    };
+    match error {
+        Some(FsError::NotLeader(hint)) => Some(hint.as_deref().unwrap_or_default()),
+        _ => None,
+    }
+}
+
+impl Service {
+    async fn respond(self: &Arc<Self>, peer: &Peer, request: Request) -> Response {
+        match request {
+            Request::Query(query) => {
+                count(&self.counts.queries);
+                Response::Query(self.query(query).await)
+            }
+            Request::Mutate { session, sequence, answered_below, op } => {
+                count(&self.counts.mutations);
+                Response::Op(self.mutate(session, sequence, answered_below, op).await)
+            }
+            Request::Session(call) => Response::Session(self.session(call).await),
+            Request::Node(call) => Response::Node(match peer.hello.role {
+                Role::Data => self.node(call).await,
+                _ => Err(FsError::NotPermitted("only data nodes report as such".into())),
+            }),
+            Request::Admin(call) => Response::Admin(self.admin(call).await),
+        }
+    }
+
+    async fn session(&self, call: SessionCall) -> FsResult<SessionReply> {
+        match call {
+            SessionCall::Open { client, label } => {
+                let reply = self.submit(Command::OpenSession { client, label }).await?;
+                let CommandReply::Session(opened) = reply else { return Err(unexpected(&reply)) };
+                let session = opened?;
+                self.sessions.renew(session);
+                Ok(SessionReply::Opened { session, ttl_ms: SESSION_TTL_MS })
+            }
+            SessionCall::Renew(session) => {
+                let lives = self.voter.read(|_, r| r.session_exists(session)).await;
+                if !lives.map_err(fs_error)?? {
+                    return Err(FsError::SessionExpired);
+                }
+                self.sessions.renew(session);
+                Ok(SessionReply::Done)
+            }
+            SessionCall::Close(session) => {
+                self.submit(Command::EndSessions(vec![session])).await?;
+                self.sessions.forget(session);
+                Ok(SessionReply::Done)
+            }
+        }
+    }
+}
+
+/// The state machine answered with another variant than the command has.
+pub(crate) fn unexpected(reply: &CommandReply) -> FsError {
+    match reply {
+        CommandReply::Refused(why) => FsError::Invalid(why.clone()),
+        other => FsError::Io(format!("the state machine answered {other:?}")),
+    }
+}

@@ -1,0 +1,148 @@
+//! Mutations: what they depend on is looked up first, then one command decides; the grant it made
+//! is signed here, with the key that the state machine does not hold.
+
+use crate::service::{Service, fs_error};
+use ebb_dataplane_protocol::{InodeId, Sequence, SessionId, SignedGrant};
+use ebb_metaplane_protocol::command::OpOutcome;
+use ebb_metaplane_protocol::op::Name;
+use ebb_metaplane_protocol::{Command, CommandReply, FsError, FsResult, Op, OpReply, Opened};
+use ebb_namespace::why;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a mutation waits here for a seal or an ack before the client is asked to come again.
+const WAIT_MAX: Duration = Duration::from_secs(2);
+/// Longest pause between two tries.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// Keys below a directory that a rename lists; more is EXDEV.
+const RENAME_INODES_MAX: u64 = 100_000;
+
+impl Service {
+    pub(super) async fn mutate(
+        self: &Arc<Self>,
+        session: SessionId,
+        sequence: Sequence,
+        answered_below: Sequence,
+        op: Op,
+    ) -> FsResult<OpReply> {
+        self.prepare(&op).await?;
+        let begun = Instant::now();
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let command = Command::Client { session, sequence, answered_below, op: op.clone() };
+            let outcome = match self.submit(command).await? {
+                CommandReply::Op(outcome) => outcome,
+                other => return Err(super::unexpected(&other)),
+            };
+            let why = match outcome {
+                Ok(outcome) => return Ok(self.sign(outcome)),
+                Err(FsError::Again { why, .. }) if begun.elapsed() < WAIT_MAX => why,
+                Err(e) => return Err(e),
+            };
+            if why == why::LISTING || why == why::ATTRIBUTES {
+                self.complete(&op, &why).await?;
+                continue;
+            }
+            // A seal takes a moment: cheaper to wait here than to send the client away.
+            self.wakes.notices.notify_one();
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    fn sign(&self, outcome: OpOutcome) -> OpReply {
+        match outcome {
+            OpOutcome::Done => OpReply::Done,
+            OpOutcome::Attr(attr) => OpReply::Attr(attr),
+            OpOutcome::Opened { attr, handle, grant, created } => {
+                let lineage = grant.view.lineage;
+                let grant = SignedGrant::sign(&grant, &self.key);
+                OpReply::Opened(Box::new(Opened { attr, handle, grant, created, lineage }))
+            }
+        }
+    }
+
+    /// What must be known before the command is proposed.
+    async fn prepare(self: &Arc<Self>, op: &Op) -> FsResult<()> {
+        match op {
+            Op::Create { parent, name, exclusive, .. } => {
+                if let Some(inode) = self.know(*parent, name).await?
+                    && !exclusive
+                {
+                    self.settle(inode).await?;
+                }
+            }
+            Op::Open { inode, .. } => self.settle(*inode).await?,
+            Op::Mkdir { parent, name, .. }
+            | Op::Symlink { parent, name, .. }
+            | Op::Unlink { parent, name }
+            | Op::Rmdir { parent, name } => {
+                self.know(*parent, name).await?;
+            }
+            Op::Rename { parent, name, new_parent, new_name, .. } => {
+                tokio::try_join!(self.know(*parent, name), self.know(*new_parent, new_name))?;
+            }
+            Op::Regrant { .. } | Op::Release { .. } | Op::Commit(_) | Op::SetAttr { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Attributes and freshness of a file that is about to be opened.
+    async fn settle(&self, inode: InodeId) -> FsResult<()> {
+        let due = self.voter.peek(|_, r| r.attr(inode)).map_err(fs_error)?;
+        match due {
+            Ok((_, true)) => self.hydrate(vec![inode]).await,
+            Ok((_, false)) => self.revalidate(inode).await,
+            // The command says what is wrong.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// What the state machine asked for with `Again`.
+    async fn complete(self: &Arc<Self>, op: &Op, reason: &str) -> FsResult<()> {
+        let find = |parent: InodeId, name: &Name| {
+            let name = name.clone();
+            async move { self.know(parent, &name).await }
+        };
+        let inodes: Vec<InodeId> = match op {
+            Op::Open { inode, .. } | Op::SetAttr { inode, .. } => vec![*inode],
+            Op::Create { parent, name, .. } | Op::Rmdir { parent, name } => {
+                find(*parent, name).await?.into_iter().collect()
+            }
+            Op::Rename { parent, name, new_parent, new_name, .. } => {
+                let (from, to) =
+                    tokio::try_join!(find(*parent, name), find(*new_parent, new_name))?;
+                from.into_iter().chain(to).collect()
+            }
+            _ => Vec::new(),
+        };
+        if reason == why::ATTRIBUTES {
+            return self.hydrate(inodes).await;
+        }
+        let is_rename = matches!(op, Op::Rename { .. });
+        let before = self.inodes_known()?;
+        for dir in inodes {
+            if !is_rename {
+                self.list_page(dir).await?;
+                continue;
+            }
+            let listing = self.list_below(dir);
+            tokio::pin!(listing);
+            loop {
+                tokio::select! {
+                    listed = &mut listing => break listed?,
+                    () = tokio::time::sleep(Duration::from_millis(200)) => {
+                        if self.inodes_known()?.saturating_sub(before) > RENAME_INODES_MAX {
+                            return Err(FsError::CrossDevice);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn inodes_known(&self) -> FsResult<u64> {
+        Ok(self.voter.peek(|_, r| r.counts()).map_err(fs_error)??.inodes)
+    }
+}

@@ -1,0 +1,39 @@
+//! Data nodes: registration and heartbeats. A heartbeat renews the lease of all groups of a node and
+//! brings it the newer map.
+
+use crate::service::{Service, fs_error};
+use ebb_metaplane_protocol::{Command, CommandReply, FsError, FsResult, NodeCall, NodeReply};
+
+impl Service {
+    pub(super) async fn node(&self, call: NodeCall) -> FsResult<NodeReply> {
+        match call {
+            NodeCall::Register { boot, .. } => {
+                let reply = self.submit(Command::RegisterNode(call)).await?;
+                let CommandReply::Node(node) = reply else {
+                    return Err(super::unexpected(&reply));
+                };
+                let node = node?;
+                self.liveness.registered(node, boot);
+                self.wakes.groups.notify_one();
+                let map = self.voter.read(|_, r| r.map()).await.map_err(fs_error)??;
+                tracing::info!(%node, "a data node registered");
+                let bucket_config = self.bucket_json.clone();
+                Ok(NodeReply::Registered { node, map, bucket_config })
+            }
+            NodeCall::Heartbeat { node, boot, map_version, stats, dirty_groups } => {
+                // Confirms that this process still leads: who does not must not give leases.
+                let (map, known) = self
+                    .voter
+                    .read(|_, r| Ok::<_, FsError>((r.map()?, r.node_boot(node)?)))
+                    .await
+                    .map_err(fs_error)??;
+                let stop = known != Some(boot);
+                if !stop {
+                    self.liveness.heard(node, boot, map_version, stats, dirty_groups);
+                }
+                let map = (map.version > map_version).then_some(map);
+                Ok(NodeReply::Lease { lease_ms: self.config.timings.lease_ms, map, stop })
+            }
+        }
+    }
+}

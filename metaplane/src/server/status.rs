@@ -1,0 +1,81 @@
+//! How things are, for `ebb status` and the controller.
+
+use crate::raft::propose::now;
+use crate::service::{Service, fs_error};
+use ebb_metaplane_protocol::{ClusterStatus, FsResult};
+use std::sync::atomic::Ordering;
+
+impl Service {
+    pub(super) async fn status(&self) -> FsResult<ClusterStatus> {
+        let (map, counts, sessions) = self
+            .voter
+            .read(|_, r| -> FsResult<_> { Ok((r.map()?, r.counts()?, r.sessions()?)) })
+            .await
+            .map_err(fs_error)??;
+        let oldest = counts.dirty_oldest.map_or(0, |t| now().0.saturating_sub(t.0).max(0) as u64);
+        let mut moves = self.movers.wanted();
+        moves.extend(
+            map.pgs
+                .iter()
+                .enumerate()
+                .filter(|(_, g)| g.moving)
+                .map(|(i, _)| ebb_dataplane_protocol::PgId(i as u16)),
+        );
+        moves.sort_unstable();
+        moves.dedup();
+        let mut warnings: Vec<String> = self
+            .conditions()
+            .missing()
+            .into_iter()
+            .map(|name| {
+                format!(
+                    "the S3 server lacks the condition {name}: a change from outside at the same \
+                     moment may be overwritten"
+                )
+            })
+            .collect();
+        if !self.owns_bucket() {
+            warnings.push("the bucket is asleep or not owned: nothing is written to it".into());
+        }
+        let nodes = map.nodes.iter().map(|n| self.liveness.status(n.id)).collect();
+        let mut counters = self.counts.named();
+        let port = &self.port;
+        for (name, value) in [
+            ("connections", &port.accepted),
+            ("refused_handshakes", &port.refused_handshakes),
+            ("refused_frames", &port.refused_frames),
+            ("connections_over_limit", &port.over_limit),
+            ("requests", &port.requests),
+        ] {
+            counters.push((name.to_owned(), value.load(Ordering::Relaxed)));
+        }
+        counters.push(("notices_pending".into(), counts.notices));
+        counters.push(("moves_pending".into(), counts.moves));
+        counters.push(("dirty_bytes".into(), self.liveness.dirty_bytes()));
+        // Wanted until somebody holds the groups.
+        let unheld = map.pgs.iter().any(|g| g.members.is_empty());
+        let wake_wanted = self.wake_wanted.load(Ordering::Acquire) && unheld;
+        if !unheld {
+            self.wake_wanted.store(false, Ordering::Release);
+        }
+        let bucket = &self.config.bucket;
+        Ok(ClusterStatus {
+            desired_nodes: counts.desired_nodes,
+            wake_nodes: counts.wake_nodes,
+            wake_wanted,
+            moves,
+            nodes,
+            dirty_inodes: counts.dirty_inodes,
+            dirty_oldest_ms: oldest / 1_000_000,
+            pending_keys: counts.pending_keys,
+            inodes: counts.inodes,
+            sessions: sessions.into_iter().map(|s| format!("{} {}", s.0, s.1)).collect(),
+            bucket: format!("s3://{}/{}", bucket.bucket, bucket.key_prefix()),
+            warnings,
+            s3_error: self.health.last_error(),
+            shutting_down: counts.shutting_down,
+            counters,
+            map,
+        })
+    }
+}
