@@ -103,7 +103,9 @@ impl<K: Kv> Ctx<'_, K> {
                     .iter()
                     .try_for_each(|(inode, etag, attrs)| self.set_found_attrs(*inode, etag, attrs)),
             ),
-            Command::Adopt(changes) => done(changes.iter().try_for_each(|a| self.adopt(a))),
+            Command::Adopt(changes) => {
+                done(changes.iter().try_for_each(|a| self.adopt(a).map(|_| ())))
+            }
             Command::MoveStep(limit) => done(self.move_step(*limit)),
         }
     }

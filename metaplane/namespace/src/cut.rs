@@ -87,6 +87,11 @@ impl Inode {
         }
     }
 
+    /// Nothing written so far reaches past `at`, whoever reports it.
+    pub(crate) fn clip_all_at(&mut self, at: u64) {
+        self.remember_clip(Cut { generation: self.generation, at });
+    }
+
     /// An end written at `generation`, clipped by the cuts that came after.
     pub(crate) fn clip(&self, generation: Generation, end: u64) -> u64 {
         self.clips.iter().filter(|c| c.generation >= generation).fold(end, |e, c| e.min(c.at))
@@ -95,5 +100,58 @@ impl Inode {
     /// Merges an end that a writer or a seal reports.
     pub(crate) fn merge_end(&mut self, generation: Generation, end: u64) {
         self.size = self.size.max(self.clip(generation, end));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ebb_dataplane_protocol::InodeId;
+    use ebb_metaplane_protocol::FileKind;
+
+    fn file() -> Inode {
+        let place = (InodeId::ROOT, b"f".as_slice());
+        Inode::new(InodeId(2), FileKind::File, place, (0o644, 0, 0), Time(0))
+    }
+
+    #[test]
+    fn a_late_end_is_clipped_by_every_later_cut_and_by_none_before() {
+        let mut n = file();
+        let cut = |generation, at| Cut { generation: Generation(generation), at };
+        for c in [cut(1, 50), cut(3, 20), cut(5, 30)] {
+            n.remember_clip(c);
+        }
+        // The cut at 50 says nothing that the one at 20 does not.
+        assert_eq!(n.clips, [cut(3, 20), cut(5, 30)]);
+        assert_eq!(n.clip(Generation(1), 100), 20);
+        assert_eq!(n.clip(Generation(3), 100), 20);
+        assert_eq!(n.clip(Generation(4), 100), 30);
+        assert_eq!(n.clip(Generation(5), 25), 25);
+        assert_eq!(n.clip(Generation(6), 100), 100);
+    }
+
+    #[test]
+    fn remembered_cuts_are_bounded_and_forgetting_loses_no_bytes() {
+        let mut n = file();
+        for i in 0..1000 {
+            n.remember_clip(Cut { generation: Generation(i), at: i });
+        }
+        assert_eq!(n.clips.len(), CLIPS_MAX);
+        assert!(n.clip(Generation(0), 5000) >= n.clips[0].at);
+    }
+
+    #[test]
+    fn a_truncate_steps_the_generation_and_the_view() {
+        let mut n = file();
+        n.grant_write(100, Time(1)).expect("a grant");
+        let (g, v) = (n.generation, n.view.version);
+        n.merge_end(g, 100);
+        let notice = n.resize(10, Time(2)).expect("a truncate").expect("nodes must know");
+        assert!(matches!(notice, Notice::ApplyView { generation, .. } if generation == g));
+        assert!(n.generation > g && n.view.version > v);
+        n.merge_end(g, 100);
+        assert_eq!(n.size, 10, "the close came late");
+        n.merge_end(n.generation, 100);
+        assert_eq!(n.size, 100, "written after the truncate");
     }
 }

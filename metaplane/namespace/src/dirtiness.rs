@@ -39,6 +39,8 @@ pub(crate) struct Flush {
     pub(crate) key: String,
     /// The inode's `meta_version` that the object carries.
     pub(crate) meta_version: u64,
+    /// The plan is a copy of the whole base with other attributes: none of our bytes are in it.
+    pub(crate) copies_base: bool,
     /// Valid bytes of the old backing when the plan was made.
     pub(crate) old_valid_bytes: u64,
 }

@@ -45,6 +45,7 @@ impl<K: Kv> Ctx<'_, K> {
                 key: String::new(),
                 meta_version: 0,
                 old_valid_bytes: 0,
+                copies_base: false,
             });
             tickets.push(FlushTicket {
                 inode: id,
@@ -119,6 +120,7 @@ impl<K: Kv> Ctx<'_, K> {
         f.nonce = s.nonce;
         f.key.clone_from(&target);
         f.meta_version = n.meta_version;
+        f.copies_base = n.is_file() && n.size > 0 && !body;
         f.old_valid_bytes = n.view.backing.as_ref().map_or(0, |b| b.valid_bytes());
         let plan = StorePlan {
             inode: n.id,

@@ -8,7 +8,7 @@ use crate::kv::Kv;
 use crate::tables::Ctx;
 use ebb_dataplane_protocol::{Backing, ContentId, InodeId, ViewVersion};
 use ebb_metaplane_protocol::FsResult;
-use ebb_metaplane_protocol::flush::{AttemptResult, FlushOutcome, Notice};
+use ebb_metaplane_protocol::flush::{Adopt, AttemptResult, FlushOutcome, Notice};
 
 impl<K: Kv> Ctx<'_, K> {
     pub(crate) fn flush_commit(&mut self, outcomes: &[FlushOutcome]) -> FsResult<()> {
@@ -56,8 +56,24 @@ impl<K: Kv> Ctx<'_, K> {
                     if overwrite { Expected::Etag(object.etag.clone()) } else { Expected::Absent };
                 self.put_key(s3_key, &state)?;
                 let named = flush.is_some();
+                // Only attributes were to be changed, over a base at this very key: there are no
+                // bytes of ours to save, so this is an outside change and not a conflict.
+                let outside = flush.as_ref().and_then(|(f, n)| {
+                    let base = n.view.backing.as_ref().filter(|b| b.key == s3_key)?;
+                    (f.copies_base && n.generation == f.generation).then(|| Adopt {
+                        inode,
+                        lineage: n.view.lineage,
+                        old_etag: Some(base.etag.clone()),
+                        object: Some(object.clone()),
+                    })
+                });
                 self.try_again(flush)?;
                 if overwrite {
+                    return Ok(());
+                }
+                if let Some(change) = outside
+                    && self.adopt(&change)?
+                {
                     return Ok(());
                 }
                 if named {

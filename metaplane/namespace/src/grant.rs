@@ -56,6 +56,13 @@ impl<K: KvRead> Reader<'_, K> {
         Ok(ClusterId(high << 64 | low))
     }
 
+    /// Truncates of the inode that not every primary has journaled yet. A truncate is answered to
+    /// its client only when there are none left: a write under an older grant that a node acks
+    /// before it journals the cut is ordered before the truncate.
+    pub fn cuts_pending(&self, inode: InodeId) -> FsResult<bool> {
+        Ok(self.find_inode(inode)?.is_some_and(|n| !n.view.cuts.is_empty()))
+    }
+
     /// An unsigned grant of mode `Read` with the current view, for the leader's control calls.
     pub fn grant_view(&self, inode: InodeId) -> FsResult<Grant> {
         let n = self.inode(inode)?;

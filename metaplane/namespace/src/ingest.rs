@@ -203,63 +203,81 @@ impl<K: Kv> Ctx<'_, K> {
         Ok(())
     }
 
-    /// An outside change, found by looking. Changes nothing unless the inode is clean, settled and
-    /// as it was when the leader looked.
-    pub(crate) fn adopt(&mut self, a: &Adopt) -> FsResult<()> {
-        let Some(mut n) = self.read().find_inode(a.inode)? else { return Ok(()) };
-        let backing = n.view.backing.clone();
-        if n.phase != Phase::Clean
+    /// An outside change, found by looking. Changes nothing (and says so) unless the inode is as it
+    /// was when the leader looked and holds no bytes of ours: clean, or dirty only by its name or
+    /// attributes, which then stay dirty.
+    pub(crate) fn adopt(&mut self, a: &Adopt) -> FsResult<bool> {
+        let Some(mut n) = self.read().find_inode(a.inode)? else { return Ok(false) };
+        let Some(backing) = n.view.backing.clone() else { return Ok(false) };
+        let untouched = match n.phase {
+            Phase::Clean => true,
+            Phase::Dirty => !n.may_hold_dirty_data(),
+            _ => false,
+        };
+        if !untouched
             || n.nlink == 0
             || n.view.lineage != a.lineage
-            || backing.as_ref().map(|b| &b.etag) != a.old_etag.as_ref()
-            || self.read().target_key(&n)?.as_ref() != backing.as_ref().map(|b| &b.key)
+            || a.old_etag.as_ref() != Some(&backing.etag)
+            || self.read().owner_of(&backing.key)? != Some(a.inode)
         {
-            return Ok(());
+            return Ok(false);
         }
-        let Some(backing) = backing else { return Ok(()) };
         n.validated = self.now;
         match &a.object {
             Some(o) if o.etag == backing.etag => {
                 self.save(n)?;
-                self.set_found_attrs(a.inode, &o.etag, &o.attrs)
+                self.set_found_attrs(a.inode, &o.etag, &o.attrs)?;
             }
             Some(o) => {
                 n.view.content = ContentId(n.view.content.0 + 1);
                 n.view.lineage = Lineage(n.view.lineage.0 + 1);
                 n.view.version = ViewVersion(n.view.version.0 + 1);
                 n.view.backing = Some(Backing {
-                    key: backing.key,
+                    key: backing.key.clone(),
                     etag: o.etag.clone(),
                     length: o.size,
                     limit: o.size,
                 });
-                // No write grant of the old lineage lives on at the generation of the new one.
+                // What writers of the old lineage still report says nothing about the new one, and
+                // none of their grants lives on.
+                n.clip_all_at(o.size);
                 n.generation = n.generation.next();
                 n.sealed_floor = n.generation;
                 n.view.clean_generation = n.generation;
                 n.size = if n.is_dir() { 0 } else { o.size };
-                if o.attrs.kind == n.kind || (!n.is_dir() && o.attrs.kind != FileKind::Directory) {
+                let ours = n.meta_version != n.stored_meta;
+                let kind_fits =
+                    o.attrs.kind == n.kind || (!n.is_dir() && o.attrs.kind != FileKind::Directory);
+                if ours {
+                    n.mtime = o.attrs.mtime;
+                } else if kind_fits {
                     n.kind = o.attrs.kind;
                     set_attrs(&mut n, &o.attrs);
                 }
                 n.ctime = self.now;
-                self.save(n)
+                self.save(n)?;
+                if let Some(k) = self.read().key_state(&backing.key)? {
+                    let expected = Expected::Etag(o.etag.clone());
+                    self.put_key(&backing.key, &KeyState { expected, ..k })?;
+                }
             }
             None if n.is_dir() => {
                 n.view.backing = None;
                 self.save(n)?;
-                self.disown(&backing.key, a.inode)
+                self.disown(&backing.key, a.inode)?;
             }
             None => {
                 let (parent, name) = (n.parent, n.name.clone());
                 n.view.lineage = Lineage(n.view.lineage.0 + 1);
+                let named = self.read().target_key(&n)?;
                 self.save(n)?;
                 self.disown(&backing.key, a.inode)?;
                 self.delete_entry(parent, &name);
                 self.touch_dir(parent, 0)?;
-                self.drop_name(a.inode, None)
+                self.drop_name(a.inode, named.as_deref())?;
             }
         }
+        Ok(true)
     }
 }
 

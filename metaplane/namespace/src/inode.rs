@@ -232,8 +232,12 @@ impl<K: Kv> Ctx<'_, K> {
                 i64::from(now_queued.is_some()) - i64::from(queued.is_some()),
             )?;
         }
-        self.add(Counter::UsedBytes, (inode.used() as i64).wrapping_sub(used as i64))?;
-        self.add(Counter::Inodes, i64::from(is_new))?;
+        if inode.used() != used {
+            self.add(Counter::UsedBytes, (inode.used() as i64).wrapping_sub(used as i64))?;
+        }
+        if is_new {
+            self.add(Counter::Inodes, 1)?;
+        }
         self.kv.put(&key(INODE, &[&id]), &codec::encode(&inode));
         Ok(())
     }

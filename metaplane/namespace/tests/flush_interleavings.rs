@@ -305,7 +305,8 @@ fn the_same_log_gives_the_same_bytes() {
 }
 
 #[test]
-#[ignore = "prints one seed's log"]
+#[ignore = "prints the log of EBB_SEED, and what becomes of the key KEY"]
+#[expect(clippy::disallowed_methods, reason = "a test's own settings")]
 fn trace() {
     let foreign = std::env::var("FOREIGN").is_ok();
     let key = std::env::var("KEY").unwrap_or_default();

@@ -247,3 +247,32 @@ fn forgotten_deletes_refuse_listings_that_are_older() {
     let old = Command::Ingest { dir: ROOT, listed_at, entries: vec![], page: None };
     assert!(matches!(w.apply(old), CommandReply::Refused(_)));
 }
+
+#[test]
+fn an_outside_change_under_a_pending_chmod_or_rename_is_no_conflict() {
+    let mut w = World::new();
+    let s = w.session();
+    let a = w.put_file(s, ROOT, "a", b"1");
+    let b = w.put_file(s, ROOT, "b", b"2");
+    w.settle_all();
+    let set = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+    w.op(s, Op::SetAttr { inode: a, set }).expect("chmod");
+    w.bucket.foreign_put("a", b"theirs");
+    w.expected.insert(a, b"theirs".to_vec());
+    // The copy's source changed: the leader looks at it and reports.
+    w.rename(s, (ROOT, "b"), (ROOT, "c")).expect("rename");
+    let etag = w.bucket.foreign_put("b", b"also theirs");
+    w.expected.insert(b, b"also theirs".to_vec());
+    let view = w.read().grant_view(b).expect("it lives").view;
+    let object = Some(ForeignObject { etag, size: 11, attrs: attrs(FileKind::File, true) });
+    w.done(Command::Adopt(vec![Adopt {
+        inode: b,
+        lineage: view.lineage,
+        old_etag: view.backing.map(|b| b.etag),
+        object,
+    }]));
+    w.settle_all();
+    w.check_bucket();
+    assert_eq!(w.names(ROOT), ["a", "c"], "nothing of ours was in the way");
+    assert_eq!(w.attr(a).mode, 0o600);
+}

@@ -336,8 +336,8 @@ impl Run {
             8 => {
                 let id = *ids.choose(&mut self.rng).expect("the root");
                 let size = self.rng.random_bool(0.5).then(|| self.rng.random_range(0..100));
-                let mode = Some(self.rng.random_range(0..0o10000));
-                let set = SetAttr { mode, size, ..SetAttr::default() };
+                let mode = self.rng.random_range(0..0o10000);
+                let set = SetAttr { mode: Some(mode), size, ..SetAttr::default() };
                 let want = match (&self.model.0[&id].what, size) {
                     (What::Dir(_), Some(_)) => Err(EISDIR),
                     (What::Link(_), Some(_)) => Err(EINVAL),
@@ -354,7 +354,7 @@ impl Run {
                 self.check(&got, &want, "setattr");
                 if got.is_ok() {
                     let node = self.model.0.get_mut(&id).expect("it lives");
-                    node.mode = mode.unwrap_or(node.mode);
+                    node.mode = mode;
                     node.size = size.unwrap_or(node.size);
                 }
             }

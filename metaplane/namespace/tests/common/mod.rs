@@ -16,6 +16,7 @@ pub const WRITE: OpenMode = OpenMode { write: true, truncate: false };
 pub const READ: OpenMode = OpenMode { write: false, truncate: false };
 
 /// Seeds of a run: `EBB_SEED` alone, or from 1 to `EBB_SEEDS` (else `count`).
+#[expect(clippy::disallowed_methods, reason = "a test's own settings")]
 pub fn seeds(count: u64) -> Vec<u64> {
     let number = |name| std::env::var(name).ok().and_then(|s| s.parse().ok());
     match number("EBB_SEED") {
@@ -589,7 +590,27 @@ impl World {
         let flight = self.flights.remove(i);
         let result = self.fly(&flight, fate);
         let doubt = ambiguous && matches!(fate, Fate::LostReply | Fate::LostRequest);
+        let source_changed = result == AttemptResult::Failed("source changed".into());
         self.report(&flight, if doubt { AttemptResult::Ambiguous } else { result });
+        if source_changed && let Flight::Put { plan, .. } = &flight {
+            self.look_at_base(plan.inode);
+        }
+    }
+    /// The base of a copy is not what it was: an outside change, unless there is dirt of ours.
+    pub fn look_at_base(&mut self, inode: InodeId) {
+        let Ok(grant) = self.read().grant_view(inode) else { return };
+        let Some(b) = grant.view.backing else { return };
+        let object = self.bucket.objects.get(&b.key).map(|o| ForeignObject {
+            etag: o.etag.clone(),
+            size: o.body.len() as u64,
+            attrs: attrs_of(o),
+        });
+        self.done(Command::Adopt(vec![Adopt {
+            inode,
+            lineage: grant.view.lineage,
+            old_etag: Some(b.etag),
+            object,
+        }]));
     }
     /// kill -9: what it had sent may still happen.
     pub fn crash_leader(&mut self) {
