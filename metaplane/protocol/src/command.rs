@@ -93,7 +93,8 @@ pub enum Command {
     Fenced(Vec<SealedInode>),
     /// Notices acked by every primary (keys of the notice queue).
     NoticesDone(Vec<u64>),
-    /// A delete or a look-up of a key begins: logs the nonce, marks the key in flight. Reply
+    /// Deletes begin: logs the nonce, marks the key in flight. A look-up needs none: it reports with
+    /// `KeyDone` under the nonce that its `Resolve` names. Reply
     /// [`CommandReply::Keys`]: those that may go on.
     KeyBegin(Vec<(String, u128)>),
     /// Its result.
