@@ -182,9 +182,10 @@ impl<L: Launch> LocalCluster<L> {
     }
 }
 
-/// `{"port": N}` of a ready file.
+/// The port of `{"address": "host:port"}` in a ready file.
 fn port_of(process: &Process, layout: &Layout) -> Option<u16> {
-    u16::try_from(process.ready(layout)?.get("port")?.as_u64()?).ok()
+    let ready = process.ready(layout)?;
+    ready.get("address")?.as_str()?.rsplit_once(':')?.1.parse().ok()
 }
 
 /// What a data node said when it got ready, kept beside its store: its id, and the ports its

@@ -17,7 +17,7 @@ const S3_PATIENCE_S: u64 = 15;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct S3Config {
-    /// Written when it serves: `{"port": N}`.
+    /// Written when it serves: `{"address": "host:port"}`.
     #[serde(default)]
     pub ready_file: Option<PathBuf>,
     /// The server's own.

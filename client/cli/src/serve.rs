@@ -65,7 +65,7 @@ async fn s3(config: S3Config) -> Result<(), CliError> {
     let stopped = stop()?;
     let server = ebb_s3::server::EmbeddedServer::start(config.server).await.map_err(failed)?;
     if let Some(path) = &config.ready_file {
-        write_ready(path, &serde_json::json!({ "port": server.local_addr().port() }))?;
+        write_ready(path, &serde_json::json!({ "address": server.local_addr().to_string() }))?;
     }
     tracing::info!(address = %server.local_addr(), "serving S3");
     stopped.await;
