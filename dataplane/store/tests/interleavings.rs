@@ -1,0 +1,294 @@
+//! The interleavings that decide whether data is safe (PROTOCOL §1–5), one by one.
+
+mod support;
+
+use ebb_dataplane_protocol::control::FlushDone;
+use ebb_dataplane_protocol::*;
+use ebb_store::*;
+use support::*;
+
+const NONE: BaseView = BaseView { content: ContentId(0), valid_bytes: 0 };
+fn base(content: u64, valid_bytes: u64) -> BaseView {
+    BaseView { content: ContentId(content), valid_bytes }
+}
+fn flushed(g: u64, content: u64, old: u64, valid: u64, old_valid: u64) -> FlushDone {
+    FlushDone {
+        inode: INODE,
+        generation: Generation(g),
+        content: ContentId(content),
+        old_content: ContentId(old),
+        valid_bytes: valid,
+        old_valid_bytes: old_valid,
+    }
+}
+fn rig() -> Rig {
+    Rig::new(32 << 20)
+}
+
+#[test]
+fn a_write_during_a_flush_survives_its_flush_done() {
+    let mut r = rig();
+    r.write(0, 8192, 1, b'a', NONE);
+    let t = r.store.seal(INODE, Generation(1));
+    r.done(t);
+    r.write(0, 4096, 2, b'b', NONE);
+    assert_eq!(r.read_pinned(1, 0..2, NONE), vec![b'a'; 8192], "the pin is the old version");
+    let t = r.store.flush_done(&flushed(1, 1, 0, 8192, 0));
+    r.done(t);
+    let mut want = vec![b'b'; 4096];
+    want.extend(vec![b'a'; 4096]);
+    for _ in 0..2 {
+        assert_eq!(r.read(0..2, base(1, 8192)), want);
+        let dirty = r.store.pg_status(PgId::of_chunk(INODE, CHUNK, 8));
+        assert_eq!((dirty.dirty_bytes, dirty.pins), (4096, 0), "only the rewrite is dirty");
+        r.reopen();
+    }
+}
+
+#[test]
+fn a_cut_during_a_flush_leaves_the_pins_whole() {
+    let mut r = rig();
+    r.write(0, 10_000, 1, b'a', NONE);
+    let t = r.store.seal(INODE, Generation(1));
+    r.done(t);
+    let cut = ViewUpdate {
+        inode: INODE,
+        version: ViewVersion(2),
+        base: NONE,
+        cuts: vec![Cut { generation: Generation(2), at: 5000 }],
+    };
+    let t = r.store.apply_view(&cut);
+    r.done(t);
+    assert_eq!(r.read_pinned(1, 0..3, NONE)[..10_000], vec![b'a'; 10_000]);
+    let now = r.read(0..3, NONE);
+    assert!(now[..5000].iter().all(|b| *b == b'a') && now[5000..].iter().all(|b| *b == 0));
+    let op = r.op(0, 10, 2, NONE);
+    assert!(
+        matches!(r.write_op(&op, 1), Err(WriteError::StaleGeneration { .. })),
+        "cut is a fence"
+    );
+    // Committed with the new limit: nothing past the cut comes back, also after an extension.
+    let t = r.store.flush_done(&flushed(1, 1, 0, 5000, 0));
+    r.done(t);
+    r.write(9000, 10, 3, b'c', base(1, 5000));
+    let now = r.read(0..3, base(1, 5000));
+    assert!(now[..5000].iter().all(|b| *b == b'a') && now[5000..9000].iter().all(|b| *b == 0));
+}
+
+#[test]
+fn the_clean_base_is_clipped_where_the_old_object_stopped_counting() {
+    let mut r = rig();
+    r.fill(0, 3, 1, b'o', 4096);
+    r.write(40_960, 10, 1, b'n', base(1, 6000));
+    let t = r.store.seal(INODE, Generation(1));
+    r.done(t);
+    let t = r.store.flush_done(&flushed(1, 2, 1, 40_970, 6000));
+    r.done(t);
+    let now = r.read(0..2, base(2, 40_970));
+    assert!(now[..6000].iter().all(|b| *b == b'o') && now[6000..].iter().all(|b| *b == 0));
+    // Past it the new object has zeros that are not here: a miss, never old bytes.
+    let plan = r.store.plan_read(INODE, CHUNK, 2..3, base(2, 40_970));
+    assert_eq!(plan.pieces[0].source, PieceSource::Miss);
+}
+
+#[test]
+fn a_second_seal_merges_what_the_first_could_not_flush() {
+    let mut r = rig();
+    r.write(0, 4096, 1, b'a', NONE);
+    let t = r.store.seal(INODE, Generation(1));
+    r.done(t);
+    r.write(8192, 4096, 2, b'b', NONE);
+    let t = r.store.seal(INODE, Generation(2));
+    r.done(t);
+    let one = r.store.sealed(INODE, Generation(1)).expect("still pinned");
+    assert_eq!((one.extents, one.high_water), (vec![ByteRange { start: 0, end: 4096 }], 4096));
+    let two = r.store.sealed(INODE, Generation(2)).expect("pinned");
+    assert_eq!(two.extents.len(), 2);
+    assert_eq!(two.high_water, 12_288);
+    let t = r.store.flush_aborted(INODE, Generation(1));
+    r.done(t);
+    assert!(r.store.sealed(INODE, Generation(1)).is_none());
+    assert_eq!(r.read_pinned(2, 0..1, NONE), vec![b'a'; 4096]);
+    r.checkpoint();
+    r.reopen();
+    assert_eq!(r.store.sealed(INODE, Generation(2)).expect("kept").high_water, 12_288);
+    let t = r.store.flush_done(&flushed(2, 1, 0, 12_288, 0));
+    r.done(t);
+    assert_eq!(r.store.stats().dirty_bytes, 0);
+}
+
+#[test]
+fn a_seal_answers_the_same_when_repeated_and_refuses_older_tags() {
+    let mut r = rig();
+    r.write(100, 50, 1, b'a', NONE);
+    let begun = r.op(8192, 4, 1, NONE);
+    let plan = r.store.begin_write(&begun).expect("accepted");
+    let t = r.store.seal(INODE, Generation(1));
+    assert!(
+        matches!(
+            r.store.commit_write(plan.id, &[crc32c(&[0; 4096])], &[0; 4096]),
+            Err(WriteError::StaleGeneration { floor: Generation(2) })
+        ),
+        "a write that was begun before the seal and committed after it"
+    );
+    r.done(t);
+    let first = r.store.sealed(INODE, Generation(1));
+    assert_eq!(first.as_ref().expect("sealed").high_water, 150);
+    assert_eq!(r.store.seal(INODE, Generation(1)), Ok(None));
+    r.reopen();
+    assert_eq!(r.store.seal(INODE, Generation(1)), Ok(None));
+    assert_eq!(r.store.sealed(INODE, Generation(1)), first);
+}
+
+#[test]
+fn flush_done_never_cleans_what_was_not_sealed_here() {
+    let mut r = rig();
+    r.write(0, 4096, 3, b'a', NONE);
+    let early = flushed(3, 1, 0, 4096, 0);
+    assert!(matches!(r.store.flush_done(&early), Err(ControlError::NotSealed { .. })));
+    let t = r.store.flush_done(&flushed(2, 1, 0, 4096, 0));
+    r.done(t);
+    assert_eq!(r.store.stats().dirty_bytes, 4096);
+}
+
+#[test]
+fn a_delayed_duplicate_never_lands_over_a_newer_write() {
+    let mut r = rig();
+    let old = WriteOp { answered_below: Sequence(0), ..r.op(0, 4096, 1, NONE) };
+    r.write_op(&old, b'a').expect("accepted");
+    assert_eq!(r.store.begin_write(&old), Err(WriteError::Wait(WaitFor::Overlap)), "in flight");
+    r.settle();
+    r.write(0, 4096, 1, b'b', NONE);
+    assert_eq!(r.store.begin_write(&old), Err(WriteError::Duplicate));
+    r.checkpoint();
+    r.reopen();
+    assert_eq!(r.store.begin_write(&old), Err(WriteError::Duplicate));
+    assert_eq!(r.read(0..1, NONE), vec![b'b'; 4096]);
+}
+
+#[test]
+fn a_frozen_group_refuses_begun_writes_and_only_its_epoch_thaws() {
+    let mut r = rig();
+    let pg = PgId::of_chunk(INODE, CHUNK, 8);
+    let op = r.op(0, 4096, 1, NONE);
+    let plan = r.store.begin_write(&op).expect("accepted");
+    let t = r.store.freeze(pg, PgEpoch(5));
+    assert!(matches!(
+        r.store.commit_write(plan.id, &[crc32c(&[0; 4096])], &[0; 4096]),
+        Err(WriteError::Frozen { .. })
+    ));
+    r.done(t);
+    r.reopen();
+    assert_eq!(r.store.thaw(pg, PgEpoch(4)), Ok(None));
+    assert_eq!(r.store.frozen(pg), Some(PgEpoch(5)));
+    let t = r.store.thaw(pg, PgEpoch(5));
+    r.done(t);
+    r.write(0, 4096, 1, b'a', NONE);
+    assert!(matches!(r.store.release_pg(pg, PgEpoch(6)), Err(ControlError::StillDirty { .. })));
+    let t = r.store.drop_inode(INODE);
+    r.done(t);
+    let t = r.store.release_pg(pg, PgEpoch(6));
+    r.done(t);
+    assert_eq!(r.store.frozen(pg), None);
+}
+
+#[test]
+fn nothing_is_visible_before_it_is_durable() {
+    let mut r = rig();
+    let op = r.op(0, 4096, 1, NONE);
+    r.write_op(&op, b'a').expect("accepted");
+    assert_eq!(r.read(0..1, NONE), vec![0; 4096]);
+    let batch = r.store.take_batch().expect("waits");
+    assert_eq!(r.read(0..1, NONE), vec![0; 4096]);
+    assert!(!r.store.applied(op.session, op.sequence));
+    r.disk.write_at(batch.offset, &batch.bytes).expect("memory");
+    assert_eq!(r.store.batch_durable(batch.id).expect("in flight").len(), 1);
+    assert_eq!(r.read(0..1, NONE), vec![b'a'; 4096]);
+}
+
+#[test]
+fn a_block_known_to_be_a_hole_is_zero_and_one_in_the_object_is_a_miss() {
+    let mut r = rig();
+    let at = |r: &mut Rig, b| {
+        r.store.plan_read(INODE, CHUNK, b..b + 1, base(1, 4097)).pieces[0].source.clone()
+    };
+    assert_eq!(at(&mut r, 0), PieceSource::Miss);
+    assert_eq!(at(&mut r, 1), PieceSource::Miss);
+    assert_eq!(at(&mut r, 2), PieceSource::Zero);
+    // An edge needs S3 only where the object has bytes that the write does not cover.
+    let op = r.op(4097, 10, 1, base(1, 4097));
+    let plan = r.store.begin_write(&op).expect("accepted");
+    assert_eq!(plan.edges[0].source, EdgeSource::Miss { valid: 1 });
+    r.store.abort_write(plan.id);
+    let op = r.op(4096, 10, 1, base(1, 4097));
+    let plan = r.store.begin_write(&op).expect("accepted");
+    assert_eq!(plan.edges[0].source, EdgeSource::Zero);
+}
+
+#[test]
+fn a_full_device_evicts_checkpoints_and_takes_writes_again() {
+    let mut r = Rig::with(Geometry {
+        device_bytes: 9 << 20,
+        journal_bytes: 1 << 20,
+        checkpoint_bytes: 256 << 10,
+    });
+    r.fill(0, 600, 1, b'c', 4096);
+    let mut g = 1;
+    let mut offset = 0;
+    // Inline writes until nothing is left, dirty data only.
+    loop {
+        let op = WriteOp { chunk: ChunkIndex(4), ..r.op(offset, 32 << 10, g, NONE) };
+        match r.write_op(&op, b'd') {
+            Ok(_) => offset += 32 << 10,
+            Err(WriteError::NoSpace { evictable: 0, .. }) => break,
+            Err(WriteError::NoSpace { .. }) => {
+                r.store.evict(1 << 20).expect("journals").expect("something is clean");
+            }
+            Err(WriteError::Wait(_)) => {}
+            Err(e) => panic!("{e}"),
+        }
+        r.settle();
+        if offset == CHUNK_BYTES {
+            break;
+        }
+    }
+    assert!(offset >= 3 << 20, "clean data went before a writer saw a full device");
+    assert!(r.store.stats().checkpoints > 0);
+    // Full of dirty data: a checkpoint still finds room for what is inline.
+    r.checkpoint();
+    assert_eq!(r.store.stats().inline_bytes, 0);
+    let t = r.store.seal(INODE, Generation(g));
+    r.done(t);
+    let t = r.store.flush_done(&flushed(g, 2, 1, 1 << 30, 0));
+    r.done(t);
+    g += 1;
+    r.store.evict(1 << 20).expect("journals").expect("clean now");
+    r.settle();
+    r.write(0, 4096, g, b'e', NONE);
+    let report = verify(&mut r.disk).expect("sound");
+    assert_eq!((report.bad.len(), report.used_blocks), (0, report.reachable_blocks));
+}
+
+#[test]
+fn inline_neighbours_become_one_extent() {
+    let mut r = rig();
+    for i in 0..64 {
+        r.write(i * 4096, 4096, 1, b'a', NONE);
+    }
+    assert_eq!(r.store.stats().inline_bytes, 64 * 4096);
+    r.checkpoint();
+    let stats = r.store.stats();
+    assert_eq!((stats.inline_bytes, stats.extents), (0, 1));
+    r.reopen();
+    assert_eq!(r.read(0..64, NONE), vec![b'a'; 64 * 4096]);
+}
+
+#[test]
+fn a_failed_device_takes_nothing_more() {
+    let mut r = rig();
+    r.store.fail();
+    let op = r.op(0, 1, 1, NONE);
+    assert_eq!(r.store.begin_write(&op), Err(WriteError::Failed));
+    assert_eq!(r.store.seal(INODE, Generation(1)), Err(ControlError::Failed));
+    assert!(r.store.take_batch().is_none());
+}
