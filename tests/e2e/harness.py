@@ -113,8 +113,9 @@ class Cluster:
     def logs(self, lines=8):
         text = []
         for log in sorted((self.dir / "log").glob("*.log")):
-            tail = log.read_text(errors="replace").splitlines()[-lines:]
-            text += [f"--- {log.name}", *tail]
+            told = [t for t in log.read_text(errors="replace").splitlines() if " INFO " not in t]
+            if told:
+                text += [f"--- {log.name}", *told[-lines:]]
         return "\n".join(text)
 
     # -- the bucket, by a foreign tool --------------------------------------
@@ -165,7 +166,7 @@ def cluster(start=True, **up):
             c.up()
         yield c
     except BaseException:
-        print(c.logs(25))
+        print(c.logs(12))
         raise
     finally:
         c.destroy()

@@ -193,7 +193,7 @@ def test_real_programs_run_on_the_mount():
         src.mkdir()
         for i in range(300):
             (src / f"f{i}.c").write_text(f"int f{i}(void) {{ return {i}; }}\n" * (i % 40 + 1))
-        subprocess.run(["tar", "-C", str(c.dir.parent), "-cf", str(c.dir.parent / "src.tar"), "src"], check=True)
+        subprocess.run(["tar", "-C", str(c.dir.parent), "--format=posix", "-cf", str(c.dir.parent / "src.tar"), "src"], check=True)
         subprocess.run(["tar", "-C", str(m), "-xf", str(c.dir.parent / "src.tar")], check=True)
         same(digest(src), digest(m / "src"), "tar x")
         git = ["git", "-C", str(m / "src"), "-c", "user.name=t", "-c", "user.email=t@t", "-c", "safe.directory=*"]
