@@ -102,12 +102,12 @@ fn a_late_listing_brings_nothing_back() {
     let listed_at = w.read().sequence().expect("readable");
     ingest(&mut w, ROOT, vec![a.clone()], None);
     w.unlink(s, ROOT, "a").expect("unlink");
-    let late = Command::Ingest { dir: ROOT, listed_at, entries: vec![a], page: page("", None) };
-    w.apply(late.clone());
+    let late = Command::Ingest { dir: ROOT, listed_at, entries: vec![a], page: None };
+    w.done(late.clone());
     assert!(w.names(ROOT).is_empty(), "its delete is pending");
     w.settle_all();
     assert!(w.bucket.objects.is_empty());
-    w.apply(late);
+    w.done(late);
     assert!(w.names(ROOT).is_empty(), "it was deleted after the listing began");
     // A stranger puts it there again: a listing that begins now shows it.
     w.bucket.foreign_put("a", b"2");
