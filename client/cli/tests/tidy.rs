@@ -404,6 +404,29 @@ fn links_between_pages_lead_somewhere() {
 }
 
 #[test]
+fn tests_that_the_pages_name_exist() {
+    let sources = sources();
+    let code = |s: &&Source| s.is_rust() || s.path.ends_with(".py");
+    let part_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let known: BTreeSet<&str> =
+        sources.iter().filter(code).flat_map(|s| s.text.split(|c| !part_of_name(c))).collect();
+    let mut offenders = Vec::new();
+    for s in sources.iter().filter(|s| s.is_markdown()) {
+        for (n, line) in s.text.lines().enumerate() {
+            // Inside backquotes; names this long are those of tests.
+            for name in line.split('`').skip(1).step_by(2) {
+                let lower = name.chars().all(|c| part_of_name(c) && !c.is_ascii_uppercase());
+                let long = name.matches('_').count() >= 3 && lower;
+                if long && !known.contains(name) {
+                    offenders.push(format!("{}:{}: {name}", s.path, n + 1));
+                }
+            }
+        }
+    }
+    none("tests that the pages name exist", &offenders);
+}
+
+#[test]
 fn comments_and_literals_are_told_from_code() {
     let text =
         "a /* x /* y */ z */ b // c\nlet s = \"d \\\" e\"; 'f' '\\n' 'g: r#\"h\"i\"# br\"j\" xr k";
