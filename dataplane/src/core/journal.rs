@@ -24,7 +24,7 @@ pub(crate) enum Step {
     MoveWritten,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Driver {
     /// The batch that waits for its sync.
     syncing: Option<(BatchId, u64, AlignedBuf)>,

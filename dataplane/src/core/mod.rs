@@ -282,6 +282,28 @@ impl<B: Buffer> ShardCore<B> {
             && self.fills.is_empty()
     }
 
+    /// What is in progress, in one line, for logs.
+    pub fn in_progress(&self) -> String {
+        format!(
+            "requests {} pending {} tickets {} starved {} assemblies {} writes {} waiting {} fills {} \
+             controls {} parked {} uploads {} warms {} journal {:?} store {:?}",
+            self.requests,
+            self.pending.len(),
+            self.tickets.len(),
+            self.starved.len(),
+            self.assemblies.len(),
+            self.writes.len(),
+            self.waiting.len(),
+            self.fills.len(),
+            self.controls.len(),
+            self.parked_controls.len(),
+            self.uploads.len(),
+            self.warms.len(),
+            self.journal,
+            self.store.stats(),
+        )
+    }
+
     /// Whether the lease lives.
     pub fn lease_lives(&self, now_ms: u64) -> bool {
         self.placement.lease_lives(now_ms)
