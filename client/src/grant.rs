@@ -30,6 +30,7 @@ impl GrantState {
             view: self.grant.view.version,
             mode: self.grant.mode,
             alloc_limit: self.grant.alloc_limit,
+            issued_at: self.grant.least_map_version,
         }
     }
 
@@ -41,12 +42,21 @@ impl GrantState {
         }
     }
 
-    /// Which of two grants to keep: the newer view, then the newer generation, then the wider one.
+    /// Which of two grants to keep: the newer view, then the newer generation, then the wider one,
+    /// then the later issued one.
     /// A core holds one grant per (inode, session), so keeping an older one would only alternate.
     pub(crate) fn newer_than(&self, other: &Self) -> bool {
         let rank = |g: &Self| {
             let write = g.grant.mode == GrantMode::Write;
-            (g.epoch, g.grant.view.version, g.grant.generation, write, g.grant.alloc_limit)
+            let grant = &g.grant;
+            (
+                g.epoch,
+                grant.view.version,
+                grant.generation,
+                write,
+                grant.alloc_limit,
+                grant.least_map_version,
+            )
         };
         rank(self) >= rank(other)
     }

@@ -1,8 +1,8 @@
 //! Connections to the chunk servers: one per (core, lane), with what was shown to each.
 
 use ebb_dataplane_protocol::{
-    ClusterMap, Generation, GrantMode, Header, InodeId, Opcode, ShardRef, Status, ViewVersion,
-    codec,
+    ClusterMap, Generation, GrantMode, Header, InodeId, MapVersion, Opcode, ShardRef, Status,
+    ViewVersion, codec,
 };
 use ebb_rpc::{Connection, Frame, Identity, RpcError};
 use std::collections::HashMap;
@@ -21,6 +21,8 @@ pub(crate) struct GrantTag {
     pub(crate) view: ViewVersion,
     pub(crate) mode: GrantMode,
     pub(crate) alloc_limit: u64,
+    /// A hand-over outdates grants issued under an older map (R26): a fresh one is another grant.
+    pub(crate) issued_at: MapVersion,
 }
 
 /// A connection to a core and the grants it was shown.

@@ -298,13 +298,28 @@ fn start_core(
                     return;
                 }
             };
-            let _ = ended.send((core, glue.run()));
+            let mut end = End { core, ended, outcome: Err(CoreError::Panicked { core }) };
+            end.outcome = glue.run();
         })
         .map_err(|e| failed(e.to_string()))?;
     match up.recv() {
         Ok(Ok(mail)) => Ok(Core { core, mail, thread }),
         Ok(Err(e)) => Err(e.into()),
         Err(_) => Err(failed("its thread ended while starting".into())),
+    }
+}
+
+/// Says how a core ended, a panic included: a node with a dead core must not go on.
+struct End {
+    core: u16,
+    ended: mpsc::UnboundedSender<(u16, Result<(), CoreError>)>,
+    outcome: Result<(), CoreError>,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let outcome = std::mem::replace(&mut self.outcome, Ok(()));
+        let _ = self.ended.send((self.core, outcome));
     }
 }
 

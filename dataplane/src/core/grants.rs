@@ -28,6 +28,13 @@ pub(crate) struct Held {
     pub(crate) view: ViewVersion,
 }
 
+impl Held {
+    /// Which of two grants of a session is the later one.
+    fn rank(&self) -> (ViewVersion, Generation, u64, MapVersion) {
+        (self.view, self.generation, self.alloc_limit, self.least_map_version)
+    }
+}
+
 /// How a presented view relates to the known one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Freshness {
@@ -88,8 +95,7 @@ impl Grants {
         };
         let key = (grant.inode, grant.session);
         if let Some(old) = self.held.peek(&key)
-            && (old.view, old.generation, old.alloc_limit)
-                > (new.view, new.generation, new.alloc_limit)
+            && old.rank() > new.rank()
         {
             return;
         }

@@ -6,6 +6,8 @@ use super::{Buffer, ShardCore, Waiter};
 const EVICT_BYTES_MIN: u64 = 8 << 20;
 /// Share of the capacity that is kept free while there is clean data, one in so many.
 const FREE_SHARE: u64 = 32;
+/// Between two looks, in ms.
+const LOOK_MS: u64 = 20;
 /// The same, at most.
 const FREE_BYTES_MAX: u64 = 256 << 20;
 
@@ -13,6 +15,8 @@ const FREE_BYTES_MAX: u64 = 256 << 20;
 pub(crate) struct Space {
     /// An eviction is in the journal.
     evicting: bool,
+    /// When to look again: looking is not free.
+    look_at_ms: u64,
 }
 
 impl<B: Buffer> ShardCore<B> {
@@ -42,9 +46,10 @@ impl<B: Buffer> ShardCore<B> {
 
     /// Keeps a little free ahead of need.
     pub(crate) fn keep_space(&mut self) {
-        if self.space.evicting || self.store.failed() {
+        if self.space.evicting || self.store.failed() || self.now_ms < self.space.look_at_ms {
             return;
         }
+        self.space.look_at_ms = self.now_ms + LOOK_MS;
         let s = self.store.stats();
         let wanted = (s.capacity_bytes / FREE_SHARE).min(FREE_BYTES_MAX);
         // Freed bytes that wait for readers or for the journal are on their way.

@@ -119,9 +119,7 @@ impl<B: Buffer> ShardCore<B> {
         };
         self.writes.insert(key, task);
         // Nothing overtakes a write that waits on the same chunk.
-        if self.waiting.contains_key(&(op.inode, op.chunk)) {
-            self.wait_in_line(key, false);
-        } else if !self.try_write(key) {
+        if self.waiting.contains_key(&(op.inode, op.chunk)) || !self.try_write(key) {
             self.wait_in_line(key, false);
         }
     }

@@ -34,8 +34,8 @@ pub(crate) struct JobSender {
 
 impl JobSender {
     /// Takes a job, or gives it back when the queue is full.
-    pub(crate) fn try_send(&self, job: Job<Buf>) -> Result<(), Job<Buf>> {
-        self.queue.try_send((self.core, job)).map_err(|e| e.into_inner().1)
+    pub(crate) fn try_send(&self, job: Job<Buf>) -> Option<Job<Buf>> {
+        self.queue.try_send((self.core, job)).err().map(|e| e.into_inner().1)
     }
 }
 

@@ -6,7 +6,10 @@ use ebb_dataplane_protocol::control::{PutCondition, StoreOutcome};
 use ebb_ring::Buf;
 use ebb_s3::{Bucket, Condition, ErrorKind, Etag, S3Error, UploadBody, UploadId};
 use std::ops::Range;
+use std::time::Duration;
 
+/// A fetch takes no longer, retries included: it holds a buffer, and somebody waits.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// Times a body that breaks off is asked for again.
 const FETCH_ATTEMPTS: u32 = 3;
 
@@ -41,6 +44,24 @@ fn body_of(pieces: Vec<Piece<Buf>>) -> UploadBody {
 
 /// Fetches a range of the object that has the etag.
 pub(crate) async fn fetch(
+    bucket: &Bucket,
+    key: &str,
+    etag: &str,
+    range: Range<u64>,
+    buf: &mut Buf,
+    at: usize,
+) -> Result<(), FetchError> {
+    let trying = fetch_attempts(bucket, key, etag, range, buf, at);
+    match tokio::time::timeout(FETCH_TIMEOUT, trying).await {
+        Ok(result) => result,
+        Err(_) => {
+            tracing::warn!(key, "S3 did not answer a read in {FETCH_TIMEOUT:?}");
+            Err(FetchError::Unavailable)
+        }
+    }
+}
+
+async fn fetch_attempts(
     bucket: &Bucket,
     key: &str,
     etag: &str,

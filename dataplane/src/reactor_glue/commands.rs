@@ -56,7 +56,7 @@ impl Glue {
             }
             Command::Reply(reply) => self.reply(reply),
             Command::Job(job) => {
-                if let Err(job) = self.jobs.try_send(job) {
+                if let Some(job) = self.jobs.try_send(job) {
                     self.deferred.push_back(Command::Job(job));
                 }
             }

@@ -100,6 +100,12 @@ pub enum CoreError {
         /// Why.
         source: TurnError,
     },
+    /// A bug.
+    #[error("core {core}: its thread panicked; the log says where")]
+    Panicked {
+        /// Which.
+        core: u16,
+    },
     /// The device failed: nothing it says is to be trusted.
     #[error(
         "core {core}: {why}: the node stops, its acked data is on the device up to the failure"
