@@ -2,6 +2,11 @@
 //! that write under grants. Everything is decided by a seed; nothing is timed.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
+mod bucket;
+mod node;
+pub use bucket::{Bucket, Object};
+use node::{Extents, Held};
+
 use ebb_dataplane_protocol::control::PutCondition;
 use ebb_dataplane_protocol::*;
 use ebb_metaplane_protocol::attr::SetAttr;
@@ -22,113 +27,6 @@ pub fn seeds(count: u64) -> Vec<u64> {
     match number("EBB_SEED") {
         Some(seed) => vec![seed],
         None => (1..=number("EBB_SEEDS").unwrap_or(count)).collect(),
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Object {
-    pub etag: String,
-    pub body: Vec<u8>,
-    pub nonce: Option<u128>,
-    pub mode: u32,
-    pub kind: FileKind,
-    pub mtime: Time,
-}
-
-/// A bucket that obeys conditions.
-#[derive(Clone, Debug, Default)]
-pub struct Bucket {
-    pub objects: BTreeMap<String, Object>,
-    etags: u64,
-    pub puts: u64,
-    /// Bodies of strangers.
-    pub foreign: Vec<Vec<u8>>,
-}
-
-impl Bucket {
-    fn holds(&self, key: &str, condition: &PutCondition) -> bool {
-        match (condition, self.objects.get(key)) {
-            (PutCondition::None, _) | (PutCondition::IfAbsent, None) => true,
-            (PutCondition::IfMatch(e), Some(o)) => *e == o.etag,
-            _ => false,
-        }
-    }
-    pub fn put(&mut self, key: &str, condition: &PutCondition, mut o: Object) -> bool {
-        if !self.holds(key, condition) {
-            return false;
-        }
-        self.etags += 1;
-        self.puts += 1;
-        o.etag = format!("\"e{}\"", self.etags);
-        self.objects.insert(key.into(), o);
-        true
-    }
-    pub fn delete(&mut self, key: &str, condition: &PutCondition) -> bool {
-        if !self.holds(key, condition) {
-            return false;
-        }
-        self.objects.remove(key);
-        true
-    }
-    pub fn foreign_put(&mut self, key: &str, body: &[u8]) -> String {
-        let o = Object {
-            etag: String::new(),
-            body: body.to_vec(),
-            nonce: None,
-            mode: 0o644,
-            kind: FileKind::File,
-            mtime: Time(5),
-        };
-        self.foreign.push(body.to_vec());
-        self.put(key, &PutCondition::None, o);
-        self.objects[key].etag.clone()
-    }
-}
-
-/// Dirty bytes of a file: (generation, start, bytes), in the order they were acked.
-type Extents = Vec<(u64, u64, Vec<u8>)>;
-
-/// What the node holds of a file.
-#[derive(Clone, Debug, Default)]
-pub struct Held {
-    floor: u64,
-    view: FileView,
-    extents: Extents,
-    pins: BTreeMap<u64, Extents>,
-}
-
-impl Held {
-    fn install(&mut self, view: &FileView) {
-        if view.version < self.view.version {
-            return;
-        }
-        for c in &view.cuts {
-            for (g, start, bytes) in &mut self.extents {
-                if *g <= c.generation.0 {
-                    bytes.truncate(c.at.saturating_sub(*start) as usize);
-                }
-            }
-        }
-        // The object holds these.
-        self.extents.retain(|e| e.0 > view.clean_generation.0 && !e.2.is_empty());
-        self.view = view.clone();
-    }
-    fn write(&mut self, grant: &Grant, start: u64, bytes: &[u8]) -> Result<(), ()> {
-        if grant.view.version < self.view.version || grant.generation.0 < self.floor {
-            return Err(());
-        }
-        assert!(start + bytes.len() as u64 <= grant.alloc_limit);
-        self.install(&grant.view);
-        self.extents.push((grant.generation.0, start, bytes.to_vec()));
-        Ok(())
-    }
-    fn seal(&mut self, g: u64) -> (bool, u64) {
-        self.floor = self.floor.max(g + 1);
-        let pinned: Extents = self.extents.iter().filter(|e| e.0 <= g).cloned().collect();
-        let high = pinned.iter().map(|e| e.1 + e.2.len() as u64).max().unwrap_or(0);
-        let has = !pinned.is_empty();
-        self.pins.insert(g, pinned);
-        (has, high)
     }
 }
 

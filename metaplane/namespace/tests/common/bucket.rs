@@ -1,0 +1,65 @@
+//! A bucket that obeys conditions.
+
+use ebb_dataplane_protocol::control::PutCondition;
+use ebb_metaplane_protocol::{FileKind, Time};
+use std::collections::BTreeMap;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Object {
+    pub etag: String,
+    pub body: Vec<u8>,
+    pub nonce: Option<u128>,
+    pub mode: u32,
+    pub kind: FileKind,
+    pub mtime: Time,
+}
+
+/// A bucket that obeys conditions.
+#[derive(Clone, Debug, Default)]
+pub struct Bucket {
+    pub objects: BTreeMap<String, Object>,
+    etags: u64,
+    pub puts: u64,
+    /// Bodies of strangers.
+    pub foreign: Vec<Vec<u8>>,
+}
+
+impl Bucket {
+    fn holds(&self, key: &str, condition: &PutCondition) -> bool {
+        match (condition, self.objects.get(key)) {
+            (PutCondition::None, _) | (PutCondition::IfAbsent, None) => true,
+            (PutCondition::IfMatch(e), Some(o)) => *e == o.etag,
+            _ => false,
+        }
+    }
+    pub fn put(&mut self, key: &str, condition: &PutCondition, mut o: Object) -> bool {
+        if !self.holds(key, condition) {
+            return false;
+        }
+        self.etags += 1;
+        self.puts += 1;
+        o.etag = format!("\"e{}\"", self.etags);
+        self.objects.insert(key.into(), o);
+        true
+    }
+    pub fn delete(&mut self, key: &str, condition: &PutCondition) -> bool {
+        if !self.holds(key, condition) {
+            return false;
+        }
+        self.objects.remove(key);
+        true
+    }
+    pub fn foreign_put(&mut self, key: &str, body: &[u8]) -> String {
+        let o = Object {
+            etag: String::new(),
+            body: body.to_vec(),
+            nonce: None,
+            mode: 0o644,
+            kind: FileKind::File,
+            mtime: Time(5),
+        };
+        self.foreign.push(body.to_vec());
+        self.put(key, &PutCondition::None, o);
+        self.objects[key].etag.clone()
+    }
+}
