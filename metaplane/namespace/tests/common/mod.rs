@@ -5,7 +5,7 @@
 mod bucket;
 mod node;
 pub use bucket::{Bucket, Object};
-use node::{Extents, Held};
+use node::Held;
 
 use ebb_dataplane_protocol::control::PutCondition;
 use ebb_dataplane_protocol::*;
