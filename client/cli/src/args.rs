@@ -257,6 +257,12 @@ pub(crate) struct Bench {
 pub(crate) enum BenchWhat {
     /// Reads and writes of chunks against the running cluster
     Chunk(BenchChunk),
+    /// Whole jobs through a mount point, and on a plain directory
+    Mount(BenchMount),
+    /// Resident memory of servers and mounts, and of an index of a large cache
+    Memory(BenchMemory),
+    /// Everything that is promised, in one run: chunk --baseline, mount, memory
+    All(BenchMount),
 }
 
 /// `ebb bench chunk`
@@ -271,12 +277,52 @@ pub(crate) struct BenchChunk {
     /// Seconds of each measurement
     #[arg(long, value_name = "S", default_value_t = 5)]
     pub seconds: u64,
-    /// Bytes of the file it makes (in /.ebb-bench, removed afterwards)
+    /// Bytes of the file it makes (/.ebb-bench, removed afterwards)
     #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = parse_bytes)]
     pub file: u64,
     /// Only reads, or only writes
-    #[arg(long, value_name = "read|write")]
+    #[arg(long, value_name = "read|write", value_parser = ["read", "write"])]
     pub only: Option<String>,
+    /// Runs; figures are their medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub runs: u32,
+    /// Also run fio (in --dir) and iperf3 (loopback), turn by turn, and print the ratio
+    #[arg(long)]
+    pub baseline: bool,
+    /// Ask all server cores, not one
+    #[arg(long)]
+    pub all_cores: bool,
+}
+
+/// `ebb bench mount`
+#[derive(Args, Debug)]
+pub(crate) struct BenchMount {
+    /// The mount point, or a directory under it
+    #[arg(value_name = "DIR")]
+    pub target: PathBuf,
+    /// Directory of another file system, to compare with
+    #[arg(long, value_name = "DIR")]
+    pub plain: Option<PathBuf>,
+    /// Runs; figures are their medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub runs: u32,
+    /// Bytes of the large file
+    #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = parse_bytes)]
+    pub file: u64,
+    /// Small files
+    #[arg(long, value_name = "N", default_value_t = 5000)]
+    pub files: u32,
+    /// Seconds of random reads
+    #[arg(long, value_name = "S", default_value_t = 3)]
+    pub seconds: u64,
+}
+
+/// `ebb bench memory`
+#[derive(Args, Debug)]
+pub(crate) struct BenchMemory {
+    /// Also fill an index, in memory only, as for this many GiB of cache; 0: not
+    #[arg(long, value_name = "GIB", default_value_t = 100, value_parser = clap::value_parser!(u64).range(0..=4096))]
+    pub index: u64,
 }
 
 /// `ebb serve`

@@ -1,6 +1,6 @@
-//! Commands about the cluster: status, scale, flush, evict, warm, env, bench.
+//! Commands about the cluster: status, scale, flush, evict, warm, env.
 
-use crate::args::{Bench, BenchWhat, Cli, FlushArgs, OnePath, Scale};
+use crate::args::{Cli, FlushArgs, OnePath, Scale};
 use crate::exit::CliError;
 use crate::{file_commands, find, output};
 use ebb_controller::run::{admin, status as ask_status};
@@ -232,11 +232,4 @@ pub(crate) fn env(cli: &Cli) -> Result<(), CliError> {
         output::line(&format!("export {name}={value}"))?;
     }
     Ok(())
-}
-
-/// `ebb bench`
-pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
-    match &args.what {
-        BenchWhat::Chunk(a) => crate::file_commands::bench_chunk(cli, a).await,
-    }
 }

@@ -1,6 +1,6 @@
 //! Commands on files, through the native library: no mount is needed.
 
-use crate::args::{BenchChunk, Cli, Cp, Ls, Mkdir, Mv, Paths, Rm};
+use crate::args::{Cli, Cp, Ls, Mkdir, Mv, Paths, Rm};
 use crate::copy::{Copier, Place};
 use crate::exit::CliError;
 use crate::{find, output};
@@ -348,27 +348,4 @@ async fn remove(fs: &FileSystem, path: &str, recursive: bool) -> Result<(), Remo
         stack.extend(down);
     }
     Ok(())
-}
-
-/// `ebb bench chunk`
-pub(crate) async fn bench_chunk(cli: &Cli, args: &BenchChunk) -> Result<(), CliError> {
-    with_fs(cli, async |fs| {
-        let plan = ebb_bench::chunk::Plan {
-            sizes: args.size.clone(),
-            depths: args.depth.clone(),
-            seconds: args.seconds,
-            file_bytes: args.file,
-            reads: args.only.as_deref() != Some("write"),
-            writes: args.only.as_deref() != Some("read"),
-        };
-        let rows = ebb_bench::chunk::run(fs, &plan, |what| {
-            if !cli.json {
-                eprintln!("{what}");
-            }
-        })
-        .await
-        .map_err(|e| CliError::new(e.to_string()))?;
-        if cli.json { output::json(&rows) } else { output::line(&ebb_bench::chunk::table(&rows)) }
-    })
-    .await
 }

@@ -2,6 +2,7 @@
 //! says what to do, and an exit code ([`exit`]).
 
 mod args;
+mod bench_commands;
 mod cluster_commands;
 mod copy;
 mod exit;
@@ -72,7 +73,7 @@ async fn run(cli: &Cli) -> Result<(), CliError> {
         Command::Mkdir(a) => file_commands::mkdir(cli, a).await,
         Command::Mv(a) => file_commands::mv(cli, a).await,
         Command::Rm(a) => file_commands::rm(cli, a).await,
-        Command::Bench(a) => cluster_commands::bench(cli, a).await,
+        Command::Bench(a) => bench_commands::bench(cli, a).await,
         Command::Serve(a) => serve::serve(a).await,
     }
 }

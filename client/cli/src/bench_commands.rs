@@ -1,0 +1,288 @@
+//! `ebb bench`: finds what to measure, prints what came out. The measuring is in `ebb-bench`.
+
+use crate::args::{Bench, BenchChunk, BenchMemory, BenchMount, BenchWhat, Cli};
+use crate::exit::CliError;
+use crate::{find, output};
+use ebb_bench::memory::{Kind, Subject};
+use ebb_bench::{BenchError, chunk, index, memory, mount};
+use ebb_client::{Cluster, Config, FileSystem, InodeId};
+use ebb_controller::Layout;
+use ebb_metaplane_protocol::{AdminCall, AdminReply, Request, Response};
+use ebb_rpc::MetaClient;
+use std::path::Path;
+use std::time::Duration;
+
+/// A flush between jobs may take this long.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1800);
+
+impl From<BenchError> for CliError {
+    fn from(e: BenchError) -> Self {
+        match e {
+            BenchError::Client(e) => e.into(),
+            BenchError::Plan(text) => Self::usage(text),
+            e => Self::new(e.to_string()),
+        }
+    }
+}
+
+/// `ebb bench`
+pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
+    match &args.what {
+        BenchWhat::Chunk(a) => {
+            let outcome = run_chunk(cli, plan(cli, a)?).await?;
+            print(cli, &outcome, || chunk::table(&outcome))
+        }
+        BenchWhat::Mount(a) => {
+            let outcome = run_mount(cli, a).await?;
+            print(cli, &outcome, || mount::table(&outcome))
+        }
+        BenchWhat::Memory(a) => {
+            let (processes, index) = run_memory(cli, a).await?;
+            let document = serde_json::json!({ "processes": processes, "index": index });
+            print(cli, &document, || memory_tables(&processes, &index))
+        }
+        BenchWhat::All(a) => all(cli, a).await,
+    }
+}
+
+fn print(
+    cli: &Cli,
+    value: &impl serde::Serialize,
+    table: impl FnOnce() -> String,
+) -> Result<(), CliError> {
+    if cli.json { output::json(value) } else { output::line(&table()) }
+}
+
+/// Steps go to stderr, so that stdout has the figures alone.
+fn say(cli: &Cli) -> impl Fn(&str) + Send + 'static {
+    let quiet = cli.json;
+    move |what: &str| {
+        if !quiet {
+            eprintln!("{what}");
+        }
+    }
+}
+
+fn plan(cli: &Cli, args: &BenchChunk) -> Result<chunk::Plan, CliError> {
+    let baseline = match args.baseline {
+        false => None,
+        true => {
+            let layout = find::layout(cli)?;
+            if !layout.exists() {
+                return Err(CliError::usage(
+                    "--baseline runs fio beside the cluster's own files: it needs a cluster of this machine (--dir)",
+                ));
+            }
+            Some(layout.dir().to_owned())
+        }
+    };
+    Ok(chunk::Plan {
+        sizes: args.size.clone(),
+        depths: args.depth.clone(),
+        seconds: args.seconds,
+        file_bytes: args.file,
+        reads: args.only.as_deref() != Some("write"),
+        writes: args.only.as_deref() != Some("read"),
+        runs: args.runs,
+        all_cores: args.all_cores,
+        baseline,
+    })
+}
+
+async fn run_chunk(cli: &Cli, plan: chunk::Plan) -> Result<chunk::Outcome, CliError> {
+    let (addresses, key) = find::cluster(cli)?;
+    let label = format!("ebb bench, pid {}", std::process::id());
+    // No readahead: every read is to be a request to a chunk server.
+    let patience = Duration::from_secs(30);
+    let config = Config { patience, read_cache_bytes: 0, ..Config::default() };
+    let cluster = Cluster::connect(addresses, key, &label, config).await?;
+    let fs = FileSystem::new(&cluster);
+    let result = chunk::run(&fs, &plan, say(cli)).await;
+    let closed = fs.close().await;
+    let outcome = result?;
+    closed?;
+    Ok(outcome)
+}
+
+/// Puts everything into S3.
+async fn flush(meta: &MetaClient) -> Result<(), String> {
+    let call = Request::Admin(AdminCall::Flush { inode: InodeId::ROOT, wait: true });
+    match meta.call(&call, FLUSH_PATIENCE).await.map_err(|e| e.to_string())? {
+        Response::Admin(Ok(AdminReply::Flushed(report))) => match report.failed.first() {
+            None => Ok(()),
+            Some((path, why)) => Err(format!("{path}: {why}")),
+        },
+        Response::Admin(Err(e)) => Err(e.to_string()),
+        other => Err(format!("unexpected reply {other:?}")),
+    }
+}
+
+async fn run_mount(cli: &Cli, args: &BenchMount) -> Result<mount::Outcome, CliError> {
+    check_mounted(&args.target)?;
+    if let Some(plain) = &args.plain
+        && !plain.is_dir()
+    {
+        return Err(CliError::usage(format!("--plain {} is not a directory", plain.display())));
+    }
+    let meta = find::meta(cli)?;
+    let plan = mount::Plan {
+        dir: args.target.clone(),
+        plain: args.plain.clone(),
+        runs: args.runs,
+        file_bytes: args.file,
+        files: args.files,
+        seconds: args.seconds,
+        machine_caches: true,
+    };
+    let say = say(cli);
+    let runtime = tokio::runtime::Handle::current();
+    let settle = move || runtime.block_on(flush(&meta));
+    let work = tokio::task::spawn_blocking(move || mount::run(&plan, settle, say));
+    Ok(work.await.map_err(|e| CliError::new(format!("the measurement ended abruptly: {e}")))??)
+}
+
+/// Whether a directory is on one of our mounts: else the figures would be those of something else.
+fn check_mounted(dir: &Path) -> Result<(), CliError> {
+    let absolute = std::fs::canonicalize(dir)
+        .map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
+    let table = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let found = table
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            let point = fields.next()?.replace("\\040", " ");
+            let kind = fields.next()?;
+            absolute.starts_with(&point).then(|| (point.len(), kind.to_owned()))
+        })
+        .max_by_key(|(len, _)| *len);
+    match found {
+        Some((_, kind)) if kind.starts_with("fuse") => Ok(()),
+        _ => Err(CliError::usage(format!(
+            "{0} is not on a mount of ours: `ebb mount {0}` first",
+            dir.display()
+        ))),
+    }
+}
+
+async fn run_memory(
+    cli: &Cli,
+    args: &BenchMemory,
+) -> Result<(Vec<memory::Row>, Vec<index::Row>), CliError> {
+    let layout = find::layout(cli)?;
+    let processes = memory::run(&subjects(&layout)?);
+    let (gib, say) = (args.index, say(cli));
+    let index = match gib {
+        0 => Vec::new(),
+        gib => tokio::task::spawn_blocking(move || index::run(gib, say))
+            .await
+            .map_err(|e| CliError::new(format!("the measurement ended abruptly: {e}")))??,
+    };
+    Ok((processes, index))
+}
+
+/// The cluster's servers by their pid files, and its mounts by /proc.
+fn subjects(layout: &Layout) -> Result<Vec<Subject>, CliError> {
+    let mut found = Vec::new();
+    if layout.exists() {
+        let config = layout.load()?;
+        let arena_bytes = config.arena_bytes * u64::from(config.cores_per_node);
+        let run = layout.run("");
+        let entries = std::fs::read_dir(&run)
+            .map_err(|e| CliError::new(format!("{}: {e}", run.display())))?;
+        for entry in entries.flatten() {
+            let file = entry.file_name();
+            let Some(name) = file.to_str().and_then(|f| f.strip_suffix(".pid")) else { continue };
+            let Some(pid) = ebb_controller::process::living(layout, name) else { continue };
+            let kind = match name.starts_with("node-") {
+                true => Kind::Data { arena_bytes },
+                false => Kind::Other,
+            };
+            found.push(Subject { name: name.to_owned(), pid: pid.as_raw(), kind });
+        }
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found.extend(mounts(layout.dir()));
+    Ok(found)
+}
+
+/// Processes of this program that are mounts of the cluster in `dir`.
+fn mounts(dir: &Path) -> Vec<Subject> {
+    let mut found = Vec::new();
+    let Ok(entries) = std::fs::read_dir("/proc") else { return found };
+    for entry in entries.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let words: Vec<String> = line
+            .split(|b| *b == 0)
+            .filter(|w| !w.is_empty())
+            .map(|w| String::from_utf8_lossy(w).into_owned())
+            .collect();
+        let ours =
+            words.first().is_some_and(|w| Path::new(w).file_name().is_some_and(|f| f == "ebb"))
+                && words.iter().any(|w| w == "mount");
+        let of_this = words
+            .windows(2)
+            .find(|w| w[0] == "--dir")
+            .is_none_or(|w| std::path::absolute(&w[1]).is_ok_and(|d| d == dir));
+        if ours && of_this {
+            let point = words.last().cloned().unwrap_or_default();
+            found.push(Subject { name: format!("mount on {point}"), pid, kind: Kind::Mount });
+        }
+    }
+    found
+}
+
+fn memory_tables(processes: &[memory::Row], index: &[index::Row]) -> String {
+    let mut text = match processes {
+        [] => "no server and no mount of this cluster runs on this machine".to_owned(),
+        rows => memory::table(rows),
+    };
+    if !index.is_empty() {
+        text += &format!("\n\n{}", index::table(index));
+    }
+    text
+}
+
+/// `ebb bench all`: what is promised, both sides in one run; memory last, since it is the peak.
+async fn all(cli: &Cli, args: &BenchMount) -> Result<(), CliError> {
+    let chunk_args = BenchChunk {
+        size: vec![4 << 10, 1 << 20],
+        depth: vec![1, 16],
+        seconds: args.seconds,
+        file: 256 << 20,
+        only: None,
+        runs: args.runs,
+        baseline: true,
+        all_cores: false,
+    };
+    check_mounted(&args.target)?;
+    let chunks = run_chunk(cli, plan(cli, &chunk_args)?).await?;
+    let jobs = run_mount(cli, args).await?;
+    let (processes, index) = run_memory(cli, &BenchMemory { index: 100 }).await?;
+    let machine = machine();
+    let document = serde_json::json!({
+        "machine": machine, "chunk": chunks, "mount": jobs,
+        "memory": { "processes": processes, "index": index },
+    });
+    print(cli, &document, || {
+        format!(
+            "{machine}; medians of {} runs\n\n{}\n\n{}\n\n{}",
+            args.runs,
+            chunk::table(&chunks),
+            mount::table(&jobs),
+            memory_tables(&processes, &index)
+        )
+    })
+}
+
+/// "2 cores, 23.4 GiB of memory, Linux 6.18.44"
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let kib: u64 = read("/proc/meminfo")
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok())
+        .unwrap_or(0);
+    let kernel = read("/proc/sys/kernel/osrelease");
+    format!("{cores} cores, {} of memory, Linux {}", output::bytes(kib * 1024), kernel.trim())
+}
