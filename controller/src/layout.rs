@@ -52,6 +52,9 @@ pub struct ClusterConfig {
     pub meta_port: u16,
     /// Port of the embedded S3 server, 0 until it is known.
     pub s3_port: u16,
+    /// The next start may take the bucket from a cluster that was not taken down.
+    #[serde(default)]
+    pub steal_bucket: bool,
 }
 
 /// A cluster id in a TOML file (which knows no 128-bit integers).
@@ -244,6 +247,7 @@ mod tests {
             host: "127.0.0.1".into(),
             meta_port: 0,
             s3_port: 0,
+            steal_bucket: false,
         }
     }
 

@@ -91,6 +91,8 @@ impl<L: Launch> LocalCluster<L> {
         self.meta.ensure(&self.layout, &spec)?;
         if let Some(port) = port_of(&self.meta, &self.layout) {
             self.config.meta_port = port;
+            // It serves, so the bucket is ours: later starts have nothing to steal.
+            self.config.steal_bucket = false;
         }
         if self.config != known {
             self.layout.save(&self.config)?;

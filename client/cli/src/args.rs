@@ -97,6 +97,9 @@ pub(crate) struct Up {
     /// Dirty data goes to S3 after this many ms
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     pub flush_after: u64,
+    /// Take over a bucket whose cluster is gone for good without `ebb down`; what it had not flushed is lost
+    #[arg(long)]
+    pub steal_bucket: bool,
     /// Address to listen on
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
     pub host: String,

@@ -51,6 +51,10 @@ impl CliError {
     pub(crate) fn code(&self) -> u8 {
         self.code
     }
+    /// A failure with the exit code that another process of ours ended with.
+    pub(crate) fn with_code(message: impl Into<String>, code: u8) -> Self {
+        Self { message: message.into(), code }
+    }
     /// Puts what was being done in front.
     pub(crate) fn context(mut self, what: impl std::fmt::Display) -> Self {
         self.message = format!("{what}: {}", self.message);

@@ -99,6 +99,7 @@ fn meta_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Resul
     );
     meta.ready_file = Some(ready);
     meta.s3_patience_s = S3_PATIENCE_S;
+    meta.steal_bucket = config.steal_bucket;
     meta.timings.flush_after_ms = config.flush_after_ms;
     meta.to_toml().map_err(|e| e.to_string())
 }

@@ -18,7 +18,7 @@ pub(crate) async fn serve(args: &Serve) -> Result<(), CliError> {
             let config: ebb_metaplane::MetaConfig = read(file)?;
             let ready = config.ready_file.clone();
             let result = ebb_metaplane::run(config, stop()?).await;
-            told(ready, result.map_err(|e| CliError::new(e.to_string())))
+            told(ready, result.map_err(of_meta))
         }
         ServeWhat::Data(file) => {
             let config: ebb_dataplane::NodeConfig = read(file)?;
@@ -33,10 +33,23 @@ pub(crate) async fn serve(args: &Serve) -> Result<(), CliError> {
     }
 }
 
+/// S3's faults have an exit code of their own.
+fn of_meta(e: ebb_metaplane::MetaError) -> CliError {
+    use ebb_metaplane::MetaError;
+    let text = e.to_string();
+    match e {
+        MetaError::NoBucket { .. } | MetaError::Denied { .. } | MetaError::S3Down { .. } => {
+            CliError::s3(text)
+        }
+        MetaError::Owned { .. } => CliError::unsafe_to_go_on(text),
+        _ => CliError::new(text),
+    }
+}
+
 /// Leaves the reason of a failed start beside the ready file, where `ebb up` looks for it.
 fn told(ready: Option<PathBuf>, result: Result<(), CliError>) -> Result<(), CliError> {
     if let (Some(ready), Err(e)) = (ready, &result) {
-        let _ = std::fs::write(ready.with_extension("failed"), e.to_string());
+        let _ = std::fs::write(ready.with_extension("failed"), format!("{}\n{e}", e.code()));
     }
     result
 }

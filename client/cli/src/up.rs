@@ -89,6 +89,9 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
                 config.endpoint.as_ref().map(|e| format!(" at {e}")).unwrap_or_default()
             )));
         }
+        if args.steal_bucket {
+            layout.save(&ClusterConfig { steal_bucket: true, ..config.clone() })?;
+        }
         return Ok((config, false));
     }
     let embedded = args.bucket.is_none();
@@ -122,6 +125,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         host: args.host.clone(),
         meta_port: args.meta_port,
         s3_port: args.s3_port,
+        steal_bucket: args.steal_bucket,
     };
     for (port, what) in [(args.meta_port, "--meta-port"), (args.s3_port, "--s3-port")] {
         if port != 0
@@ -248,10 +252,13 @@ fn ailing(layout: &Layout) -> Option<(String, String)> {
     None
 }
 
+/// The error of a server that does not start, with its own exit code (first line of its words).
 fn trouble(layout: &Layout, name: &str, words: &str) -> CliError {
-    let text =
-        format!("{name} does not start: {} (log: {})", words.trim(), layout.log(name).display());
-    if name == "meta" && words.contains("S3") { CliError::s3(text) } else { CliError::new(text) }
+    let (code, words) = words.split_once('\n').unwrap_or(("1", words));
+    CliError::with_code(
+        format!("{name} does not start: {} (log: {})", words.trim(), layout.log(name).display()),
+        code.parse().unwrap_or(1),
+    )
 }
 
 fn last_words(layout: &Layout, name: &str) -> String {
