@@ -107,6 +107,11 @@ impl Cluster {
         self.shared.session.close(&self.shared.meta, Duration::from_secs(5)).await
     }
 
+    /// The session, as `ebb status` numbers it. Another one after it expired.
+    pub fn session(&self) -> SessionId {
+        self.shared.session.current().0
+    }
+
     /// The cluster map as last seen.
     pub fn map(&self) -> Arc<ClusterMap> {
         self.shared.map.get()

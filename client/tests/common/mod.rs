@@ -4,7 +4,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses another part")]
 
 use ebb_client::{Cluster, Config, FileSystem};
-use ebb_dataplane_protocol::auth::ClusterKey;
+use ebb_dataplane_protocol::auth::{ClusterKey, Role};
 use ebb_dataplane_protocol::{ClusterId, CoreId, NodeState, PgId, ShardRef};
 use ebb_metaplane_protocol::AdminCall;
 use ebb_s3::server::{EmbeddedServer, ServerConfig};
@@ -24,7 +24,35 @@ pub struct TestCluster {
     pub address: String,
     pub s3: EmbeddedServer,
     stop: watch::Sender<bool>,
-    servers: Vec<JoinHandle<()>>,
+    meta: JoinHandle<()>,
+    nodes: Vec<Node>,
+}
+
+struct Node {
+    config: ebb_dataplane::NodeConfig,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+async fn told(mut stop: watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+impl Node {
+    fn start(config: ebb_dataplane::NodeConfig) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let own = config.clone();
+        let task = tokio::spawn(async move {
+            ebb_dataplane::run(own, told(stopped)).await.expect("the data node runs");
+        });
+        Self { config, stop, task }
+    }
+
+    async fn stop(self) -> ebb_dataplane::NodeConfig {
+        let _ = self.stop.send(true);
+        let _ = tokio::time::timeout(PATIENCE, self.task).await;
+        self.config
+    }
 }
 
 /// Asks again and again until there is an answer.
@@ -67,11 +95,7 @@ impl TestCluster {
         .expect("the S3 server starts");
         let cluster = ClusterId(0xebb);
         let (stop, stopped) = watch::channel(false);
-        let stopping = move |mut stopped: watch::Receiver<bool>| async move {
-            let _ = stopped.wait_for(|stop| *stop).await;
-        };
         let ready = dir.path().join("meta.ready");
-        let mut servers = Vec::new();
         let mut meta = ebb_metaplane::MetaConfig::new(
             dir.path().join("meta"),
             "127.0.0.1:0",
@@ -80,18 +104,18 @@ impl TestCluster {
             s3.bucket_config(BUCKET),
         );
         meta.ready_file = Some(ready.clone());
-        let wait = stopping(stopped.clone());
-        servers.push(tokio::spawn(async move {
-            ebb_metaplane::run(meta, wait).await.expect("the metadata server runs");
-        }));
+        let meta = tokio::spawn(async move {
+            ebb_metaplane::run(meta, told(stopped)).await.expect("the metadata server runs");
+        });
         let address = until("the metadata server serves", || async {
             let text = std::fs::read_to_string(&ready).ok()?;
             let ready: serde_json::Value = serde_json::from_str(&text).ok()?;
             Some(ready["address"].as_str()?.to_owned())
         })
         .await;
+        let mut running = Vec::new();
         for n in 0..nodes {
-            let node = ebb_dataplane::NodeConfig {
+            running.push(Node::start(ebb_dataplane::NodeConfig {
                 dir: dir.path().join(format!("node{n}")),
                 listen: "127.0.0.1".to_owned(),
                 advertise: None,
@@ -104,13 +128,9 @@ impl TestCluster {
                 key_file: key_file.clone(),
                 meta: vec![address.clone()],
                 ready_file: None,
-            };
-            let wait = stopping(stopped.clone());
-            servers.push(tokio::spawn(async move {
-                ebb_dataplane::run(node, wait).await.expect("the data node runs");
             }));
         }
-        let it = Self { dir, key, address, s3, stop, servers };
+        let it = Self { dir, key, address, s3, stop, meta, nodes: running };
         it.place(nodes).await;
         it
     }
@@ -166,11 +186,25 @@ impl TestCluster {
         FileSystem::new(&self.connect(label).await)
     }
 
+    /// Stops a data node and starts it again on its store, on another port.
+    pub async fn restart_node(&mut self, i: usize, pause: Duration) {
+        let config = self.nodes.remove(i).stop().await;
+        tokio::time::sleep(pause).await;
+        self.nodes.insert(i, Node::start(config));
+    }
+
+    /// A client of the metadata plane without a session.
+    pub fn meta_client(&self) -> ebb_rpc::MetaClient {
+        let identity = ebb_rpc::Identity::new(self.key.clone(), Role::Client);
+        ebb_rpc::MetaClient::new(vec![self.address.clone()], identity)
+    }
+
     pub async fn stop(self) {
-        let _ = self.stop.send(true);
-        for server in self.servers {
-            let _ = tokio::time::timeout(PATIENCE, server).await;
+        for node in self.nodes {
+            node.stop().await;
         }
+        let _ = self.stop.send(true);
+        let _ = tokio::time::timeout(PATIENCE, self.meta).await;
         self.s3.shutdown().await;
     }
 }

@@ -1,0 +1,102 @@
+//! What the library makes of nodes that go and come back, and of sessions that expire: callers wait,
+//! nothing acknowledged is lost, nothing is told twice.
+
+mod common;
+
+use common::{TestCluster, until};
+use ebb_client::{ClientError, InodeId, OpenFlags, Owner};
+use ebb_metaplane_protocol::{Request, SessionCall};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const OWNER: Owner = Owner { uid: 0, gid: 0 };
+const WRITE: OpenFlags = OpenFlags { write: true, truncate: false, exclusive: false };
+
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn writers_wait_for_a_node_that_restarts() {
+    let mut cluster = TestCluster::start(2).await;
+    let fs = cluster.fs("writer").await;
+    let done = Arc::new(AtomicBool::new(false));
+    let writer = tokio::spawn({
+        let (fs, done) = (fs.clone(), Arc::clone(&done));
+        async move {
+            let mut files = 0u64;
+            // A file in flight at every moment, each durable before the next.
+            while !done.load(Ordering::Acquire) || files < 4 {
+                let name = format!("f{files}");
+                let file = fs
+                    .create(InodeId::ROOT, name.as_bytes(), 0o644, OWNER, WRITE)
+                    .await
+                    .expect("a create");
+                let data = pattern(files, 3_000_000 + files as usize * 7);
+                for (i, piece) in data.chunks(100_000).enumerate() {
+                    fs.write(file.handle, i as u64 * 100_000, piece).await.expect("a write");
+                }
+                fs.fsync(file.handle).await.expect("an fsync");
+                fs.release(file.handle).await.expect("a release");
+                files += 1;
+            }
+            files
+        }
+    });
+    for node in [0, 1, 0] {
+        cluster.restart_node(node, Duration::from_millis(200)).await;
+        // It serves again when it has a lease; the writer notices by itself.
+        let before = fs.statfs().await.expect("statfs").inodes;
+        until("files are written after the restart", || async {
+            (fs.statfs().await.ok()?.inodes >= before + 2).then_some(())
+        })
+        .await;
+    }
+    done.store(true, Ordering::Release);
+    let files = writer.await.expect("no error in the writer");
+    let reader = cluster.fs("reader").await;
+    for n in 0..files {
+        let bytes = reader.read_file(format!("f{n}").as_bytes()).await.expect("a read");
+        assert!(bytes == pattern(n, 3_000_000 + n as usize * 7), "file {n} of {files}");
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_client_outlives_its_session() {
+    let cluster = TestCluster::start(1).await;
+    let fs = cluster.fs("client").await;
+    let file = fs.create(InodeId::ROOT, b"f", 0o644, OWNER, WRITE).await.expect("a create");
+    let data = pattern(1, 200_000);
+    fs.write(file.handle, 0, &data[..100_000]).await.expect("a write");
+    fs.fsync(file.handle).await.expect("an fsync");
+    let gone = fs.create(InodeId::ROOT, b"gone", 0o644, OWNER, WRITE).await.expect("a create");
+    fs.write(gone.handle, 0, b"content").await.expect("a write");
+    fs.fsync(gone.handle).await.expect("an fsync");
+    fs.unlink(InodeId::ROOT, b"gone").await.expect("an unlink");
+    // Not sent yet when the session ends.
+    fs.write(file.handle, 100_000, &data[100_000..]).await.expect("a write");
+
+    let session = fs.cluster().session();
+    let end = Request::Session(SessionCall::Close(session));
+    cluster.meta_client().call(&end, Duration::from_secs(10)).await.expect("the session ends");
+
+    fs.fsync(file.handle).await.expect("what was not sent goes under a new session");
+    assert_ne!(fs.cluster().session(), session);
+    let bytes = fs.read(file.handle, 0, 200_000).await.expect("the old handle reads");
+    assert!(bytes == data);
+    fs.write(file.handle, 0, b"again").await.expect("and writes");
+    fs.flush(file.handle).await.expect("a flush");
+    fs.release(file.handle).await.expect("a release");
+    let other = cluster.fs("other").await;
+    let seen = other.read_file(b"f").await.expect("a read");
+    assert_eq!((&seen[..5], seen.len()), (&b"again"[..], 200_000));
+    // The unlinked file went with the session that kept it.
+    let read = fs.read(gone.handle, 0, 7).await;
+    assert!(matches!(read, Err(ClientError::Stale)), "{read:?}");
+    cluster.stop().await;
+}
