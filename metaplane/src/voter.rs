@@ -38,6 +38,7 @@ pub(crate) struct Voter {
     proposer: Proposer,
     reads: ReadIndex,
     state: StateReader,
+    log: LogStore,
     snapshots: PathBuf,
     incoming: Mutex<Option<(Vote, Incoming)>>,
 }
@@ -74,7 +75,7 @@ impl Voter {
             ..Config::default()
         };
         let settings = Arc::new(settings.validate().map_err(|e| MetaError::Config(e.to_string()))?);
-        let raft = Raft::new(config.node_id, settings, Network::new(identity), log, store)
+        let raft = Raft::new(config.node_id, settings, Network::new(identity), log.clone(), store)
             .await
             .map_err(|e| MetaError::Raft(e.to_string()))?;
         let members = members(config, address)?;
@@ -89,6 +90,7 @@ impl Voter {
             reads: ReadIndex::new(raft.clone()),
             raft,
             state,
+            log,
             snapshots,
             incoming: Mutex::new(None),
         })
@@ -204,8 +206,11 @@ impl Voter {
         if let Err(e) = self.raft.shutdown().await {
             tracing::warn!(error = %e, "Raft did not stop in order");
         }
+        if let Err(e) = self.log.close().await {
+            tracing::warn!(error = %e, "the Raft log did not close in order");
+        }
         let state = self.state.clone();
-        match tokio::task::spawn_blocking(move || state.persist()).await {
+        match tokio::task::spawn_blocking(move || state.close()).await {
             Ok(Ok(())) => {}
             // Not a loss: the log holds it, the next start replays it.
             Ok(Err(e)) => tracing::warn!(error = %e, "the state was not made durable at the end"),
@@ -232,6 +237,9 @@ async fn persist(state: StateReader) {
     loop {
         state.applied().notified().await;
         tokio::time::sleep(PERSIST_EVERY).await;
+        if state.is_closed() {
+            return;
+        }
         let own = state.clone();
         if let Ok(Err(e)) = tokio::task::spawn_blocking(move || own.persist()).await {
             tracing::error!(error = %e, "the metadata store failed");

@@ -12,12 +12,15 @@ use super::{Applied, Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use futures::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine, Snapshot};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{
+    Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition,
+    WriteTransaction,
+};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::Notify;
 
 /// The namespace's pairs.
@@ -44,12 +47,29 @@ pub(super) fn failed(e: impl Into<redb::Error>) -> io::Error {
 }
 
 struct Shared {
-    database: Database,
+    /// `None` once closed: whoever still holds a handle reads nothing more.
+    database: RwLock<Option<Database>>,
     snapshots: PathBuf,
     /// Entries applied but not durable.
     undurable: AtomicU64,
     /// Something was applied: leader tasks look for work.
     applied: Notify,
+}
+
+impl Shared {
+    fn begin_read(&self) -> io::Result<ReadTransaction> {
+        let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
+        database.as_ref().ok_or_else(closed)?.begin_read().map_err(failed)
+    }
+    fn begin_write(&self) -> io::Result<WriteTransaction> {
+        // A writer waits for the one before it, which must not keep the lock from being taken.
+        let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
+        database.as_ref().ok_or_else(closed)?.begin_write().map_err(failed)
+    }
+}
+
+fn closed() -> io::Error {
+    io::Error::other("the metadata store is closed")
 }
 
 /// The state machine. Clones share it.
@@ -74,8 +94,7 @@ pub struct StateReader {
 impl StateReader {
     /// A consistent view of the state as last applied.
     pub fn view(&self) -> io::Result<Reader> {
-        let txn = self.shared.database.begin_read().map_err(failed)?;
-        Reader::new(&txn)
+        Reader::new(&self.shared.begin_read()?)
     }
 
     /// Wakes when entries were applied.
@@ -87,11 +106,25 @@ impl StateReader {
     pub fn persist(&self) -> io::Result<()> {
         persist(&self.shared)
     }
+
+    /// Makes the state durable and lets go of the file. Raft must have stopped. Blocks on disk.
+    pub fn close(&self) -> io::Result<()> {
+        let persisted = persist(&self.shared);
+        let mut database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner);
+        drop(database.take());
+        self.shared.applied.notify_waiters();
+        persisted
+    }
+
+    /// Whether [`StateReader::close`] was called.
+    pub fn is_closed(&self) -> bool {
+        self.shared.database.read().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
 }
 
 fn persist(shared: &Shared) -> io::Result<()> {
     let undurable = shared.undurable.load(Ordering::Acquire);
-    let mut txn = shared.database.begin_write().map_err(failed)?;
+    let mut txn = shared.begin_write()?;
     txn.set_durability(Durability::Immediate).map_err(failed)?;
     txn.commit().map_err(failed)?;
     shared.undurable.fetch_sub(undurable, Ordering::AcqRel);
@@ -118,8 +151,12 @@ impl StateStore {
             }
         };
         txn.commit().map_err(failed)?;
-        let shared =
-            Shared { database, snapshots, undurable: AtomicU64::new(0), applied: Notify::new() };
+        let shared = Shared {
+            database: RwLock::new(Some(database)),
+            snapshots,
+            undurable: AtomicU64::new(0),
+            applied: Notify::new(),
+        };
         Ok(Self { shared: Arc::new(shared), position })
     }
 
@@ -138,7 +175,7 @@ impl StateStore {
         let count = batch.len() as u64;
         let undurable = self.shared.undurable.load(Ordering::Acquire) + count;
         let durable = undurable > UNDURABLE_ENTRIES_MAX;
-        let mut txn = self.shared.database.begin_write().map_err(failed)?;
+        let mut txn = self.shared.begin_write()?;
         let durability = if durable { Durability::Immediate } else { Durability::None };
         txn.set_durability(durability).map_err(failed)?;
         let mut position = self.position.clone();
@@ -182,7 +219,7 @@ impl StateStore {
     fn install(&mut self, meta: &SnapshotMeta, file: &SnapshotFile) -> io::Result<()> {
         let position =
             Position { last: meta.last_log_id, membership: meta.last_membership.clone() };
-        let mut txn = self.shared.database.begin_write().map_err(failed)?;
+        let mut txn = self.shared.begin_write()?;
         txn.set_durability(Durability::Immediate).map_err(failed)?;
         txn.delete_table(PAIRS).map_err(failed)?;
         {
@@ -210,7 +247,7 @@ impl SnapshotBuilder {
     fn build(
         &self,
     ) -> io::Result<Snapshot<super::LeaderId, u64, openraft::impls::BasicNode, SnapshotFile>> {
-        let txn = self.shared.database.begin_read().map_err(failed)?;
+        let txn = self.shared.begin_read()?;
         let position: Position = {
             let raft = txn.open_table(RAFT).map_err(failed)?;
             match raft.get(APPLIED).map_err(failed)? {

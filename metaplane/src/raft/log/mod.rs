@@ -124,6 +124,11 @@ impl LogStore {
         self.wait(|done| Job::Barrier { done }).await
     }
 
+    /// Ends the log's threads; nothing touches its files after this returns.
+    pub async fn close(&self) -> io::Result<()> {
+        self.wait(|done| Job::Close { done }).await
+    }
+
     fn read(&self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
         let found = self.index().range(start, end);
         found

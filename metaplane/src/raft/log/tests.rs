@@ -11,6 +11,11 @@ use openraft::{EntryPayload, RaftLogReader, StorageError};
 use std::path::Path;
 use tempfile::TempDir;
 
+/// One segment takes a whole recorded log.
+fn medium() -> LogOptions {
+    LogOptions { segment_bytes: 16 << 10, cache_bytes_max: 1 << 20 }
+}
+
 fn small() -> LogOptions {
     LogOptions { segment_bytes: 4096, cache_bytes_max: 2048 }
 }
@@ -119,8 +124,7 @@ async fn votes_survive_reopening_and_damage_is_refused() {
 /// Records a log of small batches; gives the segment's bytes and, per batch, the offset at which it
 /// is complete.
 async fn recorded(dir: &Path) -> (u64, Vec<u8>, Vec<(u64, Vec<LogId>)>) {
-    let options = LogOptions { segment_bytes: 16 << 10, cache_bytes_max: 1 << 20 };
-    let mut log = LogStore::open(dir, options).expect("opened");
+    let mut log = LogStore::open(dir, medium()).expect("opened");
     let mut complete = Vec::new();
     let mut next = 0;
     let number = 1;
@@ -167,7 +171,7 @@ async fn a_log_cut_at_any_offset_recovers_every_whole_batch_before_it() {
             let whole = |end: u64| left.get(..end as usize) == Some(&bytes[..end as usize]);
             let expected = complete.iter().rev().find(|c| whole(c.0)).map(|c| c.1.clone());
             std::fs::write(segment::path(crashed.path(), number), &left).expect("written");
-            let mut log = LogStore::open(crashed.path(), LogOptions::default())
+            let mut log = LogStore::open(crashed.path(), medium())
                 .unwrap_or_else(|e| panic!("cut at {cut}: {e}"));
             assert_eq!(ids(&mut log).await, expected.unwrap_or_default(), "cut at {cut}");
         }
@@ -182,11 +186,11 @@ async fn a_log_goes_on_after_a_torn_tail() {
     bytes[end - 1] ^= 0xff;
     std::fs::write(segment::path(dir.path(), number), &bytes).expect("written");
     let before = &complete[complete.len() - 2].1;
-    let mut log = LogStore::open(dir.path(), LogOptions::default()).expect("recovered");
+    let mut log = LogStore::open(dir.path(), medium()).expect("recovered");
     assert_eq!(&ids(&mut log).await, before);
     let next = entry(9, before.last().expect("entries").index + 1, 1);
     append(&mut log, vec![next.clone()]).await;
-    let mut log = LogStore::open(dir.path(), LogOptions::default()).expect("reopened");
+    let mut log = LogStore::open(dir.path(), medium()).expect("reopened");
     assert_eq!(ids(&mut log).await.last(), Some(&next.log_id));
 }
 
@@ -200,7 +204,7 @@ async fn damage_before_acknowledged_entries_is_refused() {
         let mut damaged = bytes.clone();
         damaged[at] ^= 0x10;
         std::fs::write(segment::path(crashed.path(), number), damaged).expect("written");
-        let opened = LogStore::open(crashed.path(), LogOptions::default());
+        let opened = LogStore::open(crashed.path(), medium());
         assert!(opened.is_err(), "damage at {at} went unnoticed");
     }
 }

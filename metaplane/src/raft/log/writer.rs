@@ -33,6 +33,8 @@ pub(super) enum Job {
     Vote { vote: Vote, done: oneshot::Sender<io::Result<()>> },
     /// Answer when everything before is stable.
     Barrier { done: oneshot::Sender<io::Result<()>> },
+    /// End, and answer when no thread of the log touches its files any more.
+    Close { done: oneshot::Sender<io::Result<()>> },
 }
 
 /// What to tell when a frame is stable.
@@ -58,6 +60,7 @@ struct Batch {
     waiters: Vec<Waiter>,
     purge: Option<LogId>,
     vote: Option<(Vote, oneshot::Sender<io::Result<()>>)>,
+    close: Option<oneshot::Sender<io::Result<()>>>,
 }
 
 impl Batch {
@@ -87,11 +90,12 @@ impl Batch {
             }
             Job::Vote { vote, done } => self.vote = Some((vote, done)),
             Job::Barrier { done } => self.waiters.push(Waiter::Done(done)),
+            Job::Close { done } => self.close = Some(done),
         }
     }
 
     fn is_full(&self) -> bool {
-        self.vote.is_some() || self.payload.len() >= FRAME_BYTES_SOFT
+        self.vote.is_some() || self.close.is_some() || self.payload.len() >= FRAME_BYTES_SOFT
     }
 }
 
@@ -105,10 +109,20 @@ impl Writer {
                 let Ok(job) = jobs.try_recv() else { break };
                 batch.take(job);
             }
+            let close = batch.close.take();
             self.finish(batch);
+            if let Some(done) = close {
+                self.join_spare();
+                drop(done.send(Ok(())));
+                return;
+            }
         }
+        self.join_spare();
+    }
+
+    fn join_spare(&mut self) {
         if let Some(spare) = self.spare.take() {
-            // A spare that could not be made shows when it is needed.
+            // One that could not be made ahead is made when it is needed.
             let _ = spare.join();
         }
     }
@@ -177,10 +191,7 @@ impl Writer {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        if let Some(spare) = self.spare.take() {
-            // Failing to make one ahead only means making one now.
-            let _ = spare.join();
-        }
+        self.join_spare();
         let purged = self.index.lock().unwrap_or_else(PoisonError::into_inner).purged();
         let header = SegmentHeader {
             number: self.tail.number + 1,
