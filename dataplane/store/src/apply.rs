@@ -283,6 +283,7 @@ impl Index {
             self.mutate(key, |chunk, dropped| {
                 chunk.extents.retain(dropped, |e| e.origin.is_dirty());
             });
+            self.tidy_inode(key.0);
         }
     }
     fn drop_clean_where(&mut self, which: impl Fn(&(InodeId, ChunkIndex)) -> bool) {

@@ -10,7 +10,7 @@ use crate::record::{MOVES_MAX, Move, Record};
 use crate::store::{Deferred, Store};
 use crate::superblock::Superblock;
 use crate::types::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Blocks copied per relocation step (1 MiB).
 const RELOCATE_BLOCKS: u32 = 256;
@@ -121,10 +121,13 @@ impl Store {
             Relocation::Copying { .. } => return wait(self, step),
             Relocation::Next | Relocation::Recorded(_) => {}
         }
+        if !self.journal.has_room(Share::Internal, 2) {
+            return wait(self, Relocation::Next);
+        }
         let Some(moves) = self.plan_moves(until) else {
             return self.begin_saving(until);
         };
-        if moves.is_empty() || !self.journal.has_room(Share::Internal, 2) {
+        if moves.is_empty() {
             return wait(self, Relocation::Next);
         }
         let token = self.token();
@@ -145,20 +148,10 @@ impl Store {
     /// Moves for the next step; `None`: nothing below `until` is live any more.
     fn plan_moves(&mut self, until: u64) -> Option<BTreeMap<ChunkKey, Vec<Move>>> {
         let ranges = self.journal.blocks_between(self.journal.tail, until);
-        let mut keys: Vec<ChunkKey> = Vec::new();
-        let mut seen = 0u32;
-        for range in &ranges {
-            for (_, key) in self.index.inline.range(range.clone()) {
-                seen += 1;
-                if !keys.contains(key) {
-                    keys.push(*key);
-                }
-                if seen >= RELOCATE_BLOCKS {
-                    break;
-                }
-            }
-        }
-        if seen == 0 {
+        let live = ranges.iter().flat_map(|r| self.index.inline.range(r.clone()));
+        let keys: BTreeSet<ChunkKey> =
+            live.take(RELOCATE_BLOCKS as usize).map(|(_, key)| *key).collect();
+        if keys.is_empty() {
             return None;
         }
         let window: Vec<Run> = {
@@ -175,11 +168,20 @@ impl Store {
             }
             // In the chunk's order, so that neighbours become one extent at their new place.
             let mut sources: Vec<Run> = Vec::new();
-            for e in self.index.chunks.get(&key)?.all_extents() {
+            let mut known: Vec<Run> = Vec::new();
+            let chunk = self.index.chunks.get(&key)?;
+            let current = chunk.extents.0.len();
+            for (i, e) in chunk.all_extents().enumerate() {
+                if crate::extent::total(&sources) >= left {
+                    break;
+                }
+                if i >= current {
+                    // Pins share blocks with the current list and with each other.
+                    known.clone_from(&sources);
+                    normalise(&mut known);
+                }
                 let outside = subtract(&[e.run()], &window);
                 for r in subtract(&[e.run()], &outside) {
-                    let mut known = sources.clone();
-                    normalise(&mut known);
                     sources.extend(subtract(&[r], &known));
                 }
             }

@@ -206,6 +206,7 @@ impl Store {
         }
         let ticket = self.control(Record::Freeze { pg, epoch }, true, |_| {})?;
         self.frozen[usize::from(pg.0)] = Some(epoch);
+        self.pg_pending[usize::from(pg.0)] += 1;
         Ok(Some(ticket))
     }
     /// Lifts a freeze of this epoch; another epoch's freeze stays.
@@ -216,6 +217,7 @@ impl Store {
         }
         let ticket = self.control(Record::Thaw { pg, epoch }, true, |_| {})?;
         self.frozen[usize::from(pg.0)] = None;
+        self.pg_pending[usize::from(pg.0)] += 1;
         Ok(Some(ticket))
     }
     /// The group is others' as of `epoch`: refused while it has dirty data, pins or writes in flight;
@@ -232,6 +234,7 @@ impl Store {
         }
         let ticket = self.control(Record::Release { pg, epoch }, true, |_| {})?;
         self.frozen[usize::from(pg.0)] = Some(epoch);
+        self.pg_pending[usize::from(pg.0)] += 1;
         let index = &self.index;
         self.fills
             .values_mut()

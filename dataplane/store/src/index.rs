@@ -18,6 +18,8 @@ pub(crate) type ChunkKey = (InodeId, ChunkIndex);
 
 /// Windows kept; past it the one that was idle longest goes (its inodes' generations were fenced).
 pub(crate) const SESSIONS_MAX: usize = 65_536;
+/// Stale entries of the eviction queue that are not worth a sweep.
+const FIFO_SLACK: usize = 4096;
 
 /// A sealed generation's extents in one chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -308,8 +310,11 @@ impl Index {
         if after.clean > 0 && !chunk.queued {
             chunk.queued = true;
             self.fifo.push_back(key);
+            if self.fifo.len() > 2 * self.chunks.len() + FIFO_SLACK {
+                self.sweep_fifo();
+            }
         }
-        let gone = chunk.is_empty();
+        let gone = self.chunks.get(&key).is_none_or(Chunk::is_empty);
         if gone {
             self.chunks.remove(&key);
         }
@@ -344,6 +349,21 @@ impl Index {
         self.count(key, Summary::default(), after);
         self.inode_mut(key.0).chunks += 1;
         true
+    }
+
+    /// Chunks that went otherwise leave their entry in the queue behind: drop those (amortised, I9).
+    fn sweep_fifo(&mut self) {
+        let mut seen = std::collections::BTreeSet::new();
+        let chunks = &self.chunks;
+        self.fifo.retain(|k| chunks.get(k).is_some_and(|c| c.queued) && seen.insert(*k));
+    }
+
+    /// Forgets an inode of which nothing is left that could matter: no data, no floor, no seal.
+    pub(crate) fn tidy_inode(&mut self, id: InodeId) {
+        let idle = |i: &Inode| i.chunks == 0 && i.floor == Generation(0) && i.extra.is_none();
+        if self.inodes.get(&id).is_some_and(idle) {
+            self.remove_inode(id);
+        }
     }
 
     fn count(&mut self, key: ChunkKey, before: Summary, after: Summary) {

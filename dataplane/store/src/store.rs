@@ -77,7 +77,10 @@ pub struct Store {
     /// Committed writes by ticket.
     pub(crate) committed: BTreeMap<Ticket, WriteId>,
     pub(crate) heads: BTreeMap<InodeId, Head>,
+    /// Freezes as of everything appended.
     pub(crate) frozen: Vec<Option<PgEpoch>>,
+    /// Freeze, thaw and release records that are not durable yet, per group.
+    pub(crate) pg_pending: Vec<u32>,
     /// Blocks that inline writes in flight will need when they are relocated.
     pub(crate) reserved_inline: u32,
     /// Index bytes that writes and fills in flight may add.
@@ -104,7 +107,8 @@ impl Store {
         crate::recovery::repair_superblocks(device, &recovered)?;
         let crate::recovery::Recovered { superblock, index, alloc, journal, .. } = recovered;
         let identity = Identity { node: index.node, ..superblock.identity };
-        let frozen = index.pgs.iter().map(|p| p.frozen).collect();
+        let frozen: Vec<_> = index.pgs.iter().map(|p| p.frozen).collect();
+        let pg_pending = vec![0; frozen.len()];
         Ok(Self {
             geometry: superblock.geometry,
             identity,
@@ -119,6 +123,7 @@ impl Store {
             committed: BTreeMap::new(),
             heads: BTreeMap::new(),
             frozen,
+            pg_pending,
             reserved_inline: 0,
             reserved_index: 0,
             memory_bytes_max: MEMORY_BYTES_DEFAULT,
@@ -250,10 +255,11 @@ impl Store {
                     self.finish_write(id);
                 }
             }
-            Record::Release { pg, epoch } => {
-                let slot = &mut self.frozen[usize::from(pg.0)];
-                if *slot == Some(*epoch) {
-                    *slot = None;
+            Record::Freeze { pg, .. } | Record::Thaw { pg, .. } | Record::Release { pg, .. } => {
+                let i = usize::from(pg.0);
+                self.pg_pending[i] -= 1;
+                if self.pg_pending[i] == 0 {
+                    self.frozen[i] = self.index.frozen(*pg);
                 }
             }
             Record::EvictChunk { .. } => {

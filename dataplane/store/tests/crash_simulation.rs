@@ -19,7 +19,8 @@ fn one(seed: u64, rule: Break, lives: u32) -> Result<Counts, String> {
     let mut rng = StdRng::seed_from_u64(seed ^ 0x11fe5);
     let mut world = World::new(seed, rule)?;
     for _ in 0..lives {
-        world.run(rng.random_range(50..1200))?;
+        world.run(rng.random_range(50..800))?;
+        world.rush(rng.random_range(0..40))?;
         match rng.random_range(0..10) {
             0..6 => world.crash(true)?,
             6..8 => world.crash(false)?,
@@ -44,7 +45,7 @@ fn guarded<T>(f: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 fn acked_writes_survive_any_crash_and_nothing_wrong_is_read() {
     let seeds: Vec<u64> = match number("EBB_SEED") {
         Some(seed) => vec![seed],
-        None => (0..number("EBB_SEEDS").unwrap_or(250)).collect(),
+        None => (0..number("EBB_SEEDS").unwrap_or(80)).collect(),
     };
     let mut sum = Counts::default();
     for seed in &seeds {
@@ -56,7 +57,7 @@ fn acked_writes_survive_any_crash_and_nothing_wrong_is_read() {
         }
     }
     println!("{} seeds: {sum:#?}", seeds.len());
-    if seeds.len() > 100 {
+    if seeds.len() >= 80 {
         let seen = [
             sum.writes,
             sum.reads,
@@ -117,7 +118,7 @@ fn superblocks_that_are_not_durable_are_caught() {
 
 #[test]
 fn flipped_bits_and_misdirected_blocks_are_detected() {
-    let seeds = number("EBB_SEEDS").unwrap_or(250) / 10;
+    let seeds = number("EBB_SEEDS").unwrap_or(80) / 10;
     let mut outcomes = std::collections::BTreeMap::<&str, u64>::new();
     let mut faults = sim::disk::Faults::default();
     for seed in number("EBB_SEED").map_or(0..seeds.max(5), |s| s..s + 1) {

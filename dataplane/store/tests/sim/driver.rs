@@ -256,22 +256,59 @@ impl World {
         self.random_bytes(4096).into()
     }
 
-    /// Runs `steps` random steps.
+    /// Runs `steps` random steps of one temper: some lives are all writes, in some the checkpoint crawls.
     pub fn run(&mut self, steps: u32) -> Check {
+        let calm = self.rng.random_bool(0.4);
+        let crawl = self.rng.random_bool(0.3);
         for _ in 0..steps {
-            match self.rng.random_range(0..100) {
+            match self.rng.random_range(0..if calm { 72 } else { 100 }) {
                 0..20 => self.begin_write()?,
-                20..42 => self.progress()?,
-                42..54 => self.take_batch()?,
-                54..74 => self.complete_batch()?,
-                74..81 => self.flush()?,
-                81..82 => self.truncate(),
-                82..86 => self.read()?,
-                86..89 => self.fill()?,
-                89..90 => self.evict()?,
-                90..92 => self.odds_and_ends()?,
-                _ => self.checkpoint()?,
+                20..36 => self.progress()?,
+                36..46 => self.take_batch()?,
+                46..60 => self.complete_batch()?,
+                60..63 => self.read()?,
+                63..66 => self.fill()?,
+                66..72 if crawl && self.rng.random_bool(0.9) => {}
+                66..72 => self.checkpoint()?,
+                72..84 => self.flush()?,
+                84..86 => self.truncate(),
+                86..90 => self.read()?,
+                90..92 => self.evict()?,
+                92..94 => self.odds_and_ends()?,
+                _ => {}
             }
+            // The reactor does more than one thing per turn.
+            for _ in 0..self.rng.random_range(0..4) {
+                self.progress()?;
+            }
+            if self.rng.random_bool(0.4) {
+                self.complete_batch()?;
+                self.take_batch()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves writes in the cache and a batch in flight.
+    pub fn rush(&mut self, steps: u32) -> Check {
+        for i in 0..steps {
+            self.begin_write()?;
+            self.progress()?;
+            self.progress()?;
+            if i % 8 == 5 {
+                self.checkpoint()?;
+            }
+        }
+        self.take_batch()?;
+        if self.rng.random_bool(0.7)
+            && self.batch.as_ref().is_some_and(|b| matches!(b.2, BatchState::Taken))
+        {
+            self.complete_batch()?;
+        }
+        for _ in 0..self.rng.random_range(0..4) {
+            self.begin_write()?;
+            self.progress()?;
+            self.progress()?;
         }
         Ok(())
     }
