@@ -26,6 +26,11 @@ impl Store {
         let durable = self.index.inodes.get(&inode).map_or(Generation(0), |i| i.floor);
         self.heads.get(&inode).map_or(durable, |h| h.floor)
     }
+    /// The newest content that a durable view or flush named: a view of an older one no longer says which
+    /// bytes are holes, since what was dirty under it may be clean under this one.
+    pub fn content(&self, inode: InodeId) -> ContentId {
+        self.index.inodes.get(&inode).map_or(ContentId(0), |i| i.content)
+    }
     /// Version of the newest view appended (durable or not), and whether it is durable.
     pub fn view_version(&self, inode: InodeId) -> (ViewVersion, bool) {
         let durable = self.index.inodes.get(&inode).map_or(ViewVersion(0), |i| i.view);
