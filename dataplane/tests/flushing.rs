@@ -334,7 +334,7 @@ async fn warmed_ranges_need_no_s3() {
     let range = ByteRange { start: 0, end: u64::MAX };
     let warm = Control::Warm(file.meta_grant(), range);
     assert_eq!(meta.control(warm).await, ControlReply::Done);
-    eventually_clean(&meta, body.len() as u64).await;
+    meta.eventually_clean(body.len() as u64).await;
     world.s3.faults().add(ebb_s3::fault::Fault::every(
         ebb_s3::Operation::Get,
         ebb_s3::fault::FaultKind::InternalError,
@@ -347,14 +347,6 @@ async fn warmed_ranges_need_no_s3() {
     assert_eq!(client.present(&other).await, Status::Ok);
     assert_eq!(client.read_status(&other, 0, 0, 1).await, Status::S3Unavailable);
     node.shutdown().await;
-}
-
-async fn eventually_clean(meta: &MetaPeer, bytes: u64) {
-    let deadline = std::time::Instant::now() + TIMEOUT;
-    while meta.stats().await.clean_bytes < bytes {
-        assert!(std::time::Instant::now() < deadline, "never cached");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
 }
 
 /// Flips one bit of each device block that holds one of `blocks`.
@@ -390,7 +382,7 @@ async fn rotten_clean_blocks_come_back_from_s3_and_dirty_ones_are_eio() {
         assert_eq!(client.present(&dirty).await, Status::Ok);
         client.read(&clean, 0, 0, 300_000).await;
         client.write(&dirty, 0, 0, &data).await;
-        eventually_clean(&meta, 300_000).await;
+        meta.eventually_clean(300_000).await;
     }
     node.shutdown().await;
     let hit = rot(&world, &[&body[8192..12288], &body[40960..45056], &data[4096..8192]]);

@@ -4,7 +4,8 @@
 //! commits or aborts, truncates. Completions come in random order. A crash loses any unsynced block
 //! or keeps it. After every acked write, across all of it, reads answer exactly the model.
 //!
-//! One seed: `EBB_SIM_SEED=7 cargo test -p ebb-dataplane --test simulation`.
+//! One seed, told step by step: `EBB_SIM_TRACE=1 EBB_SIM_SEED=7 cargo test -p ebb-dataplane --test
+//! simulation -- --nocapture`.
 
 mod sim;
 

@@ -51,14 +51,15 @@ impl<B: Buffer> ShardCore<B> {
         let Some(held) = self.grants.grant(header.inode, context.session) else {
             return Err(Refusal::of(Status::NeedGrant));
         };
-        if held.least_map_version < since {
+        // Below the horizon the store has forgotten floors and contents.
+        if held.least_map_version < since.max(self.store.grant_horizon()) {
             self.stats.refused_grants += 1;
             return Err(Refusal::of(Status::StaleEpoch));
         }
         let Some(view) = self.grants.view(header.inode) else {
             return Err(Refusal::of(Status::NeedGrant));
         };
-        if context.view_version < view.version {
+        if context.view_version < view.version || !self.is_current(header.inode, &view) {
             return Err(Refusal::of(Status::StaleView));
         }
         if context.view_version > view.version {

@@ -151,6 +151,10 @@ impl<B: Buffer> ShardCore<B> {
     pub(crate) fn start_assembly(&mut self, id: AsmId) -> bool {
         let Some(a) = self.assemblies.get(&id) else { return true };
         let wanted = a.wanted.clone();
+        if wanted.pinned.is_none() && !self.is_current(wanted.inode, &wanted.view) {
+            self.fail_assembly(id, Refusal::of(Status::StaleView));
+            return true;
+        }
         let Some(plan) = self.plan(&wanted) else {
             self.fail_assembly(id, Refusal::of(Status::StaleGeneration));
             return true;
@@ -292,6 +296,8 @@ impl<B: Buffer> ShardCore<B> {
         if a.device_reads == 0 && a.todo.is_empty() {
             if let Some(guard) = a.guard.take() {
                 self.store.release(guard);
+                // A writer may wait for the blocks it held.
+                self.retry_waiting = true;
             }
             if a.fills == 0 {
                 self.assembly_ended(id);

@@ -18,7 +18,7 @@ use ebb_dataplane_protocol::{
     CHUNK_BYTES, ChunkIndex, ContentId, FileView, InodeId, RUN_CHUNKS, SessionId, Status,
 };
 use ebb_store::{BLOCK, FillId, FillOp, WriteError};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -84,6 +84,8 @@ pub(crate) struct FillTask<B> {
 pub(crate) struct ReadAhead {
     streams: HashMap<(InodeId, SessionId), u64>,
     alive: usize,
+    /// Fills that wait for nothing but their journal record, oldest first.
+    committed: VecDeque<FillNo>,
 }
 
 impl ReadAhead {
@@ -253,12 +255,26 @@ impl<B: Buffer> ShardCore<B> {
     /// `false`: no buffer now.
     pub(crate) fn start_fill(&mut self, no: FillNo) -> bool {
         let Some(fill) = self.fills.get(&no) else { return true };
-        let Some(backing) = fill.view.backing.as_ref() else {
+        if fill.view.backing.is_none() {
             self.fill_failed(no, Refusal::of(Status::Internal));
             return true;
-        };
+        }
         let bytes = fill.blocks.len() * BLOCK;
-        let Some(buf) = self.buffers.take(bytes, Purpose::Fill) else { return false };
+        let buf = match self.buffers.take(bytes, Purpose::Fill) {
+            Some(buf) => buf,
+            None => {
+                // Those that only wait for the journal give their memory up: the bytes are on the
+                // device, and a read in between fetches them again.
+                let Some(oldest) = self.read_ahead.committed.pop_front() else { return false };
+                self.end_fill(oldest);
+                match self.buffers.take(bytes, Purpose::Fill) {
+                    Some(buf) => buf,
+                    None => return false,
+                }
+            }
+        };
+        let Some(fill) = self.fills.get(&no) else { return true };
+        let Some(backing) = fill.view.backing.as_ref() else { return true };
         let start = fill.key.1.start() + u64::from(fill.blocks.start) * BLOCK as u64;
         let work = Work::Fetch {
             key: backing.key.clone(),
@@ -349,7 +365,8 @@ impl<B: Buffer> ShardCore<B> {
         let Some(fill) = self.fills.get(&no) else { return };
         let (inode, chunk, content) = fill.key;
         // Not what the file is any more: served to those who asked, not kept.
-        let current = self.grants.view(inode).is_none_or(|v| v.content == content);
+        let current = self.grants.view(inode).is_none_or(|v| v.content == content)
+            && self.store.content(inode) <= content;
         if !current || self.dropped.peek(&inode).is_some() {
             return self.end_fill(no);
         }
@@ -402,7 +419,10 @@ impl<B: Buffer> ShardCore<B> {
             return;
         };
         match self.store.commit_fill(plan, crcs) {
-            Ok(ticket) => self.wait_ticket(ticket, Waiter::Fill(no)),
+            Ok(ticket) => {
+                self.read_ahead.committed.push_back(no);
+                self.wait_ticket(ticket, Waiter::Fill(no));
+            }
             Err(e) => {
                 tracing::debug!(error = %e, "fill not cached");
                 self.end_fill(no);
@@ -411,6 +431,8 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     pub(crate) fn fill_durable(&mut self, no: FillNo) {
+        // Tickets are durable in order, so it is among the first.
+        self.read_ahead.committed.retain(|other| *other != no);
         self.end_fill(no);
     }
 

@@ -55,6 +55,13 @@ impl<B: Buffer> ShardCore<B> {
         grant
     }
 
+    /// Whether no flush has made a newer content of the inode here. Under an older view, what was dirty
+    /// and is clean now would be taken for a hole (I4): it must be asked again, in every step that
+    /// uses a view kept from before.
+    pub(crate) fn is_current(&self, inode: InodeId, view: &FileView) -> bool {
+        self.store.content(inode) <= view.content
+    }
+
     /// What must be journaled before `view` serves.
     pub(crate) fn view_steps(
         &self,
@@ -70,7 +77,7 @@ impl<B: Buffer> ShardCore<B> {
             Freshness::Same => return Ok(Vec::new()),
             Freshness::Newer { lineage } => lineage,
         };
-        if stored > view.version {
+        if stored > view.version || !self.is_current(inode, &view) {
             return Err(Refusal::of(Status::StaleView));
         }
         let mut steps = Vec::new();

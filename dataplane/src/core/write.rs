@@ -139,6 +139,12 @@ impl<B: Buffer> ShardCore<B> {
     fn try_write(&mut self, key: WriteKey) -> bool {
         let Some(task) = self.writes.get_mut(&key) else { return true };
         debug_assert!(task.plan.is_none());
+        let (inode, view) = (task.op.inode, Arc::clone(&task.view));
+        // Its base may be over since it was admitted.
+        if self.store.content(inode) > view.content {
+            self.finish_write(key, Err(Refusal::of(Status::StaleView)));
+            return true;
+        }
         match self.store.begin_write(&task.op) {
             Ok(plan) => {
                 assert_eq!(plan.blocks as usize, task.crcs.len(), "one piece per block");
@@ -157,9 +163,10 @@ impl<B: Buffer> ShardCore<B> {
                 true
             }
             Err(WriteError::Wait(_)) => false,
-            Err(WriteError::NoSpace { needed, evictable }) if evictable > 0 => {
-                // Parked beside the line: eviction is journaled first.
-                if self.evict_for(needed) {
+            Err(WriteError::NoSpace { needed, .. }) => {
+                // Space that is on its way (an eviction in the journal, a reader of freed blocks) is
+                // waited for in line, like space that can be made (I11).
+                if self.evict_for(needed) || self.store.stats().waiting_bytes > 0 {
                     return false;
                 }
                 self.finish_write(key, Err(Refusal::after(Status::NoSpace, RETRY_SPACE_MS)));

@@ -69,6 +69,8 @@ pub struct Client {
     pub map_version: MapVersion,
     pub epoch: PgEpoch,
     pub sequence: Arc<std::sync::atomic::AtomicU64>,
+    /// Sequences this far back are answered.
+    pub unanswered_max: u64,
 }
 
 impl Client {
@@ -79,6 +81,7 @@ impl Client {
             map_version: MapVersion(1),
             epoch: PgEpoch(1),
             sequence: Arc::new(1.into()),
+            unanswered_max: 1000,
         }
     }
 
@@ -117,7 +120,7 @@ impl Client {
             content: file.view.content,
             session: self.session,
             sequence,
-            answered_below: Sequence(0),
+            answered_below: Sequence(sequence.0.saturating_sub(self.unanswered_max)),
         }
     }
 
@@ -212,6 +215,14 @@ impl MetaPeer {
     }
     pub async fn control(&self, c: Control) -> ControlReply {
         self.connection.control(&c, TIMEOUT).await.expect("answered")
+    }
+    /// Waits until that much is cached durably.
+    pub async fn eventually_clean(&self, bytes: u64) {
+        let deadline = Instant::now() + TIMEOUT;
+        while self.stats().await.clean_bytes < bytes {
+            assert!(Instant::now() < deadline, "never cached");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
     pub async fn stats(&self) -> ebb_dataplane_protocol::control::CoreStats {
         match self.control(Control::Stats).await {

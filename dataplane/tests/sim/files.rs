@@ -35,6 +35,12 @@ pub enum What {
         at: u64,
         expected: Vec<u8>,
     },
+    /// A read under the view before: right, or refused.
+    OldRead {
+        file: usize,
+        at: u64,
+        expected: Vec<u8>,
+    },
     Seal(usize),
     Put {
         file: usize,
@@ -47,7 +53,25 @@ pub enum What {
 }
 
 impl What {
-    /// Without its bytes.
+    /// In one line, without its bytes.
+    pub fn line(&self) -> String {
+        match self {
+            What::Write(w) | What::Duplicate(w) => format!(
+                "{} file {} at {} len {} {}#{}",
+                self.name(),
+                w.file,
+                w.at,
+                w.data.len(),
+                w.session,
+                w.sequence
+            ),
+            What::Read { file, at, expected } => {
+                format!("Read file {file} at {at} len {}", expected.len())
+            }
+            other => format!("{other:?}"),
+        }
+    }
+    /// Its kind.
     pub fn name(&self) -> String {
         let text = format!("{self:?}");
         text.split(['(', '{']).next().unwrap_or_default().to_owned()
@@ -90,6 +114,8 @@ pub struct File {
     /// Writes of the sealed generation that were not answered when it was sealed: the answer may have
     /// been lost in a crash, so each may or may not be in it.
     maybe: Vec<Write>,
+    /// The view and generation of before the last commit, which some client still holds.
+    previous: Option<(FileView, Generation)>,
 }
 
 #[derive(Default)]
@@ -132,6 +158,7 @@ impl Files {
                     quiet: false,
                     acked: Vec::new(),
                     maybe: Vec::new(),
+                    previous: None,
                 }
             })
             .collect();
@@ -274,6 +301,7 @@ impl Sim {
                     self.send_write(w, true);
                 }
             }
+            6 if self.rng.random_bool(0.5) => self.send_old_read(file, at, len),
             6 => self.present(file, session),
             _ => {
                 let expected = f.model[at as usize..at as usize + len].to_vec();
@@ -309,6 +337,29 @@ impl Sim {
         self.files.all[file].busy.push(at..at + expected.len() as u64);
         let o = Outstanding { session, what: What::Read { file, at, expected } };
         self.send(Role::Client, header, body, None, o);
+    }
+
+    /// A client that has not heard of the last commit. Cuts not acked yet may go unseen: not then.
+    fn send_old_read(&mut self, file: usize, at: u64, len: usize) {
+        let f = &self.files.all[file];
+        let Some((view, generation)) = f.previous.clone() else { return };
+        if !f.view.cuts.is_empty() {
+            return;
+        }
+        let session = SessionId(9);
+        let old = File { view, generation, ..f.clone() };
+        let expected = f.model[at as usize..at as usize + len].to_vec();
+        let body = codec::encode(&old.grant(session));
+        let o = Outstanding { session, what: What::Present };
+        self.send(Role::Client, Header::request(Opcode::Present, 0), body, None, o);
+        let header = self.header(Opcode::Read, file, at, len);
+        let mut context = self.context(file, session, Sequence(0));
+        context.view_version = old.view.version;
+        context.content = old.view.content;
+        self.files.all[file].busy.push(at..at + len as u64);
+        let what = What::OldRead { file, at, expected };
+        let body = context.encode().to_vec();
+        self.send(Role::Client, header, body, None, Outstanding { session, what });
     }
 
     /// Sends refused writes again, where nothing else is at those bytes now.
@@ -361,6 +412,7 @@ impl Sim {
             Flush::Stored(bytes, etag) => {
                 // FlushCommit: a new view, then FlushDone to the core.
                 let old = f.view.clone();
+                f.previous = Some((old.clone(), f.generation));
                 let length = bytes.len() as u64;
                 f.view.version = ViewVersion(old.version.0 + 1);
                 f.view.content = ContentId(old.content.0 + 1000);
@@ -425,7 +477,7 @@ impl Sim {
                 let _ = w;
             }
             What::Read { file, at, expected } => self.send_read(file, at, expected, o.session),
-            What::Present | What::Evict => {}
+            What::Present | What::Evict | What::OldRead { .. } => {}
             What::Seal(file) => {
                 let f = &self.files.all[file];
                 let items = vec![SealItem { inode: f.inode, generation: f.sealed }];
@@ -460,6 +512,7 @@ impl Sim {
     }
 
     pub fn answer(&mut self, o: Outstanding, status: Status, reply: Reply<Slot>) {
+        self.trace(|| format!("{status:?} <- {}", o.what.line()));
         match o.what {
             What::Present => {
                 assert!(
@@ -478,6 +531,13 @@ impl Sim {
                     | Status::Busy
                     | Status::NoSpace => {}
                     other => panic!("a duplicate: {other:?}"),
+                }
+            }
+            What::OldRead { file, at, expected } => {
+                self.files.all[file].unlock(at..at + expected.len() as u64);
+                if status == Status::Ok {
+                    self.tally.old_reads += 1;
+                    self.check_read(file, at, &expected, &reply);
                 }
             }
             What::Read { file, at, expected } => {

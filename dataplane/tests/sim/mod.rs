@@ -103,6 +103,7 @@ pub struct Tally {
     pub refused: u64,
     pub duplicates: u64,
     pub reads: u64,
+    pub old_reads: u64,
     pub flushed: u64,
     pub aborted: u64,
     pub cuts: u64,
@@ -125,6 +126,7 @@ pub struct Sim {
     next_request: u64,
     /// Refused writes, to be sent again.
     retries: Vec<files::Write>,
+    traced: bool,
     pub tally: Tally,
 }
 
@@ -166,6 +168,7 @@ impl Sim {
             requests: HashMap::new(),
             next_request: 1,
             retries: Vec::new(),
+            traced: std::env::var_os("EBB_SIM_TRACE").is_some(),
             tally: Tally::default(),
         };
         sim.files = Files::new(&mut sim.rng);
@@ -320,6 +323,7 @@ impl Sim {
     /// Everything in memory is gone; the device keeps what is durable and some of the rest.
     fn crash(&mut self) {
         self.tally.crashes += 1;
+        self.trace(|| "CRASH".into());
         for command in std::mem::take(&mut self.in_flight) {
             match command {
                 Command::Write { offset, buf, range, .. } => {
@@ -363,11 +367,19 @@ impl Sim {
             Role::Client => o.session,
             _ => SessionId(0),
         };
+        self.trace(|| format!("-> {} {header:?}", o.what.line()));
         self.requests.insert(id, o);
         let peer = PeerInfo { role, session };
         let request = Request { conn: ConnRef(1), peer, header, body, payload };
         self.core.handle(self.now, Event::Request(request));
         self.collect();
+    }
+
+    /// Says what happens, with `EBB_SIM_TRACE` set.
+    fn trace(&self, text: impl FnOnce() -> String) {
+        if self.traced {
+            println!("    {:6} {}", self.now, text());
+        }
     }
 
     fn control(&mut self, control: &Control, what: What) {
