@@ -86,7 +86,7 @@ async fn what_was_acknowledged_survives_kill_9() {
     let file = world.dir.path().join("meta.toml");
     let mut made: Vec<String> = Vec::new();
     for round in 0..6u64 {
-        let process = Process::start(&config, &file).await;
+        let mut process = Process::start(&config, &file).await;
         let c = Client::open(client(&process.address), u128::from(round) + 1).await;
         if round > 0 {
             assert_eq!(c.names(ROOT, 1000).await, made, "round {round}");
@@ -102,7 +102,7 @@ async fn what_was_acknowledged_survives_kill_9() {
         assert!(n > 0);
         process.kill();
     }
-    let process = Process::start(&config, &file).await;
+    let mut process = Process::start(&config, &file).await;
     let c = Client::open(client(&process.address), 99).await;
     assert_eq!(c.names(ROOT, 1000).await, made);
     c.settle().await;
