@@ -17,13 +17,13 @@ use ebb_dataplane_protocol::{
 use std::ops::Bound;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"EBBC");
-/// Bytes of a page; the last may be shorter, a multiple of 4096.
-pub(crate) const PAGE_BYTES: usize = 64 << 10;
+/// Bytes of a page: one block of the device.
+pub(crate) const PAGE_BYTES: usize = BLOCK;
 /// Bytes of a page's header.
 pub(crate) const PAGE_HEADER_BYTES: usize = 64;
 const PAYLOAD: usize = PAGE_BYTES - PAGE_HEADER_BYTES;
-/// Pages in one write.
-const PAGES_PER_WRITE: usize = 16;
+/// Pages in one write, at most and unless told otherwise (1 MiB).
+pub(crate) const PAGES_PER_WRITE: usize = 256;
 
 /// Encoded sizes without their lists.
 pub(crate) const INODE_BYTES: usize = 40;
@@ -61,11 +61,13 @@ pub(crate) struct Capture {
     cursor: Cursor,
     pub(crate) out: Vec<u8>,
     page: u32,
+    pages_per_write: usize,
 }
 
 impl Capture {
-    fn new(number: u64, store: u128) -> Self {
-        Self { number, store, cursor: Cursor::Inodes(None), out: Vec::new(), page: 0 }
+    fn new(number: u64, store: u128, pages_per_write: usize) -> Self {
+        let (cursor, out) = (Cursor::Inodes(None), Vec::new());
+        Self { number, store, cursor, out, page: 0, pages_per_write }
     }
 
     pub(crate) fn inode(&mut self, id: InodeId, i: &Inode) {
@@ -130,18 +132,15 @@ impl Capture {
         }
     }
 
-    /// Cuts the next write out of the stream; the short page only at the end.
+    /// Cuts the next write out of the stream; a page that is not full only at the end.
     fn pages(&mut self, end: bool) -> Option<AlignedBuf> {
-        let full = (self.out.len() / PAYLOAD).min(PAGES_PER_WRITE);
-        let take = if full < PAGES_PER_WRITE && end { self.out.len() } else { full * PAYLOAD };
+        let full = (self.out.len() / PAYLOAD).min(self.pages_per_write);
+        let take = if full < self.pages_per_write && end { self.out.len() } else { full * PAYLOAD };
         if take == 0 {
             return None;
         }
         let stream: Vec<u8> = self.out.drain(..take).collect();
-        let pages = take.div_ceil(PAYLOAD);
-        let last = take - (pages - 1) * PAYLOAD;
-        let len = (pages - 1) * PAGE_BYTES + (PAGE_HEADER_BYTES + last).next_multiple_of(BLOCK);
-        let mut bytes = AlignedBuf::zeroed(len);
+        let mut bytes = AlignedBuf::zeroed(take.div_ceil(PAYLOAD) * PAGE_BYTES);
         for (i, payload) in stream.chunks(PAYLOAD).enumerate() {
             let at = i * PAGE_BYTES;
             let mut h = Vec::with_capacity(PAGE_HEADER_BYTES);
@@ -196,7 +195,7 @@ pub(crate) fn page_payload(
 impl Index {
     /// Starts saving the state as it is now.
     pub(crate) fn begin_capture(&mut self, number: u64, store: u128) {
-        let mut capture = Capture::new(number, store);
+        let mut capture = Capture::new(number, store, self.pages_per_write);
         capture.global(self);
         self.capture = Some(capture);
     }
@@ -205,7 +204,7 @@ impl Index {
     pub(crate) fn capture_next(&mut self) -> Option<AlignedBuf> {
         let mut capture = self.capture.take()?;
         let mut budget = 65_536;
-        while capture.out.len() < PAGES_PER_WRITE * PAYLOAD && budget > 0 {
+        while capture.out.len() < capture.pages_per_write * PAYLOAD && budget > 0 {
             budget -= 1;
             if !self.capture_entry(&mut capture) {
                 break;
@@ -323,7 +322,7 @@ impl Index {
 
 /// The checkpoint of an empty store.
 pub(crate) fn empty(number: u64, store: u128, index: &Index) -> AlignedBuf {
-    let mut c = Capture::new(number, store);
+    let mut c = Capture::new(number, store, PAGES_PER_WRITE);
     c.global(index);
     c.pages(true).unwrap_or_else(|| AlignedBuf::zeroed(BLOCK))
 }

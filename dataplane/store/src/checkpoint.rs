@@ -75,6 +75,11 @@ impl Store {
         }
     }
 
+    /// Bytes of one checkpoint write, 4 KiB to 1 MiB (the default): what a checkpoint adds to a turn.
+    pub fn set_checkpoint_write_bytes(&mut self, bytes: usize) {
+        self.index.pages_per_write = (bytes / BLOCK).clamp(1, crate::capture::PAGES_PER_WRITE);
+    }
+
     fn token(&mut self) -> CheckpointToken {
         self.next_id += 1;
         CheckpointToken(self.next_id - 1)

@@ -182,6 +182,7 @@ pub(crate) struct Index {
     /// Data blocks nobody refers to any more.
     pub(crate) released: Vec<Run>,
     pub(crate) capture: Option<Capture>,
+    pub(crate) pages_per_write: usize,
 }
 
 impl Index {
@@ -199,6 +200,7 @@ impl Index {
             counters: Counters::default(),
             released: Vec::new(),
             capture: None,
+            pages_per_write: crate::capture::PAGES_PER_WRITE,
         }
     }
 

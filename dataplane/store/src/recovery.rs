@@ -174,18 +174,20 @@ fn load_checkpoint(
         offset,
         reason: reason.to_owned(),
     };
-    let mut buf = AlignedBuf::zeroed(PAGE_BYTES);
+    let mut buf = AlignedBuf::zeroed(1 << 20);
     // Entries cross pages: `stream` keeps what the last page began.
     let mut stream: Vec<u8> = Vec::new();
     let mut at = 0u64;
     let mut page = 0u32;
     while at < superblock.checkpoint_bytes {
-        let len = (superblock.checkpoint_bytes - at).min(PAGE_BYTES as u64) as usize;
-        let here = start + at;
-        device.read_at(here, &mut buf[..len]).map_err(io("reading the checkpoint"))?;
-        let payload = page_payload(&buf[..len], superblock.identity.store, number, page)
-            .map_err(|reason| bad(here, reason))?;
-        stream.extend_from_slice(payload);
+        let len = (superblock.checkpoint_bytes - at).min(buf.len() as u64) as usize;
+        device.read_at(start + at, &mut buf[..len]).map_err(io("reading the checkpoint"))?;
+        for bytes in buf[..len].chunks(PAGE_BYTES) {
+            let payload = page_payload(bytes, superblock.identity.store, number, page)
+                .map_err(|reason| bad(start + u64::from(page) * PAGE_BYTES as u64, reason))?;
+            stream.extend_from_slice(payload);
+            page += 1;
+        }
         let mut done = 0usize;
         while done < stream.len() {
             let mut r = Reader::new(&stream[done..]);
@@ -196,7 +198,6 @@ fn load_checkpoint(
         }
         stream.drain(..done);
         at += len as u64;
-        page += 1;
     }
     if stream.is_empty() && page > 0 { Ok(()) } else { Err(bad(start, "an entry makes no sense")) }
 }

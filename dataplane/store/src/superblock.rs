@@ -119,7 +119,8 @@ impl Superblock {
             && identity.pg_count > 0
             && u64::from(sb.replay_page) < ring
             && u64::from(sb.live_pages) <= ring
-            && sb.checkpoint_bytes <= geometry.checkpoint_bytes;
+            && sb.checkpoint_bytes <= geometry.checkpoint_bytes
+            && sb.checkpoint_bytes.is_multiple_of(BLOCK as u64);
         sound.then_some(Ok(sb))
     }
 }

@@ -23,7 +23,14 @@ fn one(seed: u64, rule: Break, lives: u32) -> Result<Counts, String> {
         world.rush(rng.random_range(0..40))?;
         match rng.random_range(0..10) {
             0..6 => world.crash(true)?,
-            6..8 => world.crash(false)?,
+            6..8 => {
+                world.crash(false)?;
+                // What the dead process left in the cache must not be believed and then lost.
+                if rng.random_bool(0.7) {
+                    world.rush(rng.random_range(0..3))?;
+                    world.crash(true)?;
+                }
+            }
             _ => world.restart()?,
         }
     }

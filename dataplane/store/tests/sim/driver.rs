@@ -187,6 +187,8 @@ impl World {
         };
         format_device(&mut disk, geometry, identity).map_err(|e| e.to_string())?;
         let store = Store::open(&mut disk, CLUSTER).map_err(|e| e.to_string())?;
+        let mut store = store;
+        store.set_checkpoint_write_bytes(4096);
         let heavy = rng.random_bool(0.3);
         let mut world = Self {
             heavy,
@@ -477,6 +479,8 @@ impl World {
             format!("{} blocks used, {} reachable", report.used_blocks, report.reachable_blocks)
         })?;
         self.store = Store::open(&mut self.disk, CLUSTER).map_err(|e| format!("open: {e}"))?;
+        // Small steps: the index changes while it is being saved.
+        self.store.set_checkpoint_write_bytes(4096);
         self.counts.reopened += 1;
         let exact = compare(&mut self.store, &self.disk, &self.durable, &self.all, PGS);
         match (exact, with_batch) {
