@@ -70,6 +70,8 @@ impl Counts {
 pub(crate) struct Wakes {
     pub(crate) flush: Notify,
     pub(crate) notices: Notify,
+    /// Every primary acked some notices: for all who wait for that.
+    pub(crate) acked: Notify,
     pub(crate) keys: Notify,
     pub(crate) moves: Notify,
     pub(crate) groups: Notify,

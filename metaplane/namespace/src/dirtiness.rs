@@ -91,6 +91,17 @@ impl Inode {
         self.is_file() && self.alloc_limit > 0 && self.generation > self.view.clean_generation
     }
 
+    /// A generation below was ended by a fence (or by a flush that was given up), and its seals may
+    /// still be on their way to some primary.
+    pub(crate) fn may_be_fenced(&self) -> bool {
+        let sealed = match &self.phase {
+            // Its seals are at every primary, or truncates wait for it.
+            Phase::Sealing(f) | Phase::Flushing(f) => f.generation,
+            Phase::Clean | Phase::Dirty => Generation(0),
+        };
+        self.sealed_floor > self.view.clean_generation.max(sealed)
+    }
+
     /// Whether S3 holds exactly this inode at `key`.
     pub(crate) fn is_settled_at(&self, key: &str) -> bool {
         let Some(b) = &self.view.backing else { return false };

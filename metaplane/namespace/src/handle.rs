@@ -35,6 +35,29 @@ impl<K: KvRead> Reader<'_, K> {
     pub(crate) fn session_has_open(&self, session: SessionId, inode: InodeId) -> bool {
         self.any_with_prefix(&key(SESSION_HANDLE, &[&be(session.0), &be(inode.0)]))
     }
+    /// Whether somebody else than `session` may hold a grant to write the inode: an open handle of
+    /// another session, or an ended session's fence that may not be at every primary yet. A truncate
+    /// by `session` is then answered only when no cut is pending (R14).
+    pub fn another_session_writes(&self, inode: InodeId, session: SessionId) -> FsResult<bool> {
+        let Some(n) = self.find_inode(inode)? else { return Ok(false) };
+        if n.may_be_fenced() {
+            return Ok(true);
+        }
+        let prefix = key(OPEN, &[&be(inode.0)]);
+        let mut from = prefix.clone();
+        loop {
+            let page = self.scan_prefix(&prefix, Some(&from), 256);
+            let Some((last, _)) = page.last() else { return Ok(false) };
+            from = after(last);
+            for (k, v) in page {
+                let (handle, holder) = (u64_at(&k, 9)?, u64_at(&v, 0)?);
+                let mode = key(SESSION_HANDLE, &[&be(holder), &be(inode.0), &be(handle)]);
+                if holder != session.0 && self.0.get(&mode).is_some_and(|m| m == [1]) {
+                    return Ok(true);
+                }
+            }
+        }
+    }
     pub(crate) fn check_handle_room(&self, session: SessionId) -> FsResult<()> {
         match self.session(session)? {
             None => Err(FsError::SessionExpired),

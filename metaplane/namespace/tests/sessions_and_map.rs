@@ -149,3 +149,32 @@ fn the_last_wish_that_was_not_zero_is_kept() {
     let c = w.read().counts().expect("readable");
     assert_eq!((c.desired_nodes, c.wake_nodes), (0, 3));
 }
+
+#[test]
+fn a_truncate_has_to_wait_only_while_somebody_else_may_write() {
+    let mut w = World::new();
+    let (a, b, c) = (w.session(), w.session(), w.session());
+    let mut h = w.create(a, InodeId::ROOT, "f").expect("create");
+    w.write(&mut h, 0, b"abc").expect("write");
+    let f = h.inode;
+    let waits = |w: &World, s| w.read().another_session_writes(f, s).expect("readable");
+    assert!(!waits(&w, a), "one's own grant carries the cut");
+    assert!(waits(&w, b));
+    let reader = w.open(b, f, READ).expect("open");
+    assert!(!waits(&w, a), "readers write nothing");
+    let writer = w.open(b, f, WRITE).expect("open");
+    assert!(waits(&w, a));
+    w.close(reader).expect("close");
+    w.close(writer).expect("close");
+    assert!(!waits(&w, a));
+    // A session that ended may write until its fence is everywhere; a flush seals above it.
+    let gone = w.open(c, f, WRITE).expect("open");
+    w.done(Command::EndSessions(vec![gone.session]));
+    assert!(waits(&w, a));
+    w.truncate(a, f, 1).expect("truncate");
+    assert!(w.read().cuts_pending(f).expect("readable"));
+    w.deliver_all();
+    assert!(!w.read().cuts_pending(f).expect("readable"));
+    w.settle_all();
+    assert!(!waits(&w, a));
+}

@@ -125,7 +125,8 @@ impl Service {
             self.counts.notices.fetch_add(acked.len() as u64, Ordering::Relaxed);
             if !acked.is_empty() {
                 self.voter.submit(Command::NoticesDone(acked)).await.map_err(fs_error)?;
-                // Cuts were acked: flushes that waited for them may begin.
+                // Cuts were acked: truncates that waited for them are answered, flushes may begin.
+                self.wakes.acked.notify_waiters();
                 self.wakes.flush.notify_one();
             }
         }

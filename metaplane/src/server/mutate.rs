@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 
 /// How long a mutation waits here for a seal or an ack before the client is asked to come again.
 const WAIT_MAX: Duration = Duration::from_secs(2);
+/// How long a truncate waits for the acks of its cut. It has happened, so this is not the place to
+/// give up soon; but shorter than a client waits for one answer.
+const CUT_WAIT_MAX: Duration = Duration::from_secs(20);
 /// Longest pause between two tries.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Keys below a directory that a rename lists; more is EXDEV.
@@ -35,7 +38,10 @@ impl Service {
                 other => return Err(super::unexpected(&other)),
             };
             let why = match outcome {
-                Ok(outcome) => return Ok(self.sign(outcome)),
+                Ok(outcome) => {
+                    self.cut_everywhere(session, &op, &outcome).await?;
+                    return Ok(self.sign(outcome));
+                }
                 Err(FsError::Again { why, .. }) if begun.elapsed() < WAIT_MAX => why,
                 Err(e) => return Err(e),
             };
@@ -47,6 +53,47 @@ impl Service {
             self.wakes.notices.notify_one();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// R14: a truncate is answered when every primary has its cut, lest somebody who is told of it
+    /// writes under an older grant, is acked, and then cut away. Where nobody else may write there is
+    /// nothing to wait for: who truncated carries the new view itself.
+    async fn cut_everywhere(
+        &self,
+        session: SessionId,
+        op: &Op,
+        outcome: &OpOutcome,
+    ) -> FsResult<()> {
+        let truncates = match op {
+            Op::SetAttr { set, .. } => set.size.is_some(),
+            Op::Open { open, .. } | Op::Create { open, .. } => open.truncate,
+            _ => false,
+        };
+        let inode = match outcome {
+            OpOutcome::Attr(attr) | OpOutcome::Opened { attr, .. } if truncates => attr.inode,
+            _ => return Ok(()),
+        };
+        let begun = Instant::now();
+        loop {
+            // Before the look, so that no ack falls between.
+            let acked = self.wakes.acked.notified();
+            let waits = self
+                .voter
+                .peek(|_, r| -> FsResult<bool> {
+                    Ok(r.cuts_pending(inode)? && r.another_session_writes(inode, session)?)
+                })
+                .map_err(fs_error)??;
+            if !waits {
+                return Ok(());
+            }
+            if begun.elapsed() >= CUT_WAIT_MAX {
+                // A retry finds the remembered reply and waits on.
+                let why = why::CUTS.to_owned();
+                return Err(FsError::Again { retry_after_ms: 100, why });
+            }
+            // The acks may also come by way of another leader.
+            let _ = tokio::time::timeout(PAUSE_MAX, acked).await;
         }
     }
 
