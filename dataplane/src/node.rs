@@ -20,13 +20,19 @@ use ebb_s3::{Bucket, BucketConfig};
 use serde::Serialize;
 use std::future::Future;
 use std::net::TcpListener;
+use std::pin::Pin;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use tokio::sync::{Notify, mpsc, watch};
 
 /// Upload bodies in memory, for all cores of a node.
-const FLUSH_BYTES: u64 = 64 << 20;
+const FLUSH_BYTES: u64 = 48 << 20;
+/// Index memory of all cores of a node. With the bodies, and what the process itself takes, it stays
+/// below 256 MiB beside the arenas.
+const INDEX_BYTES: u64 = 144 << 20;
+/// Least share of a core of either.
+const SHARE_MIN: u64 = 16 << 20;
 /// How often, and how far apart, a port in use is tried again.
 const BIND_TRIES: u32 = 100;
 const BIND_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
@@ -114,11 +120,23 @@ fn random() -> Result<u128, NodeError> {
     Ok(u128::from_le_bytes(bytes))
 }
 
+/// A future on the heap. The node's is made in this crate, so that its code is compiled here once and
+/// not again in every program and test that runs a node.
+type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
 /// Runs a node until `shutdown` ends, it is superseded, or a core fails.
-pub async fn run(
+pub fn run(
     config: NodeConfig,
-    shutdown: impl Future<Output = ()> + Send,
-) -> Result<(), NodeError> {
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Pin<Box<dyn Future<Output = Result<(), NodeError>> + Send>> {
+    boxed(config, Box::pin(shutdown))
+}
+
+fn boxed(config: NodeConfig, shutdown: Boxed<()>) -> Boxed<Result<(), NodeError>> {
+    Box::pin(serve(config, shutdown))
+}
+
+async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError> {
     config.check()?;
     let key = config.key()?;
     let cluster = config.cluster_id()?;
@@ -173,7 +191,8 @@ pub async fn run(
         let (report, refresh, key) = (Arc::clone(report), Arc::clone(&refresh), key.clone());
         let ended_tx = ended_tx.clone();
         let started = blocking(core, move || -> Result<_, NodeError> {
-            let (device, store) = shard.open(whose)?;
+            let (device, mut store) = shard.open(whose)?;
+            store.set_memory_limit((INDEX_BYTES / start.cores).max(SHARE_MIN));
             let setup = CoreSetup {
                 index: core,
                 ring: ring_config(start.arena_bytes),
@@ -183,7 +202,7 @@ pub async fn run(
                 key,
                 cluster,
                 limits: CoreLimits {
-                    flush_bytes: (FLUSH_BYTES / start.cores).max(16 << 20),
+                    flush_bytes: (FLUSH_BYTES / start.cores).max(SHARE_MIN),
                     ..CoreLimits::default()
                 },
                 jobs,
