@@ -1,8 +1,9 @@
 //! From a configuration to a serving process, and back to rest.
 //!
-//! The order: directory locked, port bound, S3 reached and its conditions probed, Raft started,
-//! bucket taken, state formatted, then the port opens and the ready file is written. Whatever fails
-//! on the way ends with a sentence that says what to do ([`MetaError`]).
+//! The order: directory locked, port bound, Raft started (voters may talk from here on), S3 reached
+//! and its conditions probed, bucket taken, state formatted, then clients are served and the ready
+//! file is written. Whatever fails on the way ends with a sentence that says what to do
+//! ([`MetaError`]).
 
 use crate::bucket::owner::down;
 use crate::config::MetaConfig;
@@ -19,8 +20,9 @@ use ebb_s3::{Bucket, Conditions};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::future::Future;
+use std::pin::Pin;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -48,8 +50,23 @@ pub async fn terminated() {
     }
 }
 
+/// A future on the heap. The server's is made in this crate, so that its code is compiled here once
+/// and not again in every program and test that runs a server.
+type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
 /// Runs a metadata server until `shutdown` completes.
-pub async fn run(config: MetaConfig, shutdown: impl Future<Output = ()>) -> Result<(), MetaError> {
+pub fn run(
+    config: MetaConfig,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Pin<Box<dyn Future<Output = Result<(), MetaError>> + Send>> {
+    boxed(config, Box::pin(shutdown))
+}
+
+fn boxed(config: MetaConfig, shutdown: Boxed<()>) -> Boxed<Result<(), MetaError>> {
+    Box::pin(serve(config, shutdown))
+}
+
+async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError> {
     config.validate()?;
     let key = config.key()?;
     let cluster = config.cluster_id()?;
@@ -93,7 +110,18 @@ pub async fn run(config: MetaConfig, shutdown: impl Future<Output = ()>) -> Resu
     });
 
     let stop = CancellationToken::new();
-    let handler = Arc::new(Port::new(Arc::clone(&service)));
+    // Voters elect a leader through the port, so it opens at once; it serves nothing else yet.
+    let ready = Arc::new(AtomicBool::new(false));
+    let handler = Arc::new(Port::new(Arc::clone(&service), Arc::clone(&ready)));
+    let serving = tokio::spawn(ebb_rpc::server::serve(
+        listener,
+        key,
+        cluster,
+        BODY_BYTES_MAX_META,
+        handler,
+        port,
+        stop.clone(),
+    ));
     tokio::pin!(shutdown);
     let began = tokio::select! {
         () = &mut shutdown => Ok(false),
@@ -101,30 +129,24 @@ pub async fn run(config: MetaConfig, shutdown: impl Future<Output = ()>) -> Resu
     };
     let result = match began {
         Ok(true) => {
-            let serving = tokio::spawn(ebb_rpc::server::serve(
-                listener,
-                key,
-                cluster,
-                BODY_BYTES_MAX_META,
-                handler,
-                port,
-                stop.clone(),
-            ));
             let leading = tokio::spawn(crate::leader::run(Arc::clone(&service), stop.clone()));
-            let ready = write_ready(&service.config, &address);
-            if ready.is_ok() {
+            ready.store(true, Ordering::Release);
+            let written = write_ready(&service.config, &address);
+            if written.is_ok() {
                 tracing::info!(address, cluster = %cluster, "the metadata server serves");
                 shutdown.await;
                 tracing::info!("stopping");
             }
             stop.cancel();
             // Loops end at their next await; what they leave half done is resumed by the next.
-            let _ = tokio::time::timeout(DRAIN, futures::future::join(serving, leading)).await;
-            ready
+            let _ = tokio::time::timeout(DRAIN, leading).await;
+            written
         }
         Ok(false) => Ok(()),
         Err(e) => Err(e),
     };
+    stop.cancel();
+    let _ = tokio::time::timeout(DRAIN, serving).await;
     service.voter.stop().await;
     if let Some(file) = &service.config.ready_file {
         let _ = std::fs::remove_file(file);
@@ -147,7 +169,7 @@ async fn begin(service: &Arc<Service>) -> Result<(), MetaError> {
         // Another voter leads and holds the bucket; this one takes over when it is elected.
         return Ok(());
     }
-    service.attach().await
+    service.attach(true).await
 }
 
 async fn probe(service: &Service) -> Result<Conditions, MetaError> {

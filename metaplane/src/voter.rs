@@ -16,6 +16,7 @@ use ebb_dataplane_protocol::Status;
 use ebb_metaplane_protocol::{Command, CommandReply};
 use ebb_namespace::Reader;
 use ebb_rpc::{Frame, Identity};
+use openraft::errors::{InitializeError, RaftError};
 use openraft::impls::BasicNode;
 use openraft::raft::{AppendEntriesRequest, SnapshotResponse};
 use openraft::storage::Snapshot;
@@ -82,7 +83,10 @@ impl Voter {
         let founded = raft.is_initialized().await.map_err(|e| MetaError::Raft(e.to_string()))?;
         // Every founder founds the same group; openraft keeps the elections apart.
         if !founded {
-            raft.initialize(members).await.map_err(|e| MetaError::Raft(e.to_string()))?;
+            match raft.initialize(members).await {
+                Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
+                Err(e) => return Err(MetaError::Raft(e.to_string())),
+            }
         }
         tokio::spawn(persist(state.clone()));
         Ok(Self {

@@ -35,6 +35,15 @@ pub(crate) struct Owner {
     renewed_ms: i64,
 }
 
+/// What a swap is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Swap {
+    /// Renews; does not wake what was put to sleep.
+    Keep,
+    Sleep,
+    Wake,
+}
+
 /// What this process knows of the owner object.
 #[derive(Debug, Default)]
 pub(crate) struct Ownership {
@@ -203,11 +212,20 @@ impl Service {
         }
     }
 
-    /// The loop of a leader: formats the state if it is new, then keeps the bucket.
+    /// The loop of a leader: takes the bucket over if another voter led so far, then keeps it.
     pub(crate) async fn run_owner(&self, stop: Stop) {
         let every = Duration::from_millis(self.config.timings.owner_renew_ms.max(100));
+        while self.ownership.held.lock().await.is_none() {
+            match self.attach(false).await {
+                Ok(()) => break,
+                Err(e) => tracing::error!(error = %e, "the new leader can't take the bucket"),
+            }
+            if stop.sleep(every.min(Duration::from_secs(1))).await {
+                return;
+            }
+        }
         while !stop.wait(&self.wakes.owner, every).await {
-            match self.renew(false).await {
+            match self.renew(Swap::Keep).await {
                 Ok(true) => {}
                 Ok(false) => {
                     if self.owns_bucket.swap(false, Ordering::AcqRel) {
@@ -223,13 +241,14 @@ impl Service {
         }
     }
 
-    /// Swaps the owner object, awake or asleep. `false`: the bucket is not ours any more.
-    async fn renew(&self, asleep: bool) -> Result<bool, S3Error> {
+    /// Swaps the owner object. `false`: the bucket is not ours any more.
+    async fn renew(&self, what: Swap) -> Result<bool, S3Error> {
         let mut held = self.ownership.held.lock().await;
         let Some((owner, etag)) = held.as_ref() else { return Ok(false) };
-        if owner.asleep && !asleep && !self.owns_bucket() {
+        if owner.asleep && what == Swap::Keep {
             return Ok(true);
         }
+        let asleep = what == Swap::Sleep;
         let next = Owner { n: owner.n + 1, asleep, renewed_ms: millis(), ..owner.clone() };
         if let Some(swapped) = self.swap_owner(Some(etag), next).await? {
             *held = Some(swapped);
@@ -247,7 +266,7 @@ impl Service {
 
     /// Everything is in S3: the bucket alone is enough to wake.
     pub(crate) async fn put_to_sleep(&self) -> FsResult<()> {
-        match self.renew(true).await {
+        match self.renew(Swap::Sleep).await {
             Ok(true) => {
                 self.owns_bucket.store(false, Ordering::Release);
                 Ok(())
@@ -261,7 +280,7 @@ impl Service {
 
     /// The shutdown was taken back.
     pub(crate) async fn wake_bucket(&self) -> FsResult<()> {
-        match self.renew(false).await {
+        match self.renew(Swap::Wake).await {
             Ok(true) => {
                 self.owns_bucket.store(true, Ordering::Release);
                 Ok(())
@@ -274,7 +293,9 @@ impl Service {
     }
 
     /// Formats the state machine, or checks that it is this cluster's; takes the bucket first.
-    pub(crate) async fn attach(&self) -> Result<(), MetaError> {
+    /// `starting`: a cluster that was put to sleep wakes. Otherwise another voter led so far, and
+    /// what it was putting to sleep stays so.
+    pub(crate) async fn attach(&self, starting: bool) -> Result<(), MetaError> {
         let raft = |e: String| MetaError::Raft(e);
         let state = self
             .voter
@@ -295,6 +316,9 @@ impl Service {
                 found: cluster.to_string(),
                 wanted: self.cluster.to_string(),
             });
+        }
+        if state.as_ref().is_some_and(|s| s.2) && !starting {
+            return Ok(());
         }
         let owned_since = SystemTime::now();
         let ours = state.as_ref().map(|s| s.1);

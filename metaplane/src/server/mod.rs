@@ -22,6 +22,7 @@ use ebb_namespace::limits::SESSION_TTL_MS;
 use ebb_rpc::Frame;
 use ebb_rpc::server::{Handler, Peer};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::Semaphore;
 
 /// Requests in progress at most, of all connections.
@@ -31,11 +32,13 @@ const REQUESTS_MAX: usize = 4096;
 pub(crate) struct Port {
     service: Arc<Service>,
     permits: Semaphore,
+    /// The start is over; before, only voters are answered.
+    ready: Arc<AtomicBool>,
 }
 
 impl Port {
-    pub(crate) fn new(service: Arc<Service>) -> Self {
-        Self { service, permits: Semaphore::new(REQUESTS_MAX) }
+    pub(crate) fn new(service: Arc<Service>, ready: Arc<AtomicBool>) -> Self {
+        Self { service, permits: Semaphore::new(REQUESTS_MAX), ready }
     }
 }
 
@@ -45,6 +48,9 @@ impl Handler for Port {
             Opcode::Ping => Frame::new(frame.header.reply(Status::Ok), Bytes::new(), Bytes::new()),
             Opcode::Raft if peer.hello.role == Role::Meta => {
                 self.service.voter.answer(&frame).await
+            }
+            Opcode::Meta if !self.ready.load(Ordering::Acquire) => {
+                Frame::refusal(&frame.header, Status::NotLeader, "")
             }
             Opcode::Meta => self.meta(&peer, &frame).await,
             _ => Frame::refusal(&frame.header, Status::Forbidden, "not served on this port"),

@@ -136,7 +136,11 @@ pub async fn wait_ready(path: &Path, ended: impl Fn() -> bool) -> Option<String>
 }
 
 pub fn client(address: &str) -> MetaClient {
-    MetaClient::new(vec![address.to_owned()], Identity::new(ClusterKey::new(KEY), Role::Client))
+    client_of(vec![address.to_owned()])
+}
+
+pub fn client_of(addresses: Vec<String>) -> MetaClient {
+    MetaClient::new(addresses, Identity::new(ClusterKey::new(KEY), Role::Client))
 }
 
 /// A running metadata server.
