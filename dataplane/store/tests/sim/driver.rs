@@ -394,6 +394,16 @@ impl World {
             }
             CheckpointStep::Write { token, offset, bytes } => {
                 self.disk.write(offset, &bytes);
+                // A crowd of inodes without data: their table is larger than one write.
+                for _ in 0..3 {
+                    let inode = InodeId::new(9, Incarnation(1), self.rng.random_range(0..300));
+                    let floor = Generation(self.rng.random_range(1..1000));
+                    let known = self.head.inodes.get(&inode).map_or(Generation(0), |i| i.floor);
+                    let r = self.store.set_floor(inode, floor);
+                    if known < floor {
+                        self.control(r, Op::Floor(inode, floor))?;
+                    }
+                }
                 self.step = Some((token, None));
             }
             CheckpointStep::Sync { token } => {

@@ -83,6 +83,9 @@ pub fn compare(
             compare_seal(store, disk, *id, g, m)?;
         }
     }
+    for (id, m) in &state.inodes {
+        ensure(store.floor(*id) == m.floor, || format!("inode {id}: floor"))?;
+    }
     for (session, w) in &state.windows {
         for s in 0..w.1.last().copied().unwrap_or(0).max(w.0) + 3 {
             let got = store.applied(*session, Sequence(s));
