@@ -29,6 +29,11 @@ struct Message {
     what: What,
 }
 
+/// Views in one message at most.
+const VIEWS_MAX: usize = 64;
+const _: () =
+    assert!(VIEWS_MAX * 2048 < ebb_dataplane_protocol::header::BODY_BYTES_MAX_DATA as usize);
+
 enum What {
     Done(Vec<FlushDone>),
     Aborted(Vec<(InodeId, ebb_dataplane_protocol::Generation)>),
@@ -53,9 +58,18 @@ impl What {
             Self::Drop(v) => Control::DropInodes(v),
         }
     }
+    /// Items of one message at most. A signed view may take 2 KiB (a key, an etag, eight cuts), and a
+    /// core takes bodies of 256 KiB.
+    fn room(&self) -> usize {
+        match self {
+            Self::Views(_) => VIEWS_MAX,
+            _ => BATCH_MAX / 4,
+        }
+    }
+
     /// Adds to the last message if it is of the same kind.
     fn append(messages: &mut Vec<Message>, id: u64, what: Self) {
-        if let Some(last) = messages.last_mut().filter(|m| m.what.len() < BATCH_MAX / 4) {
+        if let Some(last) = messages.last_mut().filter(|m| m.what.len() < m.what.room()) {
             match (&mut last.what, what) {
                 (Self::Done(a), Self::Done(b)) => a.extend(b),
                 (Self::Aborted(a), Self::Aborted(b)) => a.extend(b),
