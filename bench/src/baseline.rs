@@ -16,8 +16,12 @@ pub struct Sample {
     pub iops: f64,
     /// 10^6 bytes per second.
     pub mb_per_s: f64,
-    /// Median latency, µs; 0 where there is none.
+    /// Median latency, µs; 0 where there is none, as below.
     pub p50_us: f64,
+    /// 99th percentile, µs.
+    pub p99_us: f64,
+    /// 99.9th percentile, µs.
+    pub p999_us: f64,
 }
 
 /// The tools, and the file `fio` works on, which goes with this value.
@@ -110,16 +114,21 @@ impl Baseline {
         }
         let report = json("fio", command).await?;
         let side = &report["jobs"][0][if read { "read" } else { "write" }];
-        let get = |v: &Value, what: &str| {
+        let get = |v: &Value, what: &str| -> Result<f64, BenchError> {
             v.as_f64().ok_or_else(|| BenchError::Program {
                 program: "fio",
                 why: format!("its report has no {what}"),
             })
         };
+        let us = |q: &str| -> Result<f64, BenchError> {
+            Ok(get(&side["clat_ns"]["percentile"][q], "percentiles")? / 1000.0)
+        };
         Ok(Sample {
             iops: get(&side["iops"], "iops")?,
             mb_per_s: get(&side["bw_bytes"], "bw_bytes")? / 1e6,
-            p50_us: get(&side["clat_ns"]["percentile"]["50.000000"], "percentiles")? / 1000.0,
+            p50_us: us("50.000000")?,
+            p99_us: us("99.000000")?,
+            p999_us: us("99.900000")?,
         })
     }
 

@@ -121,8 +121,6 @@ struct Job {
 /// A measurement of ours.
 struct Turn {
     sample: Sample,
-    p99_us: f64,
-    p999_us: f64,
     cpu_s_per_gb: f64,
 }
 
@@ -322,9 +320,9 @@ async fn turn(
             iops: times.len() as f64 / seconds,
             mb_per_s: moved / seconds / 1e6,
             p50_us: us(0.5),
+            p99_us: us(0.99),
+            p999_us: us(0.999),
         },
-        p99_us: us(0.99),
-        p999_us: us(0.999),
         cpu_s_per_gb: cpu / (moved / 1e9).max(1e-9),
     })
 }
@@ -402,8 +400,8 @@ fn our_row(job: Job, server_cores: u32, turns: &[Turn]) -> Row {
         iops: of(|t| t.sample.iops),
         mb_per_s: of(|t| t.sample.mb_per_s),
         p50_us: of(|t| t.sample.p50_us),
-        p99_us: of(|t| t.p99_us),
-        p999_us: of(|t| t.p999_us),
+        p99_us: of(|t| t.sample.p99_us),
+        p999_us: of(|t| t.sample.p999_us),
         cpu_s_per_gb: of(|t| t.cpu_s_per_gb),
         mb_per_s_runs: turns.iter().map(|t| t.sample.mb_per_s).collect(),
     }
@@ -419,6 +417,8 @@ fn tool_row(tool: &'static str, job: Job, samples: &[Sample]) -> Row {
         iops: of(|s| s.iops),
         mb_per_s: of(|s| s.mb_per_s),
         p50_us: of(|s| s.p50_us),
+        p99_us: of(|s| s.p99_us),
+        p999_us: of(|s| s.p999_us),
         mb_per_s_runs: samples.iter().map(|s| s.mb_per_s).collect(),
         ..Row::default()
     }

@@ -86,6 +86,49 @@ pub(crate) fn own_resident_bytes() -> u64 {
     std::fs::read_to_string("/proc/self/status").ok().and_then(|s| field(&s, "VmRSS")).unwrap_or(0)
 }
 
+/// What a node with a full cache would take: the most that a running node took beside its arena, and
+/// the index of a full cache on top. A sum of two measurements: the node's own index is in the first.
+#[derive(Clone, Debug, Serialize)]
+pub struct WithIndex {
+    /// How the cached data lies.
+    pub shape: crate::index::Shape,
+    /// Peak of a data node beside its arena.
+    pub node_bytes: u64,
+    /// Index of the full cache.
+    pub index_bytes: u64,
+    /// The sum against 256 MiB.
+    pub bar: Bar,
+}
+
+impl std::fmt::Display for WithIndex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / MIB as f64;
+        write!(
+            f,
+            "a node with its cache full of {}: arena + {:.0} MiB ({:.0} as it runs here, {:.0} of index); ≤ 256 MiB: {}",
+            self.shape,
+            mib(self.node_bytes + self.index_bytes),
+            mib(self.node_bytes),
+            mib(self.index_bytes),
+            if self.bar.met { "met" } else { "MISSED" }
+        )
+    }
+}
+
+/// Adds each index to the node that took the most.
+pub fn with_index(processes: &[Row], index: &[crate::index::Row]) -> Vec<WithIndex> {
+    let beside = |r: &Row| Some((r.peak_bytes + r.huge_bytes).saturating_sub(r.arena_bytes?));
+    let Some(node_bytes) = processes.iter().filter_map(beside).max() else { return Vec::new() };
+    index
+        .iter()
+        .map(|r| {
+            let sum = node_bytes + r.resident_bytes;
+            let bar = Limit::at_most(DATA_BESIDE_ARENA as f64).judge(sum as f64);
+            WithIndex { shape: r.shape, node_bytes, index_bytes: r.resident_bytes, bar }
+        })
+        .collect()
+}
+
 /// The rows for people.
 pub fn table(rows: &[Row]) -> String {
     let mib = |bytes: u64| format!("{:.1}", bytes as f64 / MIB as f64);

@@ -38,7 +38,7 @@ pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
         }
         BenchWhat::Memory(a) => {
             let (processes, index) = run_memory(cli, a).await?;
-            let document = serde_json::json!({ "processes": processes, "index": index });
+            let document = memory_document(&processes, &index);
             print(cli, &document, || memory_tables(&processes, &index))
         }
         BenchWhat::All(a) => all(cli, a).await,
@@ -232,6 +232,11 @@ fn mounts(dir: &Path) -> Vec<Subject> {
     found
 }
 
+fn memory_document(processes: &[memory::Row], index: &[index::Row]) -> serde_json::Value {
+    let sums = memory::with_index(processes, index);
+    serde_json::json!({ "processes": processes, "index": index, "node_with_index": sums })
+}
+
 fn memory_tables(processes: &[memory::Row], index: &[index::Row]) -> String {
     let mut text = match processes {
         [] => "no server and no mount of this cluster runs on this machine".to_owned(),
@@ -239,6 +244,9 @@ fn memory_tables(processes: &[memory::Row], index: &[index::Row]) -> String {
     };
     if !index.is_empty() {
         text += &format!("\n\n{}", index::table(index));
+    }
+    for sum in memory::with_index(processes, index) {
+        text += &format!("\n{sum}");
     }
     text
 }
@@ -256,13 +264,13 @@ async fn all(cli: &Cli, args: &BenchMount) -> Result<(), CliError> {
         all_cores: false,
     };
     check_mounted(&args.target)?;
+    let machine = machine();
     let chunks = run_chunk(cli, plan(cli, &chunk_args)?).await?;
     let jobs = run_mount(cli, args).await?;
     let (processes, index) = run_memory(cli, &BenchMemory { index: 100 }).await?;
-    let machine = machine();
     let document = serde_json::json!({
         "machine": machine, "chunk": chunks, "mount": jobs,
-        "memory": { "processes": processes, "index": index },
+        "memory": memory_document(&processes, &index),
     });
     print(cli, &document, || {
         format!(
@@ -275,7 +283,8 @@ async fn all(cli: &Cli, args: &BenchMount) -> Result<(), CliError> {
     })
 }
 
-/// "2 cores, 23.4 GiB of memory, Linux 6.18.44"
+/// "2 cores, 23.4 GiB of memory, Linux 6.18.44, load average 0.31 at the start": on a busy machine
+/// only the ratios mean something.
 fn machine() -> String {
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
@@ -284,5 +293,11 @@ fn machine() -> String {
         .find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok())
         .unwrap_or(0);
     let kernel = read("/proc/sys/kernel/osrelease");
-    format!("{cores} cores, {} of memory, Linux {}", output::bytes(kib * 1024), kernel.trim())
+    let load = read("/proc/loadavg");
+    let load = load.split(' ').next().unwrap_or("unknown");
+    format!(
+        "{cores} cores, {} of memory, Linux {}, load average {load} at the start",
+        output::bytes(kib * 1024),
+        kernel.trim()
+    )
 }
