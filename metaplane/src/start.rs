@@ -20,8 +20,8 @@ use ebb_s3::{Bucket, Conditions};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::future::Future;
-use std::pin::Pin;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -99,6 +99,7 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
         counts: Default::default(),
         heads: Semaphore::new(HEADS_MAX),
         listings: Default::default(),
+        comparisons: Default::default(),
         given_up: Default::default(),
         wake_wanted: AtomicBool::new(false),
         owns_bucket: AtomicBool::new(false),

@@ -1,14 +1,40 @@
 //! At an open, a clean file is compared with S3 if the last comparison is old: a change from outside
 //! is seen by who opens after it (close-to-open). S3 that does not answer in time is not waited for:
-//! what is known is served, and said once.
+//! what is known is served, and said once. A comparison that found nothing new costs no log entry:
+//! when it was made is remembered here.
 
 use super::attributes;
 use crate::raft::propose::now;
 use crate::service::{Service, count, fs_error};
 use ebb_dataplane_protocol::InodeId;
-use ebb_metaplane_protocol::flush::{Adopt, ForeignObject};
+use ebb_metaplane_protocol::flush::Adopt;
 use ebb_metaplane_protocol::{Command, FsResult};
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Comparisons remembered at most; past it the memory starts anew, which costs HEADs only.
+const REMEMBERED_MAX: usize = 100_000;
+
+/// Which etag was last seen at an inode's key, and when.
+#[derive(Debug, Default)]
+pub(crate) struct Comparisons(Mutex<HashMap<InodeId, (String, Instant)>>);
+
+impl Comparisons {
+    fn is_fresh(&self, inode: InodeId, etag: &str, limit: Duration) -> bool {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(&inode).is_some_and(|(seen, at)| seen == etag && at.elapsed() < limit)
+    }
+
+    /// `at`: when the HEAD was sent.
+    fn unchanged(&self, inode: InodeId, etag: String, at: Instant) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= REMEMBERED_MAX {
+            all.clear();
+        }
+        all.insert(inode, (etag, at));
+    }
+}
 
 impl Service {
     /// Compares a file with its object if that is due, and adopts what changed.
@@ -17,9 +43,14 @@ impl Service {
         let Ok(Some(known)) = known else { return Ok(()) };
         let age_ms = now().0.saturating_sub(known.validated.0) / 1_000_000;
         let due = age_ms >= i64::try_from(self.config.timings.revalidate_ms).unwrap_or(i64::MAX);
-        if !due || !self.health.is_worth_trying() {
+        let pause = Duration::from_millis(self.config.timings.revalidate_ms);
+        if !due
+            || self.comparisons.is_fresh(inode, &known.etag, pause)
+            || !self.health.is_worth_trying()
+        {
             return Ok(());
         }
+        let asked = Instant::now();
         let limit = Duration::from_millis(self.config.timings.revalidate_timeout_ms);
         let info = match tokio::time::timeout(limit, self.head(&known.key)).await {
             Ok(Ok(info)) => info,
@@ -29,21 +60,16 @@ impl Service {
                 return Ok(());
             }
         };
-        let unchanged = info.as_ref().is_some_and(|i| i.etag.as_str() == known.etag);
+        if info.as_ref().is_some_and(|i| i.etag.as_str() == known.etag) {
+            self.comparisons.unchanged(inode, known.etag, asked);
+            return Ok(());
+        }
         let object = match &info {
             None => None,
-            // What is the same needs no attributes: only the time of the comparison is noted.
-            Some(i) if unchanged => Some(ForeignObject {
-                etag: i.etag.as_str().to_owned(),
-                size: i.size,
-                attrs: attributes::of_prefix(false),
-            }),
             Some(i) => Some(attributes::foreign(&self.bucket, &known.key, i).await?),
         };
-        if !unchanged {
-            count(&self.counts.adopted);
-            tracing::info!(key = known.key, "the object was changed from outside");
-        }
+        count(&self.counts.adopted);
+        tracing::info!(key = known.key, "the object was changed from outside");
         let adopt = Adopt { inode, lineage: known.lineage, old_etag: Some(known.etag), object };
         self.submit_internal(Command::Adopt(vec![adopt])).await?;
         Ok(())

@@ -158,6 +158,10 @@ async fn a_log_cut_at_any_offset_recovers_every_whole_batch_before_it() {
     let end = complete.last().map_or(0, |c| c.0);
     for cut in 0..=end {
         for zero_filled in [false, true] {
+            if zero_filled && cut % 4 != 0 {
+                // Sectors are zero or not; every fourth byte is more than enough of them.
+                continue;
+            }
             let crashed = tempfile::tempdir().expect("a temporary directory");
             let mut left = bytes[..cut as usize].to_vec();
             if zero_filled {
