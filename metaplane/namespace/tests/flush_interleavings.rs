@@ -303,30 +303,3 @@ fn the_same_log_gives_the_same_bytes() {
         assert!(other == r.w.kv, "seed {seed}: two voters differ");
     }
 }
-
-#[test]
-#[ignore = "prints the log of EBB_SEED, and what becomes of the key KEY"]
-#[expect(clippy::disallowed_methods, reason = "a test's own settings")]
-fn trace() {
-    let foreign = std::env::var("FOREIGN").is_ok();
-    let key = std::env::var("KEY").unwrap_or_default();
-    for seed in seeds(1) {
-        let mut r = run(seed, foreign, 300);
-        finish(&mut r);
-        let mut kv = MemKv::default();
-        let mut was = None;
-        for (i, e) in r.w.log.iter().enumerate() {
-            let reply = Machine::apply(&mut kv, e);
-            println!("{i} {:?}\n    {:?}", e.commands[0], reply[0]);
-            let state = kv.0.get(&[b"K", key.as_bytes()].concat()).cloned();
-            let owner = ebb_namespace::Reader(&kv).owner_of(&key);
-            if was.as_ref() != Some(&(state.clone(), owner.clone())) {
-                let text = state.as_ref().map(|s| String::from_utf8_lossy(s).into_owned());
-                println!("    >>> {key}: owner {owner:?} state {text:?}");
-                was = Some((state, owner));
-            }
-        }
-        println!("{:?}", r.w.tree());
-        println!("{:?}", r.w.bucket.objects.get(&key));
-    }
-}
