@@ -62,8 +62,8 @@ async fn a_majority_goes_on_and_who_was_away_catches_up() {
     c.settle().await;
     assert_eq!(world.keys().await.len(), made.len());
     // Two of three gone: nothing is acknowledged any more.
-    for away in 0..2 {
-        running[away].take().expect("running").stop().await;
+    for voter in &mut running[..2] {
+        voter.take().expect("running").stop().await;
     }
     let op = Op::Mkdir { parent: ROOT, name: b"lonely".to_vec(), mode: 0, uid: 0, gid: 0 };
     let request = c.request(op);
