@@ -20,8 +20,8 @@ const ROOT: InodeId = InodeId::ROOT;
 const OWNER: Owner = Owner { uid: 5, gid: 6 };
 const MIB: usize = 1 << 20;
 
+/// The server of the kill tests, when this program runs itself as one; otherwise nothing.
 #[test]
-#[ignore = "the server of the kill tests"]
 fn server_process() {
     serve_if_asked();
 }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 const ROOT: InodeId = InodeId::ROOT;
 
+/// The server of the kill tests, when this program runs itself as one; otherwise nothing.
 #[test]
-#[ignore = "the server of the kill tests"]
 fn server_process() {
     serve_if_asked();
 }

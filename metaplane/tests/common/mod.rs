@@ -357,7 +357,7 @@ impl Process {
         let _ = std::fs::remove_file(&ready);
         std::fs::write(config_file, config.to_toml().expect("TOML")).expect("written");
         let child = std::process::Command::new(std::env::current_exe().expect("this binary"))
-            .args(["--exact", "server_process", "--ignored", "--nocapture"])
+            .args(["--exact", "server_process", "--nocapture"])
             .env("EBB_TEST_META_CONFIG", config_file)
             .stdout(std::process::Stdio::null())
             .spawn()
