@@ -171,18 +171,18 @@ impl Shared {
         }
     }
 
-    /// A mutation under the current session, exactly once (I7). `Again` says that nothing happened,
-    /// so it is asked anew under a fresh sequence. An expired session is replaced, and the operation
+    /// A mutation under the current session, exactly once (I7). `Again` is asked anew under the same
+    /// sequence: it was not done, or it was and its answer is still held back (a truncate, R14). An expired session is replaced, and the operation
     /// sent under the new one unless it names a handle of the old (`same_session`).
     /// Answers with the epoch of the session it took effect in.
     pub(crate) async fn mutate(&self, op: Op, same_session: Option<u64>) -> Result<(OpReply, u64)> {
         let deadline = Instant::now() + self.config.patience;
+        let ticket = self.meta_sequences.begin();
         loop {
             let (session, epoch) = self.session.current();
             if same_session.is_some_and(|wanted| wanted != epoch) {
                 return Err(FsError::SessionExpired.into());
             }
-            let ticket = self.meta_sequences.begin();
             let request = Request::Mutate {
                 session,
                 sequence: ticket.sequence(),
@@ -193,7 +193,6 @@ impl Shared {
                 Response::Op(reply) => reply,
                 other => return Err(unexpected(&other)),
             };
-            drop(ticket);
             match reply {
                 Err(FsError::Again { retry_after_ms, why }) => {
                     wait_again(deadline, retry_after_ms, why).await?;
