@@ -184,8 +184,12 @@ async fn json(program: &'static str, mut command: Command) -> Result<Value, Benc
     let text = String::from_utf8_lossy(&output.stdout);
     let document = text.find('{').map_or("", |at| &text[at..]);
     match serde_json::from_str::<Value>(document) {
-        Ok(v) if output.status.success() => Ok(v),
-        Ok(v) => Err(failed(v["error"].as_str().unwrap_or("it failed").to_owned())),
+        // iperf3 tells of a failure in its report, and may exit with 0 all the same.
+        Ok(v) => match v["error"].as_str() {
+            Some(why) => Err(failed(why.to_owned())),
+            None if output.status.success() => Ok(v),
+            None => Err(failed(output.status.to_string())),
+        },
         Err(e) => {
             let said = String::from_utf8_lossy(&output.stderr);
             Err(failed(format!("{}: {e}; {}", output.status, said.trim())))
