@@ -280,6 +280,11 @@ impl FileSystem {
             }
             let Some(remote) = live() else { return Ok(()) };
             let commit = inode.pending_commit();
+            if commit.is_none() {
+                // Nobody waits for this: it goes with others, in one log entry.
+                self.shared.linger(remote);
+                return Ok(());
+            }
             let op = Op::Release { handle: remote.handle, commit: commit.clone() };
             match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
                 Ok(_) => {

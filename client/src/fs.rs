@@ -5,9 +5,10 @@ use crate::budget::Budget;
 use crate::cluster::{self, Cluster};
 use crate::error::ClientError;
 use crate::files::OpenFile;
-use crate::inode::OpenInode;
+use crate::inode::{OpenInode, Remote};
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::{Attr, SetAttr};
+use ebb_metaplane_protocol::op::RELEASES_MAX;
 use ebb_metaplane_protocol::query::{DirEntry, StatFs};
 use ebb_metaplane_protocol::{Op, OpReply, Query, QueryReply};
 use std::collections::HashMap;
@@ -42,6 +43,9 @@ pub(crate) struct Shared {
     inodes: Mutex<HashMap<InodeId, Arc<OpenInode>>>,
     files: Mutex<HashMap<u64, Arc<OpenFile>>>,
     pub(crate) next_file: AtomicU64,
+    /// Closed handles the metadata plane has not been told of yet; sent every turn, or when there
+    /// are many.
+    lingering: Mutex<Vec<Remote>>,
 }
 
 /// How often buffers are looked over for what is due.
@@ -70,6 +74,7 @@ impl FileSystem {
             inodes: Mutex::default(),
             files: Mutex::default(),
             next_file: AtomicU64::new(1),
+            lingering: Mutex::default(),
             cluster: Arc::clone(&cluster.shared),
         });
         tokio::spawn(look_after(Arc::downgrade(&shared)));
@@ -306,6 +311,41 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Takes a handle that is closed and has nothing to commit.
+    pub(crate) fn linger(self: &Arc<Self>, remote: Remote) {
+        let many = {
+            let mut lingering = lock(&self.lingering);
+            lingering.push(remote);
+            lingering.len() >= RELEASES_MAX / 2
+        };
+        if many {
+            self.release_lingering();
+        }
+    }
+
+    /// Tells the metadata plane of closed handles. Those of an expired session are gone already;
+    /// those it cannot be told of go with the session.
+    fn release_lingering(self: &Arc<Self>) {
+        let closed = std::mem::take(&mut *lock(&self.lingering));
+        let (_, epoch) = self.cluster.session.current();
+        let handles: Vec<_> =
+            closed.iter().filter(|r| r.epoch == epoch).map(|r| r.handle).collect();
+        if handles.is_empty() {
+            return;
+        }
+        let shared = Arc::clone(self);
+        self.runtime.spawn(async move {
+            for part in handles.chunks(RELEASES_MAX) {
+                let op = Op::ReleaseMany { handles: part.to_vec() };
+                if let Err(e) = shared.cluster.mutate(op, Some(epoch)).await {
+                    tracing::debug!(error = %e, "handles stay with the session");
+                }
+            }
+        });
+    }
+}
+
 /// Sends and commits what has waited long enough, and drops what was read ahead long ago.
 async fn look_after(shared: Weak<Shared>) {
     let mut turn = tokio::time::interval(TURN);
@@ -313,6 +353,7 @@ async fn look_after(shared: Weak<Shared>) {
     loop {
         turn.tick().await;
         let Some(shared) = shared.upgrade() else { return };
+        shared.release_lingering();
         let open: Vec<_> = shared.inodes().values().cloned().collect();
         let config = &shared.cluster.config;
         for inode in open {

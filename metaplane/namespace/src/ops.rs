@@ -12,7 +12,7 @@ use crate::tables::Ctx;
 use ebb_dataplane_protocol::{GrantMode, HandleId, InodeId, SessionId};
 use ebb_metaplane_protocol::attr::{SetAttr, TimeChange};
 use ebb_metaplane_protocol::command::OpOutcome;
-use ebb_metaplane_protocol::op::{CommitWrite, Op, OpenMode};
+use ebb_metaplane_protocol::op::{CommitWrite, Op, OpenMode, RELEASES_MAX};
 use ebb_metaplane_protocol::{FileKind, FsError, FsResult, Time};
 
 impl<K: KvRead> Reader<'_, K> {
@@ -69,6 +69,15 @@ impl<K: Kv> Ctx<'_, K> {
                 self.regrant(session, *handle, *write, *write_end)
             }
             Op::Release { handle, commit } => self.release(session, *handle, commit.as_ref()),
+            Op::ReleaseMany { handles } => {
+                if handles.len() > RELEASES_MAX {
+                    return Err(FsError::Invalid("too many handles in one request".into()));
+                }
+                for handle in handles {
+                    self.release(session, *handle, None)?;
+                }
+                Ok(OpOutcome::Done)
+            }
             Op::Commit(c) => self.commit_write(session, c).map(OpOutcome::Attr),
             Op::SetAttr { inode, set } => self.set_attr(*inode, set),
             Op::Mkdir { parent, name, mode, uid, gid } => {

@@ -4,7 +4,7 @@ mod common;
 use common::*;
 use ebb_dataplane_protocol::*;
 use ebb_metaplane_protocol::command::{Command, CommandReply};
-use ebb_metaplane_protocol::op::Op;
+use ebb_metaplane_protocol::op::{Op, OpenMode, RELEASES_MAX};
 use ebb_metaplane_protocol::{FsError, NodeCall, Time};
 
 fn mkdir(name: &str) -> Op {
@@ -177,4 +177,23 @@ fn a_truncate_has_to_wait_only_while_somebody_else_may_write() {
     assert!(!w.read().cuts_pending(f).expect("readable"));
     w.settle_all();
     assert!(!waits(&w, a));
+}
+
+#[test]
+fn many_handles_end_in_one_entry_and_only_the_sessions_own() {
+    let mut w = World::new();
+    let (s, other) = (w.session(), w.session());
+    let a = w.create(s, InodeId::ROOT, "a").expect("create");
+    let b = w.create(s, InodeId::ROOT, "b").expect("create");
+    let theirs = w.open(other, b.inode, OpenMode::default()).expect("open");
+    w.unlink(s, InodeId::ROOT, "a").expect("unlink");
+    w.unlink(s, InodeId::ROOT, "b").expect("unlink");
+    assert!(w.read().attr(a.inode).is_ok(), "an open file lives on");
+    let handles = vec![a.handle, b.handle, theirs.handle, HandleId(u64::MAX)];
+    w.op(s, Op::ReleaseMany { handles }).expect("released");
+    assert!(w.read().attr(a.inode).is_err(), "its last handle ended");
+    assert!(w.read().attr(b.inode).is_ok(), "somebody else's handle did not");
+    let too_many = vec![HandleId(1); RELEASES_MAX + 1];
+    let refused = w.op(s, Op::ReleaseMany { handles: too_many });
+    assert!(matches!(refused, Err(FsError::Invalid(_))));
 }

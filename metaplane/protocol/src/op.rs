@@ -132,7 +132,16 @@ pub enum Op {
         /// [`RENAME_NOREPLACE`], [`RENAME_EXCHANGE`].
         flags: u32,
     },
+    /// Ends handles with nothing left to commit, at most [`RELEASES_MAX`]; unknown ones are ended
+    /// already. One log entry for many closes: nobody waits for a release. Reply [`OpReply::Done`].
+    ReleaseMany {
+        /// The handles.
+        handles: Vec<HandleId>,
+    },
 }
+
+/// Handles of one [`Op::ReleaseMany`] at most.
+pub const RELEASES_MAX: usize = 256;
 
 /// What a writer reports of its own writes at one generation (PROTOCOL §3): merged by max, clipped
 /// by later cuts, so that a close never regrows what another truncated.

@@ -129,7 +129,11 @@ impl Service {
             Op::Rename { parent, name, new_parent, new_name, .. } => {
                 tokio::try_join!(self.know(*parent, name), self.know(*new_parent, new_name))?;
             }
-            Op::Regrant { .. } | Op::Release { .. } | Op::Commit(_) | Op::SetAttr { .. } => {}
+            Op::Regrant { .. }
+            | Op::Release { .. }
+            | Op::ReleaseMany { .. }
+            | Op::Commit(_)
+            | Op::SetAttr { .. } => {}
         }
         Ok(())
     }
