@@ -1,5 +1,5 @@
 //! Commits: what the metadata plane is told of this client's writes, at fsync and close
-//! (PROTOCOL §3), and truncates.
+//! (PROTOCOL §4), and truncates.
 
 use crate::Result;
 use crate::error::ClientError;
@@ -68,7 +68,7 @@ impl OpenInode {
             return if lost { Err(ClientError::Stale) } else { Ok(()) };
         };
         // The commit needs an open handle of the session it is sent in: a handle of an expired one
-        // is replaced first (PROTOCOL §4).
+        // is replaced first (PROTOCOL §5).
         for _ in 0..3 {
             let remote = self.live_remote(true).await.inspect_err(|e| {
                 if matches!(e, ClientError::Stale) {
@@ -112,7 +112,7 @@ impl OpenInode {
     }
 
     /// Truncates or extends, with writes of this client held back meanwhile: those before it are
-    /// acknowledged first, those after it go under the new generation (PROTOCOL §3).
+    /// acknowledged first, those after it go under the new generation (PROTOCOL §4).
     pub(crate) async fn truncate(self: &Arc<Self>, set: SetAttr) -> Result<()> {
         self.raise_barrier().await;
         self.drain().await;

@@ -31,7 +31,7 @@ pub enum ClientError {
         why: String,
     },
     /// The session expired while a write's outcome was unknown: it is not repeated, because
-    /// another client may have written there since (PROTOCOL §4).
+    /// another client may have written there since (PROTOCOL §5).
     #[error("a write to inode {inode} was lost with its session")]
     WriteLost {
         /// The file.

@@ -124,7 +124,7 @@ impl OpenInode {
     }
 
     /// A handle of the current session: one that is open, or one opened anew in place of a handle
-    /// whose session expired. The lineage must be the old one (PROTOCOL §4).
+    /// whose session expired. The lineage must be the old one (PROTOCOL §5).
     pub(crate) async fn live_remote(&self, write: bool) -> Result<Remote> {
         let (_, epoch) = self.shared.cluster.session.current();
         let old = {
@@ -153,7 +153,7 @@ impl OpenInode {
     }
 
     /// Takes over the attributes and the grant of an `Opened`. Another lineage makes the inode's
-    /// handles stale: never a mix of two objects (PROTOCOL §7).
+    /// handles stale: never a mix of two objects (PROTOCOL §9).
     pub(crate) fn install(&self, opened: &Opened, epoch: u64) -> Result<Arc<GrantState>> {
         let grant = Arc::new(GrantState::new(opened.grant.clone(), epoch)?);
         let mut state = self.state();

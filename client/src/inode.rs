@@ -2,7 +2,7 @@
 //!
 //! Several handles of one file share it. Everything here is guarded by one short lock that is never
 //! held across I/O. An inode is bound to one lineage: when the object was replaced from outside, a
-//! later open gets a new `OpenInode`, and this one's handles answer ESTALE (PROTOCOL §7).
+//! later open gets a new `OpenInode`, and this one's handles answer ESTALE (PROTOCOL §9).
 
 use crate::Result;
 use crate::buffer::WriteBuffer;

@@ -1,4 +1,4 @@
-//! The session's life: open, renew well within its lease, replace when it expired (PROTOCOL §4).
+//! The session's life: open, renew well within its lease, replace when it expired (PROTOCOL §5).
 
 use crate::Result;
 use crate::cluster::{Shared, unexpected};

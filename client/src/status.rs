@@ -1,4 +1,4 @@
-//! What a chunk server's status means for the caller: the one table (PROTOCOL §1–5).
+//! What a chunk server's status means for the caller: the one table (PROTOCOL §2–6).
 
 use ebb_dataplane_protocol::Status;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Registration, heartbeats, leases (PROTOCOL §5, I5).
+//! Registration, heartbeats, leases (PROTOCOL §6, I5).
 //!
 //! A lease counts from the moment its heartbeat was *sent*, on a clock that also runs while the machine
 //! sleeps: a node that was paused finds its lease over before it answers anything. Maps go to every

@@ -1,4 +1,4 @@
-//! Seal, upload, commit, abort, cut: generations on their way to S3 (PROTOCOL §2, §3, §7); rot on disk (I10).
+//! Seal, upload, commit, abort, cut: generations on their way to S3 (PROTOCOL §3–4, §9); rot on disk (I10).
 
 mod common;
 

@@ -93,7 +93,7 @@ pub struct Hello {
     /// What the caller is.
     pub role: Role,
     /// The caller's session (0 if none). One live connection per (session, core): a proved newer
-    /// one closes the older before it takes a write (PROTOCOL §4).
+    /// one closes the older before it takes a write (PROTOCOL §5).
     pub session: SessionId,
     /// The caller's node id when it is a data node.
     pub node: NodeId,

@@ -11,7 +11,7 @@ pub const BATCH_MAX: usize = 1000;
 /// A request.
 #[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
 pub enum Control {
-    /// Ends a generation of each inode (PROTOCOL §2): journals floor = g+1, refuses tags ≤ g, pins g.
+    /// Ends a generation of each inode (PROTOCOL §3): journals floor = g+1, refuses tags ≤ g, pins g.
     /// Repeating a seal answers the same pins. Reply [`ControlReply::Sealed`].
     Seal(Vec<SealItem>),
     /// Uploads one file (at most one run, wholly on this core) as one object. Batched small files.

@@ -14,7 +14,7 @@ use crate::ids::*;
 /// Bytes of an encoded [`DataContext`].
 pub const CONTEXT_BYTES: usize = 64;
 
-/// The protocol's fields of a read or a write (PROTOCOL §1, §3–5, §7).
+/// The protocol's fields of a read or a write (PROTOCOL §2, §4–6, §9).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DataContext {
     /// Generation of the caller's grant; a write is tagged with it.

@@ -1,4 +1,4 @@
-//! Grants and file views (PROTOCOL §1, §3, §7): what a node needs to serve a file, signed by the
+//! Grants and file views (PROTOCOL §2, §4, §9): what a node needs to serve a file, signed by the
 //! metadata plane. A node takes no key, length or permission from a client's own words.
 
 use crate::auth::{ClusterKey, MAC_BYTES};

@@ -181,7 +181,7 @@ fn parse_time(text: &str) -> Option<Timestamp> {
     i64::try_from(nanos).ok().map(Timestamp)
 }
 
-/// What marks an object as one of ours, and as which attempt (docs/PROTOCOL.md, section 9):
+/// What marks an object as one of ours, and as which attempt (docs/PROTOCOL.md, section 8):
 /// after a lost reply a HEAD whose nonce was logged says that the attempt took effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct EbbTag {

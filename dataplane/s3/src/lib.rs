@@ -8,7 +8,7 @@
 //!   condition atomic; with the [`fault`] switches that tests use to lose replies on purpose.
 //!
 //! Decides nothing about files: which key, which generation and what to do after a 412 is the
-//! metadata plane's business (docs/PROTOCOL.md, section 9).
+//! metadata plane's business (docs/PROTOCOL.md, section 8).
 
 pub mod attributes;
 pub mod client;

@@ -3,7 +3,7 @@
 //! S3 servers accept headers they do not know, so a condition that is not honoured looks like
 //! success. Each one is tried in the way that matters: a request whose condition does not hold has
 //! to be refused *and* leave the object as it was. Scratch keys live under `.ebb/probe/<random>/`
-//! and are deleted afterwards. Decides nothing about what to do without a condition (PROTOCOL §9).
+//! and are deleted afterwards. Decides nothing about what to do without a condition (PROTOCOL §8).
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Which reads and writes may pass (PROTOCOL §1–5, §7), in one place.
+//! Which reads and writes may pass (PROTOCOL §2–6, §9), in one place.
 //!
 //! Order matters: placement before grants (another node knows better), grants before views (a view
 //! without a grant says nothing). The store adds floor, freeze and window for writes.

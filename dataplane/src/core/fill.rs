@@ -1,4 +1,4 @@
-//! Misses: one GET per missing stretch, whoever waits for it (PROTOCOL §7, I4, I10).
+//! Misses: one GET per missing stretch, whoever waits for it (PROTOCOL §9, I4, I10).
 //!
 //! A fill is a run of 256 KiB granules of one chunk under one content id, at most 1 MiB. While it lives
 //! no second one covers its granules: later misses join it. Its bytes answer those who wait as soon as

@@ -1,4 +1,4 @@
-//! The grants and views a core knows (PROTOCOL §1, §3, §7).
+//! The grants and views a core knows (PROTOCOL §2, §4, §9).
 //!
 //! A grant's MAC is checked once, when it is presented; afterwards a request names it by (inode,
 //! session). Only the newest view of an inode is kept: a request under an older one is told so, a

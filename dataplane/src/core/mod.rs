@@ -3,11 +3,11 @@
 //! Events in ([`Event`]), commands out ([`Command`]); no clock (`now_ms` is told), randomness, socket
 //! or file. On-disk order and recovery are `ebb-store`'s; what is here is the protocol's side:
 //! * nothing is served without a live lease, equal epochs, a presented grant and the newest view (I5,
-//!   I12, PROTOCOL §1, §3, §5), checked on the way in *and* before the answer leaves;
+//!   I12, PROTOCOL §2, §4, §6), checked on the way in *and* before the answer leaves;
 //! * a write is answered when the store says its record is durable, in journal order (I1), and once
 //!   per (session, sequence) (I7);
 //! * a read answers with blocks whose checksum was verified (I10), known zeros (I4), or bytes fetched
-//!   under If-Match from the object that the signed view names (PROTOCOL §7);
+//!   under If-Match from the object that the signed view names (PROTOCOL §9);
 //! * every table is bounded (I9): requests, grants, views, fills, uploads; buffers come from outside
 //!   and waiting for one ends in `Busy`.
 //!

@@ -1,4 +1,4 @@
-//! Which groups this core may serve, and until when (PROTOCOL §5, I5).
+//! Which groups this core may serve, and until when (PROTOCOL §6, I5).
 //!
 //! A request passes only under equal maps' epochs, at the primary, inside a live lease, and only if
 //! its grant is not older than the group's last change of hands. Released groups are remembered, so

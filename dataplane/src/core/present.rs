@@ -1,6 +1,6 @@
 //! Presenting a grant: the one place where a signature is checked, a view learned, a cut journaled.
 //!
-//! A newer view's cuts are durable before the inode is served under it (PROTOCOL §3). A view without
+//! A newer view's cuts are durable before the inode is served under it (PROTOCOL §4). A view without
 //! cuts of an inode that the store knows no view of needs no journal: reads name the content, so
 //! older clean data is never used.
 

@@ -1,4 +1,4 @@
-//! The server's side of the handshake (I12), and the replacement of older connections (PROTOCOL §4).
+//! The server's side of the handshake (I12), and the replacement of older connections (PROTOCOL §5).
 //!
 //! A proved connection closes the older one of the same (session, lane) on this core before it can
 //! send a write, so that frames still on their way in the old one never land after newer ones.

@@ -1,4 +1,4 @@
-//! Control: seals, flush results, views, fences, drops, placement groups (PROTOCOL §2, §3, §5).
+//! Control: seals, flush results, views, fences, drops, placement groups (PROTOCOL §3–4, §6).
 //!
 //! Each call appends at most one record. Repeats are recognised, so that a leader may send everything
 //! twice: `Ok(None)` means durable already.

@@ -1,4 +1,4 @@
-//! The interleavings that decide whether data is safe (PROTOCOL §1–5), one by one.
+//! The interleavings that decide whether data is safe (PROTOCOL §2–6), one by one.
 
 mod support;
 

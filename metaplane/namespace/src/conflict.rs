@@ -1,4 +1,4 @@
-//! Strangers' objects (PROTOCOL §10): a foreign object keeps the name; the local inode becomes
+//! Strangers' objects (PROTOCOL §9): a foreign object keeps the name; the local inode becomes
 //! `name.conflict-<id>` in the same command. Nothing is lost, nothing is overwritten.
 
 use crate::directory::check_name;

@@ -1,4 +1,4 @@
-//! Truncates as fences, and the ends that writers report (PROTOCOL §3).
+//! Truncates as fences, and the ends that writers report (PROTOCOL §4).
 //!
 //! A cut steps the generation, so that a running flush can't make the file clean; it lowers the
 //! backing's limit, so that no read and no copy passes it; and it clips ends that were written

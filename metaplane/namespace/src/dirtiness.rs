@@ -1,4 +1,4 @@
-//! `Clean → Dirty(g) → Sealing(g) → Flushing(g) → Clean | Dirty(g+1)` (PROTOCOL §1, §2).
+//! `Clean → Dirty(g) → Sealing(g) → Flushing(g) → Clean | Dirty(g+1)` (PROTOCOL §2–3).
 //!
 //! An inode is Clean only when S3 confirmed the object that holds exactly its generation, at the
 //! key its path names (I3). The generation in Dirty is [`Inode::generation`].

@@ -1,4 +1,4 @@
-//! Flushes up to the first S3 call (PROTOCOL §2, §8): begin, seal, plan, give up.
+//! Flushes up to the first S3 call (PROTOCOL §3, §9): begin, seal, plan, give up.
 
 use crate::directory::temporary_key;
 use crate::dirtiness::{Flush, Phase};

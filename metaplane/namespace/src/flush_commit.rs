@@ -1,4 +1,4 @@
-//! Results of stores (PROTOCOL §2, §9, §10): clean only on a confirmed object that holds exactly the
+//! Results of stores (PROTOCOL §3, §8–9): clean only on a confirmed object that holds exactly the
 //! inode's generation, under the key its path names (I3).
 
 use crate::dirtiness::{Flush, Phase};

@@ -1,4 +1,4 @@
-//! Grants (PROTOCOL §1): committing one for writing *is* what makes the inode dirty (I2).
+//! Grants (PROTOCOL §2): committing one for writing *is* what makes the inode dirty (I2).
 
 use crate::Reader;
 use crate::counters::Counter;

@@ -1,4 +1,4 @@
-//! What S3 shows (PROTOCOL §10): listings, looked-up attributes, outside changes.
+//! What S3 shows (PROTOCOL §9): listings, looked-up attributes, outside changes.
 //!
 //! A listing is older than the command that carries it. It never overrules a name that exists, nor
 //! brings back one whose key we have deleted, are about to delete, or still use for an inode that

@@ -1,4 +1,4 @@
-//! One state per S3 key, one mutation in flight (PROTOCOL §9), and who owns the object there (§8).
+//! One state per S3 key, one mutation in flight (PROTOCOL §8), and who owns the object there (§8).
 //!
 //! *Owner*: the inode whose backing names the key; nothing is stored over another inode's object.
 //! *Expected*: what we know to be at the key; it is the condition of the next mutation, so that a

@@ -1,4 +1,4 @@
-//! Directory renames (PROTOCOL §8): O(1) in the tree, then a resumable walk that finds whose object
+//! Directory renames (PROTOCOL §9): O(1) in the tree, then a resumable walk that finds whose object
 //! is no longer where its path says.
 
 use crate::Reader;

@@ -1,4 +1,4 @@
-//! Rename: files and directories, over an existing target, exchange (PROTOCOL §8, I6).
+//! Rename: files and directories, over an existing target, exchange (PROTOCOL §9, I6).
 //!
 //! The tree changes at once. The moved inode keeps its object where it is and becomes unsettled; a
 //! replaced inode goes with its dirtiness, and its key is inherited with its etag as the condition.

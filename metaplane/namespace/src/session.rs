@@ -1,4 +1,4 @@
-//! Sessions: leases of clients, exactly-once replies (I7), and their end as a fence (PROTOCOL §4).
+//! Sessions: leases of clients, exactly-once replies (I7), and their end as a fence (PROTOCOL §5).
 
 use crate::Reader;
 use crate::counters::Counter;

@@ -1,5 +1,5 @@
 //! The defects found in objcache that belong to the state machine, each a test; and the flush rules
-//! that close the interleavings of PROTOCOL §1–4, §8–10 one by one.
+//! that close the interleavings of PROTOCOL §2–5, §8–9 one by one.
 
 mod common;
 use common::*;

@@ -73,7 +73,7 @@ pub struct SetAttr {
     pub uid: Option<u32>,
     /// Group.
     pub gid: Option<u32>,
-    /// New size: a truncate or an extension (PROTOCOL §3).
+    /// New size: a truncate or an extension (PROTOCOL §4).
     pub size: Option<u64>,
     /// Access time.
     pub atime: Option<TimeChange>,

@@ -59,7 +59,7 @@ pub enum FsError {
         /// What it waits for.
         why: String,
     },
-    /// The session expired or never was: open a new one (PROTOCOL §4).
+    /// The session expired or never was: open a new one (PROTOCOL §5).
     #[error("the session has expired")]
     SessionExpired,
     /// The reply to this sequence was already forgotten (the client said it had it).

@@ -1,5 +1,5 @@
 //! The flush and key-state vocabulary between the leader's workers and the state machine
-//! (PROTOCOL §2, §8, §9).
+//! (PROTOCOL §3, §8–9).
 
 use crate::attr::{Attr, FileKind};
 use ebb_dataplane_protocol::control::{PutCondition, StoreOutcome};
@@ -103,7 +103,7 @@ pub enum AttemptResult {
     },
     /// It certainly did not happen: dirty again, retried later. Says why.
     Failed(String),
-    /// Somebody else's object is at the key (PROTOCOL §10): it keeps the name.
+    /// Somebody else's object is at the key (PROTOCOL §9): it keeps the name.
     Foreign(ForeignObject),
     /// The key was to hold our etag and holds nothing: it was deleted outside. The key's state
     /// becomes Absent, the inode stays dirty and is flushed again.

@@ -143,7 +143,7 @@ pub enum Op {
 /// Handles of one [`Op::ReleaseMany`] at most.
 pub const RELEASES_MAX: usize = 256;
 
-/// What a writer reports of its own writes at one generation (PROTOCOL §3): merged by max, clipped
+/// What a writer reports of its own writes at one generation (PROTOCOL §4): merged by max, clipped
 /// by later cuts, so that a close never regrows what another truncated.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct CommitWrite {

@@ -1,5 +1,5 @@
 //! What the leader asks of the bucket to answer clients: pages of listings, attributes of objects,
-//! whether an object changed. What it finds enters the state machine as commands (PROTOCOL §10).
+//! whether an object changed. What it finds enters the state machine as commands (PROTOCOL §9).
 
 pub(crate) mod attributes;
 pub(crate) mod hydrate;

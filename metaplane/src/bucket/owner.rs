@@ -1,4 +1,4 @@
-//! One owner per bucket (PROTOCOL §11): the object `.ebb/owner`, changed by compare-and-swap.
+//! One owner per bucket (PROTOCOL §10): the object `.ebb/owner`, changed by compare-and-swap.
 //!
 //! Who loses the swap makes no S3 mutation. A bucket that is asleep is woken with the next
 //! incarnation; one that another cluster holds awake is refused, unless told to steal it.

@@ -1,4 +1,4 @@
-//! Flushes: dirty inodes to S3 (PROTOCOL §2, §8).
+//! Flushes: dirty inodes to S3 (PROTOCOL §3, §9).
 //!
 //! Begin → seal → plan → store → commit, for batches of up to a thousand inodes, several batches at
 //! once. What triggers them: age, an explicit flush, a group that moves, a shutdown. An inode is in

@@ -1,4 +1,4 @@
-//! Keys: deletes that are due, and attempts whose outcome is in doubt (PROTOCOL §9).
+//! Keys: deletes that are due, and attempts whose outcome is in doubt (PROTOCOL §8).
 //!
 //! A DELETE carries the etag it means, where the server has that. An attempt in doubt is looked for
 //! by its nonce; it is given up only after a while, and then a late arrival is fenced by the

@@ -1,4 +1,4 @@
-//! Heartbeats of data nodes, in memory: what the leader heard, and when (PROTOCOL §5).
+//! Heartbeats of data nodes, in memory: what the leader heard, and when (PROTOCOL §6).
 //!
 //! A new leader knows nothing until the nodes report again, so nothing is concluded from silence:
 //! a group changes hands only with its old primary's journaled Freeze (`mover`), a node is gone only

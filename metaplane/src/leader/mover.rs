@@ -1,4 +1,4 @@
-//! Placement groups change hands (PROTOCOL §5): flush its dirt, freeze, flush the rest, new epoch,
+//! Placement groups change hands (PROTOCOL §6): flush its dirt, freeze, flush the rest, new epoch,
 //! release at the donor.
 //!
 //! The map says that a group moves; where to is asked for by the controller again if the leader

@@ -1,4 +1,4 @@
-//! Directory renames: the walk over what moved, one bounded step per command (PROTOCOL §8).
+//! Directory renames: the walk over what moved, one bounded step per command (PROTOCOL §9).
 
 use super::Stop;
 use crate::service::{Service, fs_error};

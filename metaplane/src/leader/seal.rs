@@ -1,4 +1,4 @@
-//! Seals (PROTOCOL §2): every primary of a run below the allocation limit ends the generation,
+//! Seals (PROTOCOL §3): every primary of a run below the allocation limit ends the generation,
 //! whether it holds data of it or not.
 //!
 //! The map is read after `FlushBegin` was applied: no grant of the sealed generation is younger than

@@ -1,5 +1,5 @@
 //! Leases of sessions: renewals are taken in memory and committed in batches; who was not heard of
-//! for a whole lease is ended, which fences what it wrote (PROTOCOL §4).
+//! for a whole lease is ended, which fences what it wrote (PROTOCOL §5).
 //!
 //! A new leader heard nobody, so it first gives everybody a full lease.
 
