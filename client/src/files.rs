@@ -37,6 +37,8 @@ pub struct OpenedFile {
     pub attr: Attr,
     /// Create made it.
     pub created: bool,
+    /// Of a create: the directory's attributes, as of the create or later.
+    pub parent: Option<Attr>,
 }
 
 pub(crate) struct OpenFile {
@@ -156,7 +158,8 @@ impl FileSystem {
             seen_failures: AtomicU64::new(failures),
         };
         self.shared.files().insert(id, Arc::new(file));
-        Ok(OpenedFile { handle: FileHandle(id), attr, created: opened.created })
+        let Opened { created, parent, .. } = *opened;
+        Ok(OpenedFile { handle: FileHandle(id), attr, created, parent })
     }
 
     /// The open inode of this lineage, made if there is none.

@@ -4,7 +4,7 @@ use crate::convert::{attr, errno, inode, kind, set_attr};
 use crate::directory::{DirStream, FIRST};
 use crate::known::Known;
 use crate::mount::MountConfig;
-use ebb_client::{Attr, FileHandle, FileSystem, InodeId, OpenFlags, Owner, Result};
+use ebb_client::{Attr, FileHandle, FileKind, FileSystem, InodeId, OpenFlags, Owner, Result};
 use fuser::{
     BsdFileFlags, Errno, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
     LockOwner, Notifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
@@ -189,6 +189,9 @@ impl Filesystem for Shim {
         _fh: Option<fuser::FileHandle>,
         reply: ReplyAttr,
     ) {
+        if let Some((a, left)) = self.shared.known.directory(inode(ino), self.shared.attr_ttl) {
+            return reply.attr(&left, &attr(&a));
+        }
         self.start(async move |s| {
             s.attributes("getattr", s.fs.getattr(inode(ino)).await, reply);
         });
@@ -217,7 +220,11 @@ impl Filesystem for Shim {
             self.shared.known.written(inode(ino));
         }
         self.start(async move |s| {
-            s.attributes("setattr", s.fs.setattr(inode(ino), set).await, reply);
+            let result = s.fs.setattr(inode(ino), set).await;
+            if result.as_ref().map_or(true, |a| a.kind == FileKind::Directory) {
+                s.known.directory_changed(inode(ino));
+            }
+            s.attributes("setattr", result, reply);
         });
     }
 
@@ -250,7 +257,9 @@ impl Filesystem for Shim {
                 s.fs.release(file.handle).await?;
                 Ok(file.attr)
             };
-            s.entry("mknod", result.await, reply);
+            let result = result.await;
+            s.known.directory_changed(inode(parent));
+            s.entry("mknod", result, reply);
         });
     }
 
@@ -265,20 +274,28 @@ impl Filesystem for Shim {
     ) {
         let (name, owner) = (name.as_bytes().to_vec(), owner(req));
         self.start(async move |s| {
-            s.entry("mkdir", s.fs.mkdir(inode(parent), &name, mode, owner).await, reply);
+            let result = s.fs.mkdir(inode(parent), &name, mode, owner).await;
+            s.known.directory_changed(inode(parent));
+            s.entry("mkdir", result, reply);
         });
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.as_bytes().to_vec();
         self.start(async move |s| {
-            empty("unlink", s.fs.unlink(inode(parent), &name).await, reply);
+            let result = s.fs.unlink(inode(parent), &name).await;
+            s.known.directory_changed(inode(parent));
+            empty("unlink", result, reply);
         });
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.as_bytes().to_vec();
-        self.start(async move |s| empty("rmdir", s.fs.rmdir(inode(parent), &name).await, reply));
+        self.start(async move |s| {
+            let result = s.fs.rmdir(inode(parent), &name).await;
+            s.known.directory_changed(inode(parent));
+            empty("rmdir", result, reply);
+        });
     }
 
     fn symlink(
@@ -293,6 +310,7 @@ impl Filesystem for Shim {
         let target = target.as_os_str().as_bytes().to_vec();
         self.start(async move |s| {
             let result = s.fs.symlink(inode(parent), &name, &target, owner).await;
+            s.known.directory_changed(inode(parent));
             s.entry("symlink", result, reply);
         });
     }
@@ -314,6 +332,8 @@ impl Filesystem for Shim {
         self.start(async move |s| {
             let (from, to) = (inode(parent), inode(newparent));
             let result = s.fs.rename(from, &name, to, &new_name, flags.bits()).await;
+            // Both parents, and if it is a directory, itself.
+            s.known.some_directory_changed();
             empty("rename", result, reply);
         });
     }
@@ -353,7 +373,11 @@ impl Filesystem for Shim {
     ) {
         let (name, owner, flags) = (name.as_bytes().to_vec(), owner(req), open_flags(flags));
         self.start(async move |s| {
-            match s.fs.create(inode(parent), &name, mode, owner, flags).await {
+            let changes = s.known.changes();
+            let result = s.fs.create(inode(parent), &name, mode, owner, flags).await;
+            let directory = result.as_ref().ok().and_then(|file| file.parent.as_ref());
+            s.known.directory_told(changes, inode(parent), directory);
+            match result {
                 Ok(file) => {
                     let caches = s.at_open(&file.attr, flags.write);
                     s.known.told(&file.attr);

@@ -2,10 +2,16 @@
 //!
 //! At an open, the kernel may keep the pages it has only if the file is what it was when they were
 //! read; and it must not go on with attributes that an open of another client's work made old.
+//!
+//! After every change of a directory the kernel asks for its attributes again, before it does anything
+//! else in it. A create's answer brings them along, and they are kept here for that question, for as
+//! long as the kernel itself might have kept them.
 
 use ebb_client::{Attr, InodeId, Time};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Inodes remembered; past it everything is forgotten, which costs a few cache misses.
 const KNOWN_MAX: usize = 100_000;
@@ -23,6 +29,8 @@ struct Entry {
     told: Option<Key>,
     /// The file whose pages the kernel may hold; `None`: unknown, it was written here.
     pages: Option<Key>,
+    /// A directory's attributes from the answer to a create, and when that came.
+    directory: Option<(Attr, Instant)>,
 }
 
 /// What to do at an open.
@@ -37,6 +45,10 @@ pub(crate) struct AtOpen {
 #[derive(Default)]
 pub(crate) struct Known {
     entries: Mutex<HashMap<InodeId, Entry>>,
+    /// Changes of directories, other than creates, whose answers have come.
+    changes: AtomicU64,
+    /// Directories' attributes from before are no longer good.
+    directories_since: Mutex<Option<Instant>>,
 }
 
 impl Known {
@@ -71,6 +83,52 @@ impl Known {
             e.pages = (!write).then_some(now);
             AtOpen { keep_cache, attributes_old }
         })
+    }
+
+    /// To be taken before a create is sent, and given back with its answer.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// A create's answer says so of its directory. Of two such answers the later state counts, and
+    /// none counts if something else changed meanwhile: its answer may be the older one.
+    pub(crate) fn directory_told(&self, changes: u64, parent: InodeId, a: Option<&Attr>) {
+        self.with(parent, |e| match a {
+            // Under the lock, so that a change that comes now clears it.
+            Some(a) if self.changes() == changes => {
+                if e.directory.as_ref().is_none_or(|(old, _)| old.ctime <= a.ctime) {
+                    e.directory = Some((a.clone(), Instant::now()));
+                }
+            }
+            _ => e.directory = None,
+        });
+    }
+
+    /// This client changed a directory otherwise. To be called before the kernel is answered.
+    pub(crate) fn directory_changed(&self, inode: InodeId) {
+        self.with(inode, |e| {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+            e.directory = None;
+        });
+    }
+
+    /// This client changed a directory, and which one is not known: a rename.
+    pub(crate) fn some_directory_changed(&self) {
+        let mut since = self.directories_since.lock().unwrap_or_else(PoisonError::into_inner);
+        *since = Some(Instant::now());
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A directory's attributes and for how long they are still good, if a create brought them.
+    pub(crate) fn directory(&self, inode: InodeId, ttl: Duration) -> Option<(Attr, Duration)> {
+        let entries = self.entries();
+        let (a, since) = entries.get(&inode)?.directory.as_ref()?;
+        let good = *self.directories_since.lock().unwrap_or_else(PoisonError::into_inner);
+        if good.is_some_and(|good| *since <= good) {
+            return None;
+        }
+        let left = ttl.checked_sub(since.elapsed()).filter(|left| !left.is_zero())?;
+        Some((a.clone(), left))
     }
 
     /// The kernel forgot the inode.
@@ -114,6 +172,30 @@ mod tests {
         assert!(!k.opened(&file(10, 2), false).keep_cache, "was open for writing here");
         k.written(InodeId(5));
         assert!(!k.opened(&file(10, 2), false).keep_cache, "written here");
+    }
+
+    #[test]
+    fn a_directory_is_what_the_last_change_left() {
+        let (k, dir, ttl) = (Known::default(), InodeId(5), Duration::from_secs(60));
+        assert!(k.directory(dir, ttl).is_none());
+        let before = k.changes();
+        k.directory_told(before, dir, Some(&file(0, 7)));
+        k.directory_told(before, dir, Some(&file(0, 6)));
+        let (a, left) = k.directory(dir, ttl).expect("told");
+        assert_eq!(a.ctime, Time(7), "an answer that was overtaken counts no more");
+        assert!(left <= ttl);
+        assert!(k.directory(dir, Duration::ZERO).is_none(), "nothing is kept without a lifetime");
+        k.directory_changed(dir);
+        assert!(k.directory(dir, ttl).is_none());
+        k.directory_told(before, dir, Some(&file(0, 8)));
+        assert!(k.directory(dir, ttl).is_none(), "the create may have come before the change");
+        k.directory_told(k.changes(), dir, Some(&file(0, 9)));
+        k.some_directory_changed();
+        assert!(k.directory(dir, ttl).is_none(), "it may have been this one");
+        k.directory_told(k.changes(), dir, Some(&file(0, 9)));
+        assert!(k.directory(dir, ttl).is_some());
+        k.directory_told(k.changes(), dir, None);
+        assert!(k.directory(dir, ttl).is_none(), "changed, nobody knows how");
     }
 
     #[test]

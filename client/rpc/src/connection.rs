@@ -1,13 +1,14 @@
 //! A multiplexed client connection: many calls in flight, answers in any order.
 //!
-//! One task reads; callers write under a lock, one frame at a time. When the connection breaks,
+//! One task reads; callers write themselves, one frame at a time ([`FrameWriter`]). When the connection breaks,
 //! every call in flight fails with `Closed` and the connection stays closed: reconnecting is the
 //! caller's decision, since only it knows what may be repeated.
 
 use crate::error::RpcError;
-use crate::frame::Frame;
+use crate::frame::{Frame, READ_AHEAD_BYTES};
 use crate::handshake::{self, Identity};
-use bytes::{Buf, Bytes};
+use crate::writer::FrameWriter;
+use bytes::Bytes;
 use ebb_dataplane_protocol::control::{Control, ControlReply};
 use ebb_dataplane_protocol::header::BODY_BYTES_MAX_META;
 use ebb_dataplane_protocol::{ClusterId, Header, Opcode, Status, codec};
@@ -16,9 +17,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::BufReader;
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::tcp::OwnedReadHalf;
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +35,7 @@ pub struct Connection {
 struct Inner {
     address: String,
     cluster: ClusterId,
-    writer: Arc<tokio::sync::Mutex<OwnedWriteHalf>>,
+    writer: FrameWriter,
     pending: Mutex<HashMap<u64, oneshot::Sender<Frame>>>,
     next_id: AtomicU64,
     closed: AtomicBool,
@@ -98,15 +99,16 @@ impl Connection {
             RpcError::Timeout { address: address.to_owned(), ms: timeout.as_millis() as u64 }
         })??;
         let (read, write) = stream.into_split();
+        let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
             address: address.to_owned(),
             cluster,
-            writer: Arc::new(tokio::sync::Mutex::new(write)),
+            writer: FrameWriter::new(write, stop.clone()),
             pending: Mutex::default(),
             next_id: AtomicU64::new(1),
             closed: AtomicBool::new(false),
             in_flight: Semaphore::new(IN_FLIGHT_MAX),
-            stop: CancellationToken::new(),
+            stop,
         });
         tokio::spawn(read_replies(Arc::downgrade(&inner), inner.stop.clone(), read));
         Ok(Self { inner })
@@ -154,52 +156,16 @@ impl Connection {
                 return Err(inner.closed_error());
             }
             let frame = Frame::new(Header { request_id: id, ..header }, body, payload);
-            self.send(frame).await?;
+            if inner.writer.send(frame).await.is_err() {
+                self.close();
+                return Err(inner.closed_error());
+            }
             rx.await.map_err(|_| inner.closed_error())
         };
         tokio::time::timeout(timeout, work).await.map_err(|_| RpcError::Timeout {
             address: inner.address.clone(),
             ms: timeout.as_millis() as u64,
         })?
-    }
-
-    /// Writes a frame whole, even if the caller gives up meanwhile: half a frame would break the
-    /// connection for everybody else. What the socket takes at once is written here; the rest by a
-    /// task of its own, which holds the lock.
-    async fn send(&self, frame: Frame) -> Result<(), RpcError> {
-        let writer = Arc::clone(&self.inner.writer).lock_owned().await;
-        let (small, payload) = frame.segments();
-        let mut unsent = small.chain(payload);
-        let first = {
-            let mut slices = [std::io::IoSlice::new(&[]); 2];
-            let n = unsent.chunks_vectored(&mut slices);
-            writer.try_write_vectored(&slices[..n])
-        };
-        match first {
-            Ok(n) => unsent.advance(n),
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Err(_) => {
-                self.close();
-                return Err(self.inner.closed_error());
-            }
-        }
-        if !unsent.has_remaining() {
-            return Ok(());
-        }
-        let inner = Arc::clone(&self.inner);
-        let writing = tokio::spawn(async move {
-            let mut writer = writer;
-            let result = writer.write_all_buf(&mut unsent).await;
-            if result.is_err() {
-                inner.close();
-                inner.stop.cancel();
-            }
-            result
-        });
-        match writing.await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(self.inner.closed_error()),
-        }
     }
 
     /// A call that must answer `Ok`; anything else is [`RpcError::Status`].
@@ -242,11 +208,8 @@ impl Connection {
     }
 }
 
-async fn read_replies(
-    inner: std::sync::Weak<Inner>,
-    stop: CancellationToken,
-    mut read: OwnedReadHalf,
-) {
+async fn read_replies(inner: std::sync::Weak<Inner>, stop: CancellationToken, read: OwnedReadHalf) {
+    let mut read = BufReader::with_capacity(READ_AHEAD_BYTES, read);
     loop {
         let frame = tokio::select! {
             biased;

@@ -5,6 +5,10 @@ use ebb_dataplane_protocol::header::{BadHeader, HEADER_BYTES};
 use ebb_dataplane_protocol::{Header, Status, crc32c};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+/// Bytes asked of a socket at once, so that a small frame costs one call and not three. A payload
+/// that is larger goes straight to its place.
+pub(crate) const READ_AHEAD_BYTES: usize = 16 << 10;
+
 /// A frame: header, body, payload.
 #[derive(Clone, Debug)]
 pub struct Frame {
@@ -67,7 +71,7 @@ impl Frame {
         (small.into(), self.payload)
     }
 
-    /// Writes the frame.
+    /// Writes the frame to a stream of which nobody else writes.
     pub(crate) async fn write(self, to: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
         let (small, payload) = self.segments();
         to.write_all_buf(&mut bytes::Buf::chain(small, payload)).await

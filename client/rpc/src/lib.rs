@@ -13,6 +13,7 @@ mod frame;
 mod handshake;
 mod meta;
 pub mod server;
+mod writer;
 
 pub use connection::Connection;
 pub use error::RpcError;

@@ -4,17 +4,20 @@
 //! connection and raise a counter; nothing else happens. Requests of one connection run
 //! concurrently up to a limit; above it the connection is simply not read, which is back-pressure.
 
-use crate::frame::Frame;
+use crate::frame::{Frame, READ_AHEAD_BYTES};
 use crate::handshake;
+use crate::writer::FrameWriter;
 use ebb_dataplane_protocol::ClusterId;
 use ebb_dataplane_protocol::auth::{ClusterKey, Hello};
+use futures::FutureExt;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 /// Connections at most; further ones are closed at once (I9).
@@ -132,28 +135,23 @@ impl<H: Handler> Serving<H> {
             }
         };
         let peer = Peer { hello, address, connection };
-        let (mut read, mut write) = stream.into_split();
-        let (replies, mut outbox) = mpsc::channel::<Frame>(REQUESTS_PER_CONNECTION_MAX);
-        // Ends the writer and the handlers with the connection, however it ends.
+        let (read, write) = stream.into_split();
+        let mut read = BufReader::with_capacity(READ_AHEAD_BYTES, read);
+        // Handlers that still work when the connection ends hold nothing of it.
         let ended = CancellationToken::new();
         let _end = ended.clone().drop_guard();
-        let writer = tokio::spawn(ended.clone().run_until_cancelled_owned(async move {
-            while let Some(reply) = outbox.recv().await {
-                if reply.write(&mut write).await.is_err() {
-                    return;
-                }
-            }
-        }));
+        let writer = Arc::new(FrameWriter::new(write, ended.clone()));
         let permits = Arc::new(Semaphore::new(REQUESTS_PER_CONNECTION_MAX));
         loop {
-            let frame = match Frame::read(&mut read, self.body_bytes_max).await {
-                Ok(Some(frame)) if !frame.header.is_reply() => frame,
-                Ok(None) => break,
-                Ok(Some(_)) => {
+            let next = Frame::read(&mut read, self.body_bytes_max);
+            let frame = match ended.run_until_cancelled(next).await {
+                Some(Ok(Some(frame))) if !frame.header.is_reply() => frame,
+                None | Some(Ok(None)) => break,
+                Some(Ok(Some(_))) => {
                     self.counters.refused_frames.fetch_add(1, Ordering::Relaxed);
                     break;
                 }
-                Err(e) => {
+                Some(Err(e)) => {
                     self.counters.refused_frames.fetch_add(1, Ordering::Relaxed);
                     tracing::debug!(%address, error = %e, "connection closed");
                     break;
@@ -161,17 +159,24 @@ impl<H: Handler> Serving<H> {
             };
             self.counters.requests.fetch_add(1, Ordering::Relaxed);
             let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { break };
-            let (handler, replies, peer) =
-                (Arc::clone(&self.handler), replies.clone(), peer.clone());
-            // A handler is never stopped half-way: what it began (a log entry) it ends.
-            tokio::spawn(async move {
+            let (handler, writer, peer) =
+                (Arc::clone(&self.handler), Arc::downgrade(&writer), peer.clone());
+            let mut answering = Box::pin(async move {
                 let _permit = permit;
                 let reply = handler.handle(peer, frame).await;
                 // A gone connection takes no reply; its caller asks again.
-                let _ = replies.send(reply).await;
+                if let Some(writer) = writer.upgrade() {
+                    drop(writer.send(reply).await);
+                }
             });
+            // What needs no waiting is answered here and now. The rest goes on as a task that is
+            // never stopped half-way: what it began (a log entry) it ends.
+            if answering.as_mut().now_or_never().is_none() {
+                tokio::spawn(answering);
+            }
         }
-        drop(replies);
-        let _ = writer.await;
+        // The peer may have closed only its sending half: what is being answered is still answered.
+        let all = REQUESTS_PER_CONNECTION_MAX as u32;
+        drop(ended.run_until_cancelled(permits.acquire_many(all)).await);
     }
 }

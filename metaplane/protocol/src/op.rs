@@ -170,6 +170,9 @@ pub struct Opened {
     pub created: bool,
     /// Lineage the handle is bound to.
     pub lineage: Lineage,
+    /// After a create: the directory's attributes, as of the create or later. Whoever asked will ask
+    /// for them next.
+    pub parent: Option<Attr>,
 }
 
 /// Answers to mutations. The grant inside `Opened` is signed by the server after the state machine

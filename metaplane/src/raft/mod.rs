@@ -86,14 +86,33 @@ impl<'de> Deserialize<'de> for Applied {
     }
 }
 
-openraft::declare_raft_types!(
-    /// The types of the metadata plane's Raft group.
-    pub TypeConfig:
-        D = Proposal,
-        R = Applied,
-        NodeId = u64,
-        Node = openraft::impls::BasicNode,
-);
+/// The types of the metadata plane's Raft group.
+#[derive(Debug, Clone, Copy, Default, Eq, PartialEq, Ord, PartialOrd)]
+pub struct TypeConfig {}
+
+// Written out, since the macro that fills in openraft's defaults takes no responder of our own.
+impl openraft::RaftTypeConfig for TypeConfig {
+    type D = Proposal;
+    type R = Applied;
+    type NodeId = u64;
+    type Node = openraft::impls::BasicNode;
+    type Term = u64;
+    type LeaderId = openraft::impls::leader_id_adv::LeaderId<u64, u64>;
+    type Vote = openraft::impls::Vote<Self::LeaderId>;
+    type Payload = openraft::EntryPayload<Self::D, Self::NodeId, Self::Node>;
+    type Entry =
+        openraft::Entry<<Self::LeaderId as openraft::vote::RaftLeaderId>::Committed, Self::Payload>;
+    type Responder<T>
+        = propose::Callback<T>
+    where
+        T: openraft::OptionalSend + 'static;
+    type Batch<T>
+        = openraft::impls::InlineBatch<T>
+    where
+        T: openraft::OptionalSend + 'static;
+    type AsyncRuntime = openraft::impls::TokioRuntime;
+    type ErrorSource = openraft::impls::BoxedErrorSource;
+}
 
 /// A position in the log.
 pub type LogId = openraft::type_config::alias::LogIdOf<TypeConfig>;

@@ -6,14 +6,17 @@
 
 use super::{Applied, Proposal, Raft, TypeConfig};
 use ebb_metaplane_protocol::{Command, CommandReply, LogEntry, Time};
-use openraft::ReadPolicy;
+use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
-use openraft::impls::ProgressResponder;
+use openraft::metrics::RaftServerMetrics;
 use openraft::raft::ClientWriteResult;
+use openraft::raft::responder::Responder;
+use openraft::type_config::alias::WatchReceiverOf;
+use openraft::{ReadPolicy, ServerState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 /// Commands of one entry at most.
 const BATCH_COMMANDS_MAX: usize = 256;
@@ -41,18 +44,30 @@ pub fn now() -> Time {
 
 type Answer = oneshot::Sender<Result<CommandReply, ProposeError>>;
 
+/// What Raft calls with an entry's outcome, on the task that applied it: one hop less than a channel.
+pub struct Callback<T>(Box<dyn FnOnce(T) + Send>);
+
+impl<T: Send + 'static> Responder<TypeConfig, T> for Callback<T> {
+    fn on_complete(self, result: T) {
+        (self.0)(result);
+    }
+}
+
 /// Proposes commands. Cheap to clone.
 #[derive(Clone)]
 pub struct Proposer {
+    raft: Raft,
+    slots: Arc<Semaphore>,
     queue: mpsc::Sender<(Command, Answer)>,
 }
 
 impl Proposer {
-    /// Starts the task that makes entries.
+    /// Starts the task that makes entries of what waits.
     pub fn start(raft: Raft) -> Self {
         let (queue, waiting) = mpsc::channel(QUEUE_MAX);
-        tokio::spawn(propose(raft, waiting));
-        Self { queue }
+        let slots = Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX));
+        tokio::spawn(propose(raft.clone(), Arc::clone(&slots), waiting));
+        Self { raft, slots, queue }
     }
 
     /// Carries out a command; the reply comes after it is committed and applied. Dropping the future
@@ -60,13 +75,23 @@ impl Proposer {
     pub async fn submit(&self, command: Command) -> Result<CommandReply, ProposeError> {
         let (answer, reply) = oneshot::channel();
         let stopped = || ProposeError::Stopped("shutting down".into());
-        self.queue.send((command, answer)).await.map_err(|_| stopped())?;
+        // Nobody waits and there is room: no need to go through the queue.
+        let slot = (self.queue.capacity() == QUEUE_MAX)
+            .then(|| Arc::clone(&self.slots).try_acquire_owned().ok())
+            .flatten();
+        match slot {
+            Some(slot) => send(&self.raft, slot, vec![command], vec![answer]).await,
+            None => self.queue.send((command, answer)).await.map_err(|_| stopped())?,
+        }
         reply.await.map_err(|_| stopped())?
     }
 }
 
-async fn propose(raft: Raft, mut waiting: mpsc::Receiver<(Command, Answer)>) {
-    let slots = Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX));
+async fn propose(
+    raft: Raft,
+    slots: Arc<Semaphore>,
+    mut waiting: mpsc::Receiver<(Command, Answer)>,
+) {
     while let Some(first) = waiting.recv().await {
         // While all slots are taken, more commands gather for the next entry.
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
@@ -80,22 +105,28 @@ async fn propose(raft: Raft, mut waiting: mpsc::Receiver<(Command, Answer)>) {
                 next = waiting.try_recv().ok();
             }
         }
-        let proposal = Proposal::new(LogEntry { now: now(), commands });
-        let (responder, done) =
-            ProgressResponder::<TypeConfig, ClientWriteResult<TypeConfig>>::complete_only();
-        if let Err(e) = raft.client_write_ff(proposal, Some(responder)).await {
-            refuse(answers, &ProposeError::Stopped(e.to_string()));
-            continue;
+        send(&raft, slot, commands, answers).await;
+    }
+}
+
+/// Gives Raft one entry. The callers are answered when it is applied; if Raft drops it unanswered,
+/// they see their channels closed.
+async fn send(
+    raft: &Raft,
+    slot: OwnedSemaphorePermit,
+    commands: Vec<Command>,
+    answers: Vec<Answer>,
+) {
+    let proposal = Proposal::new(LogEntry { now: now(), commands });
+    let done = Callback(Box::new(move |result: ClientWriteResult<TypeConfig>| {
+        drop(slot);
+        match result {
+            Ok(written) => distribute(answers, written.data),
+            Err(e) => refuse(answers, &refusal(&e)),
         }
-        tokio::spawn(async move {
-            let result = done.await;
-            drop(slot);
-            match result {
-                Ok(Ok(written)) => distribute(answers, written.data),
-                Ok(Err(e)) => refuse(answers, &refusal(&e)),
-                Err(_) => refuse(answers, &ProposeError::Stopped("the Raft core ended".into())),
-            }
-        });
+    }));
+    if let Err(e) = raft.client_write_ff(proposal, Some(done)).await {
+        tracing::debug!(error = %e, "Raft takes no entry");
     }
 }
 
@@ -126,6 +157,12 @@ fn refusal(e: &ClientWriteError<TypeConfig>) -> ProposeError {
 }
 
 /// Read indexes, shared by the reads that wait together.
+///
+/// A sole voter needs no round of messages: nobody else can lead or commit while it is the only
+/// voter, and what it acknowledged it has applied. So once a round has shown that it leads and has
+/// applied what an earlier life of it committed, further reads of the same term only look whether it
+/// still leads alone. (Another voter can be elected only by a vote of this node, after which its
+/// state is no longer `Leader`.)
 #[derive(Clone)]
 pub struct ReadIndex {
     inner: Arc<ReadInner>,
@@ -133,22 +170,44 @@ pub struct ReadIndex {
 
 struct ReadInner {
     raft: Raft,
+    /// Leadership as Raft last published it.
+    metrics: WatchReceiverOf<TypeConfig, RaftServerMetrics<TypeConfig>>,
     /// Rounds begun.
     begun: AtomicU64,
     /// The round last completed.
     round: Mutex<u64>,
+    /// The term of the last completed round.
+    confirmed_term: AtomicU64,
 }
 
 impl ReadIndex {
     /// Read indexes of a node.
     pub fn new(raft: Raft) -> Self {
-        let inner = ReadInner { raft, begun: AtomicU64::new(0), round: Mutex::new(0) };
+        let inner = ReadInner {
+            metrics: raft.server_metrics(),
+            raft,
+            begun: AtomicU64::new(0),
+            round: Mutex::new(0),
+            confirmed_term: AtomicU64::new(0),
+        };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// The term in which this node leads and is the only voter.
+    fn sole_leader_of(&self) -> Option<u64> {
+        let metrics = self.inner.metrics.borrow_watched();
+        let voters = metrics.membership_config.membership();
+        let alone = voters.voter_ids().eq([metrics.id]) && voters.get_joint_config().len() == 1;
+        (metrics.state == ServerState::Leader && alone).then_some(metrics.vote.leader_id.term)
     }
 
     /// Returns when everything that was committed at the call is applied here, and this node led
     /// meanwhile. A round that began after the call serves every caller that came before it.
     pub async fn confirm(&self) -> Result<(), ProposeError> {
+        let sole = self.sole_leader_of();
+        if sole.is_some_and(|t| t == self.inner.confirmed_term.load(Ordering::Acquire)) {
+            return Ok(());
+        }
         let seen = self.inner.begun.load(Ordering::SeqCst);
         let mut completed = self.inner.round.lock().await;
         if *completed > seen {
@@ -157,8 +216,10 @@ impl ReadIndex {
         let mine = self.inner.begun.fetch_add(1, Ordering::SeqCst) + 1;
         let confirmed = self.inner.raft.ensure_linearizable(ReadPolicy::ReadIndex).await;
         match confirmed {
-            Ok(_) => {
+            Ok(read) => {
                 *completed = mine;
+                let term = read.committed_leader_id().term;
+                self.inner.confirmed_term.store(term, Ordering::Release);
                 Ok(())
             }
             Err(RaftError::APIError(e)) => {

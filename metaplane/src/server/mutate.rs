@@ -5,7 +5,7 @@ use crate::service::{Service, fs_error};
 use ebb_dataplane_protocol::{InodeId, Sequence, SessionId, SignedGrant};
 use ebb_metaplane_protocol::command::OpOutcome;
 use ebb_metaplane_protocol::op::Name;
-use ebb_metaplane_protocol::{Command, CommandReply, FsError, FsResult, Op, OpReply, Opened};
+use ebb_metaplane_protocol::{Attr, Command, CommandReply, FsError, FsResult, Op, OpReply, Opened};
 use ebb_namespace::why;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,7 +40,7 @@ impl Service {
             let why = match outcome {
                 Ok(outcome) => {
                     self.cut_everywhere(session, &op, &outcome).await?;
-                    return Ok(self.sign(outcome));
+                    return Ok(self.sign(&op, outcome));
                 }
                 Err(FsError::Again { why, .. }) if begun.elapsed() < WAIT_MAX => why,
                 Err(e) => return Err(e),
@@ -97,16 +97,27 @@ impl Service {
         }
     }
 
-    fn sign(&self, outcome: OpOutcome) -> OpReply {
+    fn sign(&self, op: &Op, outcome: OpOutcome) -> OpReply {
         match outcome {
             OpOutcome::Done => OpReply::Done,
             OpOutcome::Attr(attr) => OpReply::Attr(attr),
             OpOutcome::Opened { attr, handle, grant, created } => {
                 let lineage = grant.view.lineage;
                 let grant = SignedGrant::sign(&grant, &self.key);
-                OpReply::Opened(Box::new(Opened { attr, handle, grant, created, lineage }))
+                let parent = match op {
+                    Op::Create { parent, .. } => self.known_attr(*parent),
+                    _ => None,
+                };
+                let opened = Opened { attr, handle, grant, created, lineage, parent };
+                OpReply::Opened(Box::new(opened))
             }
         }
+    }
+
+    /// Attributes of an inode, if they are complete. The caller has just had a command applied here.
+    fn known_attr(&self, inode: InodeId) -> Option<Attr> {
+        let (attr, due) = self.voter.peek(|_, r| r.attr(inode)).ok()?.ok()?;
+        (!due).then_some(attr)
     }
 
     /// What must be known before the command is proposed.

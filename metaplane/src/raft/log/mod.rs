@@ -5,6 +5,7 @@
 //! writes go through that same thread, in order. I1: nothing is acknowledged before it is stable;
 //! recovery stops at a torn tail and refuses damage before it.
 
+mod appender;
 mod frame;
 mod index;
 mod recovery;
@@ -80,7 +81,6 @@ impl LogStore {
                 recovery::Tail {
                     file: segment::create(dir, &header, options.segment_bytes)?,
                     number: header.number,
-                    offset: frame::SEGMENT_HEADER_BYTES as u64,
                     sequence: header.first_sequence,
                     older: Vec::new(),
                     last_index: 0,

@@ -4,6 +4,7 @@
 //! good frames behind it: those were acknowledged, and dropping them would break I1.
 
 use super::super::LogId;
+use super::appender::Appender;
 use super::frame::{self, Op, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::index::{Index, Location};
 use super::segment;
@@ -15,10 +16,8 @@ use std::path::Path;
 /// Where appending goes on.
 #[derive(Debug)]
 pub(super) struct Tail {
-    pub(super) file: File,
+    pub(super) file: Appender,
     pub(super) number: u64,
-    /// Offset of the next frame.
-    pub(super) offset: u64,
     /// Sequence of the next frame.
     pub(super) sequence: u64,
     /// Highest entry index in each older segment, oldest first: when it is purged, the file goes.
@@ -80,9 +79,8 @@ pub(super) fn recover(dir: &Path, index: &mut Index) -> io::Result<Option<Tail>>
         let file = OpenOptions::new().read(true).write(true).open(segment::path(dir, number))?;
         wipe(&file, replayed.offset, &bytes)?;
         return Ok(Some(Tail {
-            file,
+            file: Appender::open(&segment::path(dir, number), replayed.offset)?,
             number,
-            offset: replayed.offset,
             sequence: replayed.sequence,
             older,
             last_index: replayed.last_index,

@@ -4,6 +4,7 @@
 //! renamed, its directory synced. Zero-filling ahead is what keeps an append's sync free of file
 //! system metadata.
 
+use super::appender::Appender;
 use super::frame::{SEGMENT_HEADER_BYTES, SegmentHeader};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -53,7 +54,7 @@ pub(super) fn prepare_spare(dir: &Path, bytes: u64) -> io::Result<()> {
 }
 
 /// Makes a segment durable under its name, from the spare if there is a whole one.
-pub(super) fn create(dir: &Path, header: &SegmentHeader, bytes: u64) -> io::Result<File> {
+pub(super) fn create(dir: &Path, header: &SegmentHeader, bytes: u64) -> io::Result<Appender> {
     let spare = dir.join(SPARE);
     if std::fs::metadata(&spare).map_or(true, |m| m.len() < bytes) {
         prepare_spare(dir, bytes)?;
@@ -63,8 +64,7 @@ pub(super) fn create(dir: &Path, header: &SegmentHeader, bytes: u64) -> io::Resu
     file.sync_all()?;
     std::fs::rename(&spare, path(dir, header.number))?;
     sync_dir(dir)?;
-    debug_assert!(bytes >= SEGMENT_HEADER_BYTES as u64);
-    Ok(file)
+    Appender::open(&path(dir, header.number), SEGMENT_HEADER_BYTES as u64)
 }
 
 /// Removes a segment; one that is gone already is no error.

@@ -11,7 +11,6 @@ use super::recovery::Tail;
 use super::{segment, vote};
 use openraft::storage::IOFlushed;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -160,16 +159,14 @@ impl Writer {
             return Ok(());
         }
         let bytes = frame::frame_bytes(batch.payload.len()) as u64;
-        let empty = self.tail.offset == SEGMENT_HEADER_BYTES as u64;
-        if self.tail.offset + bytes > self.segment_bytes && !empty {
+        let empty = self.tail.file.at() == SEGMENT_HEADER_BYTES as u64;
+        if self.tail.file.at() + bytes > self.segment_bytes && !empty {
             self.rotate()?;
         }
         let encoded =
             frame::encode_frame(self.tail.number, self.tail.sequence, batch.ops, &batch.payload);
-        self.tail.file.write_all_at(&encoded, self.tail.offset)?;
-        self.tail.file.sync_data()?;
-        let base = self.tail.offset + FRAME_HEADER_BYTES as u64;
-        self.tail.offset += bytes;
+        let base = self.tail.file.at() + FRAME_HEADER_BYTES as u64;
+        self.tail.file.append(&encoded)?;
         self.tail.sequence += 1;
         {
             let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
@@ -202,7 +199,6 @@ impl Writer {
         self.tail.older.push((self.tail.number, self.tail.last_index));
         self.tail.file = file;
         self.tail.number = header.number;
-        self.tail.offset = SEGMENT_HEADER_BYTES as u64;
         self.tail.last_index = 0;
         Ok(())
     }
@@ -218,7 +214,7 @@ impl Writer {
 
     /// Has the next segment filled by another thread once this one is half full.
     fn keep_spare(&mut self) {
-        if self.spare.is_none() && self.tail.offset * 2 > self.segment_bytes {
+        if self.spare.is_none() && self.tail.file.at() * 2 > self.segment_bytes {
             let (dir, bytes) = (self.dir.clone(), self.segment_bytes);
             self.spare = Some(std::thread::spawn(move || segment::prepare_spare(&dir, bytes)));
         }
