@@ -137,6 +137,16 @@ impl WriteBuffer {
         self.dirty.insert(start, Dirty { id, data, born });
     }
 
+    /// Makes the very first segment due at once if it is short. Most new files are written in one call
+    /// and then closed: their bytes are on the way while the caller still sets times and modes. What is
+    /// written later gathers as usual.
+    pub(crate) fn begin_early(&mut self) {
+        let first = self.next_id == 2 && self.due_upto == 0;
+        if first && self.dirty.values().all(|d| d.data.len() < STREAM_BYTES) {
+            self.make_due();
+        }
+    }
+
     /// Makes everything buffered so far due, and returns the mark to wait for with
     /// [`Self::pending_upto`].
     pub(crate) fn make_due(&mut self) -> SegmentId {
@@ -298,6 +308,21 @@ mod tests {
         let flights = b.launch();
         assert_eq!(flights.iter().map(|(s, _)| *s).collect::<Vec<_>>(), [0, 64, 128, 192]);
         assert!(flights.iter().all(|(_, d)| d.len() == SEGMENT));
+    }
+
+    #[test]
+    fn only_the_first_short_segment_goes_early() {
+        let mut b = WriteBuffer::new(1 << 20);
+        b.write(0, &[1; 10], Instant::now());
+        b.begin_early();
+        assert_eq!(b.launch().len(), 1);
+        b.write(10, &[2; 10], Instant::now());
+        b.begin_early();
+        assert!(b.launch().is_empty(), "the second gathers");
+        let mut stream = WriteBuffer::new(1 << 20);
+        stream.write(0, &[1; STREAM_BYTES], Instant::now());
+        stream.begin_early();
+        assert!(stream.launch().is_empty(), "a stream goes in whole segments");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::inode::{OpenInode, State};
 use crate::transfer;
 use bytes::Bytes;
 use ebb_dataplane_protocol::ids::FILE_BYTES_MAX;
+use futures::FutureExt;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -66,6 +67,9 @@ impl OpenInode {
         // A write after utimes makes the time that was set obsolete.
         state.set.mtime = None;
         state.note_uncommitted();
+        if state.fresh {
+            state.buffer.begin_early();
+        }
         self.pump(state);
         self.shared.write_budget.give(data.len() - grown);
     }
@@ -110,12 +114,17 @@ impl OpenInode {
 
     /// Sends everything written so far and waits until it is acknowledged or has failed.
     pub(crate) async fn drain(self: &Arc<Self>) {
-        let mark: SegmentId = {
+        let (mark, launched): (SegmentId, _) = {
             let mut state = self.state();
-            let mark = state.buffer.make_due();
-            self.pump(&mut state);
-            mark
+            (state.buffer.make_due(), state.buffer.launch())
         };
+        for (start, data) in launched {
+            // The caller waits anyway: it may as well put the bytes on the wire itself.
+            let mut sending = Box::pin(Arc::clone(self).send(start, data));
+            if sending.as_mut().now_or_never().is_none() {
+                self.shared.runtime.spawn(sending);
+            }
+        }
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);

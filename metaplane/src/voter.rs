@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::Mutex;
 
@@ -42,6 +43,7 @@ pub(crate) struct Voter {
     log: LogStore,
     snapshots: PathBuf,
     incoming: Mutex<Option<(Vote, Incoming)>>,
+    load: Arc<AtomicUsize>,
 }
 
 impl Voter {
@@ -53,9 +55,12 @@ impl Voter {
     ) -> Result<Self, MetaError> {
         let (log_dir, dir, cache) =
             (config.dir.join("log"), config.dir.clone(), config.cache_bytes);
+        let load = Arc::new(AtomicUsize::new(0));
+        // Followers should not wait for the leader's own disk.
+        let sole = (config.members.len() <= 1).then(|| Arc::clone(&load));
+        let options = LogOptions { load: sole, ..LogOptions::default() };
         let open = move || -> Result<(LogStore, StateStore), MetaError> {
-            let log = LogStore::open(&log_dir, LogOptions::default())
-                .map_err(|e| MetaError::io(&log_dir, e))?;
+            let log = LogStore::open(&log_dir, options).map_err(|e| MetaError::io(&log_dir, e))?;
             let state = StateStore::open(&dir, cache).map_err(|e| MetaError::io(&dir, e))?;
             Ok((log, state))
         };
@@ -97,7 +102,14 @@ impl Voter {
             log,
             snapshots,
             incoming: Mutex::new(None),
+            load,
         })
+    }
+
+    /// Counts a request in progress for as long as the answer is held.
+    pub(crate) fn busy(&self) -> Busy {
+        self.load.fetch_add(1, Ordering::Relaxed);
+        Busy(Arc::clone(&self.load))
     }
 
     /// Raft itself.
@@ -113,7 +125,7 @@ impl Voter {
     /// Reads the state as of now, linearizably.
     pub(crate) async fn read<T>(
         &self,
-        read: impl FnOnce(&View, Reader<'_, View>) -> T,
+        read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
     ) -> Result<T, ProposeError> {
         self.reads.confirm().await?;
         self.peek(read)
@@ -123,7 +135,7 @@ impl Voter {
     /// when they are applied.
     pub(crate) fn peek<T>(
         &self,
-        read: impl FnOnce(&View, Reader<'_, View>) -> T,
+        read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
     ) -> Result<T, ProposeError> {
         let failed = |e: io::Error| ProposeError::Stopped(e.to_string());
         let view = self.state.view().map_err(failed)?;
@@ -220,6 +232,14 @@ impl Voter {
             Ok(Err(e)) => tracing::warn!(error = %e, "the state was not made durable at the end"),
             Err(e) => tracing::warn!(error = %e, "the state was not made durable at the end"),
         }
+    }
+}
+
+/// A request in progress.
+pub(crate) struct Busy(Arc<AtomicUsize>);
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -22,6 +22,7 @@ fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     init_logging(&cli);
     let outcome = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(worker_threads())
         .enable_all()
         .build()
         .map_err(|e| CliError::new(format!("cannot start the runtime: {e}")))
@@ -38,6 +39,14 @@ fn main() -> std::process::ExitCode {
             std::process::ExitCode::from(error.code())
         }
     }
+}
+
+/// Threads of the runtime: one for two cores, eight at most. These processes mostly pass small
+/// messages on, and a message that changes threads on its way costs more than a second thread gains;
+/// the other cores have the kernel, the FUSE threads and the neighbours to run.
+fn worker_threads() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / 2).clamp(1, 8)
 }
 
 fn init_logging(cli: &Cli) {

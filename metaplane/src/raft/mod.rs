@@ -6,6 +6,7 @@
 //! `ebb-namespace`, which is applied here entry by entry.
 
 pub mod kv;
+mod layers;
 pub mod log;
 pub mod network;
 pub mod propose;

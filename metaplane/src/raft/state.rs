@@ -1,26 +1,30 @@
-//! The persistent state machine: `ebb-namespace` over redb.
+//! The persistent state machine: `ebb-namespace` over layers of changes over redb.
 //!
-//! Each batch of entries is one redb transaction of durability `None` that also holds the last
-//! applied log id and the membership, so that the file always is at an entry's boundary. It is made
-//! durable ([`StateStore::persist`]) from time to time, and always before a snapshot is reported,
-//! because the log up to a snapshot may go. After a crash redb is back at its last durable commit and
-//! openraft applies the log from there.
+//! Applying an entry changes the layers in memory; nothing of it needs to be durable, since the log
+//! has it. From time to time all changes go to redb in one durable transaction, together with the
+//! last applied log id and the membership ([`StateReader::persist`]), so that the file always is at
+//! an entry's boundary; always so before a snapshot is built, because the log up to a snapshot may
+//! go. After a crash redb is at its last transaction and openraft applies the log from there.
+//!
+//! Bounded (I9): past [`CHANGES_SOFT_BYTES`] or [`ENTRIES_SOFT`] the changes are written out in the
+//! background, past [`CHANGES_HARD_BYTES`] applying waits for it.
 
-use super::kv::{Reader, Writer};
+use super::kv::{Base, Reader, Writer};
+use super::layers::Layers;
 use super::snapshot::{self, SnapshotFile, SnapshotWriter};
 use super::{Applied, Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use futures::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine, Snapshot};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use redb::{
-    Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition,
-    WriteTransaction,
+    Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
 };
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::Notify;
 
 /// The namespace's pairs.
@@ -31,8 +35,12 @@ const APPLIED: &str = "applied";
 
 /// Entries of one transaction at most.
 const BATCH_ENTRIES_MAX: usize = 512;
-/// Entries applied since the last durable commit at most; bounds the replay after a crash.
-const UNDURABLE_ENTRIES_MAX: u64 = 20_000;
+/// Bytes of changes that are written out in the background.
+const CHANGES_SOFT_BYTES: usize = 8 << 20;
+/// Entries that are: bounds the replay after a crash.
+const ENTRIES_SOFT: u64 = 10_000;
+/// Bytes of changes with which applying waits until they are written out.
+const CHANGES_HARD_BYTES: usize = 64 << 20;
 
 /// Where the state is in the log.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -46,26 +54,105 @@ pub(super) fn failed(e: impl Into<redb::Error>) -> io::Error {
     io::Error::other(format!("metadata store: {}", e.into()))
 }
 
+/// What is applied.
+struct State {
+    layers: Layers,
+    position: Position,
+    /// Entries since the layers were last frozen.
+    entries: u64,
+    /// Writing out failed, or a read did: nothing is applied any more.
+    broken: Option<String>,
+}
+
+impl State {
+    fn usable(&self) -> io::Result<()> {
+        match &self.broken {
+            Some(why) => Err(io::Error::other(why.clone())),
+            None if !self.layers.is_open() => Err(closed()),
+            None => Ok(()),
+        }
+    }
+}
+
 struct Shared {
-    /// `None` once closed: whoever still holds a handle reads nothing more.
-    database: RwLock<Option<Database>>,
+    state: RwLock<State>,
+    /// `None` once closed. Held while changes are written out, which only one may do.
+    database: Mutex<Option<Database>>,
+    /// Writing out is due and somebody is on it.
+    writing_soon: AtomicBool,
     snapshots: PathBuf,
-    /// Entries applied but not durable.
-    undurable: AtomicU64,
     /// Something was applied: leader tasks look for work.
     applied: Notify,
 }
 
 impl Shared {
-    fn begin_read(&self) -> io::Result<ReadTransaction> {
-        let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
-        database.as_ref().ok_or_else(closed)?.begin_read().map_err(failed)
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
-    fn begin_write(&self) -> io::Result<WriteTransaction> {
-        // A writer waits for the one before it, which must not keep the lock from being taken.
-        let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
-        database.as_ref().ok_or_else(closed)?.begin_write().map_err(failed)
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
+    fn database(&self) -> MutexGuard<'_, Option<Database>> {
+        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes out what was applied, if anything was. Blocks on disk.
+    fn persist(&self) -> io::Result<()> {
+        self.persist_into(self.database().as_ref().ok_or_else(closed)?)
+    }
+
+    fn persist_into(&self, database: &Database) -> io::Result<()> {
+        let (changes, position) = {
+            let mut state = self.write();
+            state.usable()?;
+            if state.entries == 0 {
+                return Ok(());
+            }
+            state.entries = 0;
+            (state.layers.freeze(), state.position.clone())
+        };
+        let written = (|| {
+            let mut txn = database.begin_write().map_err(failed)?;
+            txn.set_durability(Durability::Immediate).map_err(failed)?;
+            {
+                let mut pairs = txn.open_table(PAIRS).map_err(failed)?;
+                for (key, value) in changes.iter() {
+                    match value {
+                        Some(value) => {
+                            pairs.insert(key.as_slice(), value.as_slice()).map_err(failed)?;
+                        }
+                        None => {
+                            pairs.remove(key.as_slice()).map_err(failed)?;
+                        }
+                    }
+                }
+            }
+            set_position(&txn, &position)?;
+            txn.commit().map_err(failed)?;
+            base(database)
+        })();
+        let mut state = self.write();
+        match written {
+            Ok(base) => state.layers.replace(base),
+            Err(e) => {
+                // The frozen layer stays readable, but cannot be made durable.
+                state.broken = Some(e.to_string());
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn base(database: &Database) -> io::Result<Base> {
+    database.begin_read().map_err(failed)?.open_table(PAIRS).map_err(failed)
+}
+
+fn set_position(txn: &WriteTransaction, position: &Position) -> io::Result<()> {
+    let json = serde_json::to_vec(position).map_err(io::Error::other)?;
+    let mut raft = txn.open_table(RAFT).map_err(failed)?;
+    raft.insert(APPLIED, json.as_slice()).map_err(failed)?;
+    Ok(())
 }
 
 fn closed() -> io::Error {
@@ -76,12 +163,12 @@ fn closed() -> io::Error {
 #[derive(Clone)]
 pub struct StateStore {
     shared: Arc<Shared>,
-    position: Position,
 }
 
 impl std::fmt::Debug for StateStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StateStore").field("position", &self.position).finish_non_exhaustive()
+        let position = self.shared.read().position.clone();
+        f.debug_struct("StateStore").field("position", &position).finish_non_exhaustive()
     }
 }
 
@@ -91,10 +178,22 @@ pub struct StateReader {
     shared: Arc<Shared>,
 }
 
+/// The layers of a state that is held for reading.
+struct Held<'s>(RwLockReadGuard<'s, State>);
+impl Deref for Held<'_> {
+    type Target = Layers;
+    fn deref(&self) -> &Layers {
+        &self.0.layers
+    }
+}
+
 impl StateReader {
-    /// A consistent view of the state as last applied.
-    pub fn view(&self) -> io::Result<Reader> {
-        Reader::new(&self.shared.begin_read()?)
+    /// A consistent view of the state as last applied. Nothing is applied while it is held, and a
+    /// second one must not be asked for meanwhile.
+    pub fn view(&self) -> io::Result<Reader<'_>> {
+        let state = self.shared.read();
+        state.usable()?;
+        Ok(Reader::new(Held(state)))
     }
 
     /// Wakes when entries were applied.
@@ -104,13 +203,18 @@ impl StateReader {
 
     /// Makes what was applied durable, if anything is not. Blocks on disk.
     pub fn persist(&self) -> io::Result<()> {
-        persist(&self.shared)
+        self.shared.persist()
     }
 
     /// Makes the state durable and lets go of the file. Raft must have stopped. Blocks on disk.
     pub fn close(&self) -> io::Result<()> {
-        let persisted = persist(&self.shared);
-        let mut database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner);
+        let mut database = self.shared.database();
+        let persisted = match database.as_ref() {
+            Some(database) => self.shared.persist_into(database),
+            None => Ok(()),
+        };
+        // The table holds on to the file as the database does.
+        self.shared.write().layers = Layers::default();
         drop(database.take());
         self.shared.applied.notify_waiters();
         persisted
@@ -118,17 +222,8 @@ impl StateReader {
 
     /// Whether [`StateReader::close`] was called.
     pub fn is_closed(&self) -> bool {
-        self.shared.database.read().unwrap_or_else(PoisonError::into_inner).is_none()
+        !self.shared.read().layers.is_open()
     }
-}
-
-fn persist(shared: &Shared) -> io::Result<()> {
-    let undurable = shared.undurable.load(Ordering::Acquire);
-    let mut txn = shared.begin_write()?;
-    txn.set_durability(Durability::Immediate).map_err(failed)?;
-    txn.commit().map_err(failed)?;
-    shared.undurable.fetch_sub(undurable, Ordering::AcqRel);
-    Ok(())
 }
 
 impl StateStore {
@@ -151,13 +246,16 @@ impl StateStore {
             }
         };
         txn.commit().map_err(failed)?;
+        let layers = Layers::new(base(&database)?);
+        let state = State { layers, position, entries: 0, broken: None };
         let shared = Shared {
-            database: RwLock::new(Some(database)),
+            state: RwLock::new(state),
+            database: Mutex::new(Some(database)),
+            writing_soon: AtomicBool::new(false),
             snapshots,
-            undurable: AtomicU64::new(0),
             applied: Notify::new(),
         };
-        Ok(Self { shared: Arc::new(shared), position })
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// A handle for reading.
@@ -170,68 +268,77 @@ impl StateStore {
         self.shared.snapshots.clone()
     }
 
-    /// Applies a batch in one transaction, then answers.
-    fn apply_batch(&mut self, batch: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
-        let count = batch.len() as u64;
-        let undurable = self.shared.undurable.load(Ordering::Acquire) + count;
-        let durable = undurable > UNDURABLE_ENTRIES_MAX;
-        let mut txn = self.shared.begin_write()?;
-        let durability = if durable { Durability::Immediate } else { Durability::None };
-        txn.set_durability(durability).map_err(failed)?;
-        let mut position = self.position.clone();
+    /// Applies a batch, then answers.
+    fn apply_batch(&self, batch: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
         let mut answers = Vec::with_capacity(batch.len());
-        {
-            let mut writer = Writer::new(&txn)?;
+        let due = {
+            let mut guard = self.shared.write();
+            let state = &mut *guard;
+            state.usable()?;
+            let mut writer = Writer::new(&mut state.layers);
             for (entry, responder) in batch {
                 let Entry { log_id, payload } = entry;
                 let applied = match payload {
                     EntryPayload::Blank => Applied::default(),
                     EntryPayload::Membership(m) => {
-                        position.membership = StoredMembership::new(Some(log_id), m);
+                        state.position.membership = StoredMembership::new(Some(log_id), m);
                         Applied::default()
                     }
                     EntryPayload::Normal(p) => Applied(writer.apply(p.entry())),
                 };
-                position.last = Some(log_id);
+                state.position.last = Some(log_id);
+                state.entries += 1;
                 answers.push((responder, applied));
             }
-            writer.finish()?;
-            let json = serde_json::to_vec(&position).map_err(io::Error::other)?;
-            let mut raft = txn.open_table(RAFT).map_err(failed)?;
-            raft.insert(APPLIED, json.as_slice()).map_err(failed)?;
-        }
-        txn.commit().map_err(failed)?;
-        self.position = position;
-        if durable {
-            self.shared.undurable.store(0, Ordering::Release);
-        } else {
-            self.shared.undurable.fetch_add(count, Ordering::AcqRel);
-        }
+            if let Err(e) = writer.finish() {
+                state.broken = Some(e.to_string());
+                return Err(e);
+            }
+            state.layers.recent_bytes()
+        };
         for (responder, applied) in answers {
             if let Some(responder) = responder {
                 responder.send(applied);
             }
         }
         self.shared.applied.notify_waiters();
+        self.persist_when_due(due)
+    }
+
+    fn persist_when_due(&self, bytes: usize) -> io::Result<()> {
+        if bytes >= CHANGES_HARD_BYTES {
+            return self.shared.persist();
+        }
+        let due = bytes >= CHANGES_SOFT_BYTES || self.shared.read().entries >= ENTRIES_SOFT;
+        if due && !self.shared.writing_soon.swap(true, Ordering::AcqRel) {
+            let shared = Arc::clone(&self.shared);
+            tokio::task::spawn_blocking(move || {
+                // A failure is kept in the state and stops the next batch.
+                if let Err(e) = shared.persist() {
+                    tracing::error!(error = %e, "the metadata store failed");
+                }
+                shared.writing_soon.store(false, Ordering::Release);
+            });
+        }
         Ok(())
     }
 
-    fn install(&mut self, meta: &SnapshotMeta, file: &SnapshotFile) -> io::Result<()> {
+    fn install(&self, meta: &SnapshotMeta, file: &SnapshotFile) -> io::Result<()> {
         let position =
             Position { last: meta.last_log_id, membership: meta.last_membership.clone() };
-        let mut txn = self.shared.begin_write()?;
+        let guard = self.shared.database();
+        let database = guard.as_ref().ok_or_else(closed)?;
+        let mut txn = database.begin_write().map_err(failed)?;
         txn.set_durability(Durability::Immediate).map_err(failed)?;
         txn.delete_table(PAIRS).map_err(failed)?;
         {
             let mut pairs = txn.open_table(PAIRS).map_err(failed)?;
             file.read_pairs(|key, value| pairs.insert(key, value).map(drop).map_err(failed))?;
-            let json = serde_json::to_vec(&position).map_err(io::Error::other)?;
-            let mut raft = txn.open_table(RAFT).map_err(failed)?;
-            raft.insert(APPLIED, json.as_slice()).map_err(failed)?;
         }
+        set_position(&txn, &position)?;
         txn.commit().map_err(failed)?;
-        self.shared.undurable.store(0, Ordering::Release);
-        self.position = position;
+        let layers = Layers::new(base(database)?);
+        *self.shared.write() = State { layers, position, entries: 0, broken: None };
         snapshot::adopt(&self.shared.snapshots, file, meta)?;
         self.shared.applied.notify_waiters();
         Ok(())
@@ -247,7 +354,13 @@ impl SnapshotBuilder {
     fn build(
         &self,
     ) -> io::Result<Snapshot<super::LeaderId, u64, openraft::impls::BasicNode, SnapshotFile>> {
-        let txn = self.shared.begin_read()?;
+        let txn = {
+            let database = self.shared.database();
+            let database = database.as_ref().ok_or_else(closed)?;
+            // The log below may go as soon as this is reported.
+            self.shared.persist_into(database)?;
+            database.begin_read().map_err(failed)?
+        };
         let position: Position = {
             let raft = txn.open_table(RAFT).map_err(failed)?;
             match raft.get(APPLIED).map_err(failed)? {
@@ -264,8 +377,6 @@ impl SnapshotBuilder {
             out.pair(key.value(), value.value())?;
         }
         let file = out.finish()?;
-        // The log below may go as soon as this is reported.
-        persist(&self.shared)?;
         Ok(Snapshot { meta, snapshot: file })
     }
 }
@@ -287,7 +398,8 @@ impl RaftStateMachine<TypeConfig> for StateStore {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
-        Ok((self.position.last, self.position.membership.clone()))
+        let state = self.shared.read();
+        Ok((state.position.last, state.position.membership.clone()))
     }
 
     async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>

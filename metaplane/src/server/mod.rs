@@ -67,6 +67,7 @@ impl Port {
         // Long waits (a flush, a shutdown) hold a permit of their connection, not of everybody.
         let waits = matches!(request, Request::Admin(_));
         let _permit = if waits { None } else { self.permits.acquire().await.ok() };
+        let _busy = self.service.voter.busy();
         let response = self.service.respond(peer, request).await;
         if let Some(hint) = not_leader(&response) {
             return Frame::refusal(&frame.header, Status::NotLeader, hint);

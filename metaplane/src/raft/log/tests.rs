@@ -9,15 +9,18 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, RaftLogReader, StorageError};
 use std::path::Path;
+use std::sync::Arc;
 use tempfile::TempDir;
 
 /// One segment takes a whole recorded log.
 fn medium() -> LogOptions {
-    LogOptions { segment_bytes: 16 << 10, cache_bytes_max: 1 << 20 }
+    // Written by the thread.
+    LogOptions { segment_bytes: 16 << 10, cache_bytes_max: 1 << 20, load: None }
 }
 
 fn small() -> LogOptions {
-    LogOptions { segment_bytes: 4096, cache_bytes_max: 2048 }
+    // Written by the caller where nothing is queued.
+    LogOptions { segment_bytes: 4096, cache_bytes_max: 2048, load: Some(Arc::default()) }
 }
 
 fn entry(term: u64, index: u64, bytes: usize) -> Entry {

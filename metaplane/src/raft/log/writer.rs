@@ -1,5 +1,6 @@
-//! The thread that owns the segment files: takes whatever is queued, writes it as one frame, syncs
-//! once, then tells everybody whose bytes were in it (group commit).
+//! Who writes the segment files: a thread that takes whatever is queued, writes it as one frame, syncs
+//! once, then tells everybody whose bytes were in it (group commit). Where nothing is queued and
+//! nobody else would be kept waiting, the caller does the same itself (`mod.rs`).
 //!
 //! The first I/O error poisons the log: nothing after it is acknowledged, since what the device
 //! holds is no longer known.
@@ -12,6 +13,7 @@ use super::{segment, vote};
 use openraft::storage::IOFlushed;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -98,25 +100,38 @@ impl Batch {
     }
 }
 
-impl Writer {
-    /// Runs until every sender is gone.
-    pub(super) fn run(mut self, jobs: &Receiver<Job>) {
-        while let Ok(job) = jobs.recv() {
-            let mut batch = Batch::default();
+/// Runs until every sender is gone. `outstanding` counts the jobs that were sent and not finished.
+pub(super) fn run(writer: &Mutex<Writer>, outstanding: &AtomicUsize, jobs: &Receiver<Job>) {
+    while let Ok(job) = jobs.recv() {
+        let mut taken = 1;
+        let mut batch = Batch::default();
+        batch.take(job);
+        while !batch.is_full() {
+            let Ok(job) = jobs.try_recv() else { break };
             batch.take(job);
-            while !batch.is_full() {
-                let Ok(job) = jobs.try_recv() else { break };
-                batch.take(job);
-            }
-            let close = batch.close.take();
-            self.finish(batch);
-            if let Some(done) = close {
-                self.join_spare();
-                drop(done.send(Ok(())));
-                return;
-            }
+            taken += 1;
         }
-        self.join_spare();
+        let close = batch.close.take();
+        let mut held = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        held.finish(batch);
+        if let Some(done) = close {
+            held.join_spare();
+            held.broken.get_or_insert_with(|| "the Raft log is closed".to_owned());
+            drop(done.send(Ok(())));
+            return;
+        }
+        drop(held);
+        outstanding.fetch_sub(taken, Ordering::AcqRel);
+    }
+    writer.lock().unwrap_or_else(PoisonError::into_inner).join_spare();
+}
+
+impl Writer {
+    /// Does a job at once. Nothing may be queued.
+    pub(super) fn now(&mut self, job: Job) {
+        let mut batch = Batch::default();
+        batch.take(job);
+        self.finish(batch);
     }
 
     fn join_spare(&mut self) {
