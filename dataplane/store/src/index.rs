@@ -7,9 +7,10 @@
 use crate::capture::Capture;
 use crate::extent::{Extent, ExtentList, Origin, Run, normalise, subtract, total};
 use crate::types::BLOCK;
+use crate::window::Window;
 use ebb_dataplane_protocol::{
-    ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
-    SessionId, ViewVersion,
+    ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, SessionId,
+    ViewVersion,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -122,6 +123,11 @@ impl Inode {
     pub(crate) fn marks(&self) -> &[(Generation, u64)] {
         self.extra.as_ref().map_or(&[], |e| &e.marks)
     }
+    /// The highest tag of the writes taken and not flushed: no lower one is taken any more (R7). A
+    /// flushed one is below the floor, since its seal raised that past it.
+    pub(crate) fn tag(&self) -> Generation {
+        self.marks().last().map_or(Generation(0), |m| m.0)
+    }
     pub(crate) fn extra_mut(&mut self) -> &mut InodeExtra {
         self.extra.get_or_insert_default()
     }
@@ -132,21 +138,12 @@ impl Inode {
     }
 }
 
-/// Applied sequences of a session.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Window {
-    pub(crate) below: Sequence,
-    /// Ascending, all >= `below`.
-    pub(crate) applied: Vec<u64>,
-    pub(crate) captured: u64,
-    /// Journal sequence of the last use.
-    pub(crate) used: u64,
-}
-
 /// A placement group.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pg {
     pub(crate) frozen: Option<PgEpoch>,
+    /// Epoch in which it last came here with its windows.
+    pub(crate) taken: PgEpoch,
     pub(crate) dirty_blocks: u64,
     /// Chunks with dirty extents, per inode.
     pub(crate) dirty: BTreeMap<InodeId, u32>,
@@ -159,6 +156,8 @@ pub(crate) struct Counters {
     pub(crate) dirty_blocks: u64,
     pub(crate) clean_blocks: u64,
     pub(crate) extents: u64,
+    /// Entries of all windows.
+    pub(crate) applied: u64,
     /// Serialised bytes of all entries.
     pub(crate) encoded: u64,
 }
@@ -276,7 +275,9 @@ impl Index {
         let before = w.applied.len() as u64;
         f(w);
         let after = w.applied.len() as u64;
-        self.counters.encoded = self.counters.encoded + 8 * after - 8 * before;
+        const EACH: u64 = crate::capture::APPLIED_BYTES as u64;
+        self.counters.encoded = self.counters.encoded + EACH * after - EACH * before;
+        self.counters.applied = self.counters.applied + after - before;
     }
     pub(crate) fn remove_session(&mut self, id: SessionId) {
         if self.sessions.contains_key(&id) {

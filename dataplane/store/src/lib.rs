@@ -29,6 +29,7 @@ mod store;
 mod superblock;
 pub mod types;
 pub mod verify;
+mod window;
 mod write;
 
 pub use device::{AlignedBuf, DeviceWrite, OpenDevice};
