@@ -16,7 +16,6 @@ use ebb_dataplane_protocol::{
     FileView, Generation, Grant, InodeId, PgEpoch, PgId, SignedGrant, Status, codec,
 };
 use ebb_store::{ControlError, Ticket, ViewUpdate};
-use std::collections::HashSet;
 use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -249,7 +248,7 @@ impl<B: Buffer> ShardCore<B> {
             Step::Drop(inode) => {
                 let ticket = self.store.drop_inode(*inode)?;
                 self.dropped.insert(*inode, ());
-                self.grants.forget(&HashSet::from([*inode]));
+                self.grants.forget(*inode);
                 Ok(ticket)
             }
             Step::EvictClean(inodes) => self.store.evict_clean(inodes),
