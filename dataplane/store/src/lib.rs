@@ -22,6 +22,7 @@ mod extent;
 pub mod geometry;
 mod index;
 mod journal;
+mod memory;
 mod read;
 mod record;
 mod recovery;

