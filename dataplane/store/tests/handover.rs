@@ -182,6 +182,11 @@ impl World {
             return;
         }
         self.holders[usize::from(pg.0)] = (to, next);
+        // A freeze from the time when it was the donor, not yet released: this test is about windows.
+        if let Some(old) = self.cores[to].store.frozen(pg) {
+            let t = self.cores[to].store.thaw(pg, old);
+            self.cores[to].done(t);
+        }
         self.moved += 1;
         self.owed.push((donor, pg, next));
         if self.rng.random_bool(0.6) {
