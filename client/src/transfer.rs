@@ -15,7 +15,7 @@ use crate::sequence::Ticket;
 use crate::status::{Action, action};
 use bytes::{Bytes, BytesMut};
 use ebb_dataplane_protocol::checksum::piece_checksums;
-use ebb_dataplane_protocol::data::{DataContext, decode_checksums, encode_checksums};
+use ebb_dataplane_protocol::data::{DataContext, WriteReply, decode_checksums, encode_checksums};
 use ebb_dataplane_protocol::{
     BLOCK_BYTES, CHUNK_BYTES, ChunkIndex, ClusterMap, Generation, Header, Opcode, PgEntry, PgId,
     Status, crc32c,
@@ -50,14 +50,22 @@ pub(crate) async fn read(inode: &OpenInode, start: u64, end: u64) -> Result<Byte
     }
 }
 
-/// Writes `data` at `start`, inside one chunk. Answers with the generation it was acknowledged at.
+/// Writes `data` at `start`, inside one chunk. Answers with the generation it was taken under.
 pub(crate) async fn write(inode: &OpenInode, start: u64, data: Bytes) -> Result<Generation> {
     let end = start + data.len() as u64;
     let ticket = inode.shared.cluster.data_sequences.begin();
     let crcs = encode_checksums(&piece_checksums(start % u64::from(CHUNK_BYTES), &data));
     let mut t = Transfer::new(inode, start, end, Some(Outgoing { data, crcs, ticket }));
-    let (_, grant) = t.run().await?;
-    Ok(grant.grant.generation)
+    loop {
+        let (frame, grant) = t.run().await?;
+        // Not the grant's: a repeated write was taken under the tag it had the first time, and to
+        // that one its end is credited (R19), else it regrows a file that was cut meanwhile.
+        if let Some(reply) = WriteReply::decode(&frame.body) {
+            return Ok(reply.generation);
+        }
+        t.unknown_under = Some(grant);
+        t.few("a write's answer names no generation".to_owned()).await?;
+    }
 }
 
 /// The bytes `start..end` out of a reply that carries the blocks around them.

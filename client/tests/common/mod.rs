@@ -3,6 +3,10 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses another part")]
 
+mod proxy;
+
+pub use proxy::Rules;
+
 use ebb_client::{Cluster, Config, FileSystem};
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
 use ebb_dataplane_protocol::{ClusterId, CoreId, NodeState, PgId, ShardRef};
@@ -26,6 +30,8 @@ pub struct TestCluster {
     stop: watch::Sender<bool>,
     meta: JoinHandle<()>,
     nodes: Vec<Node>,
+    /// What the proxies before the nodes do, where there are any.
+    pub rules: Rules,
 }
 
 struct Node {
@@ -75,6 +81,23 @@ impl TestCluster {
 
     /// The same with nodes of another size.
     pub async fn start_with(nodes: usize, capacity_bytes: u64) -> Self {
+        Self::start_as(nodes, capacity_bytes, None).await
+    }
+
+    /// The same with a proxy before each node, that loses what it is told to.
+    pub async fn start_behind_proxies(nodes: usize) -> Self {
+        // Addresses of this process alone: nodes on the first, proxies under the same ports on the
+        // second.
+        let [a, b, ..] = std::process::id().to_le_bytes();
+        let address = |last: u8| format!("127.{}.{b}.{last}", a | 1);
+        Self::start_as(nodes, 512 << 20, Some((address(1), address(2)))).await
+    }
+
+    async fn start_as(
+        nodes: usize,
+        capacity_bytes: u64,
+        proxied: Option<(String, String)>,
+    ) -> Self {
         let _ = tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
             .with_test_writer()
@@ -114,12 +137,21 @@ impl TestCluster {
         })
         .await;
         let mut running = Vec::new();
+        let rules = Rules::default();
         for n in 0..nodes {
+            let mut ports = Vec::new();
+            if let Some((inside, outside)) = &proxied {
+                let listener = tokio::net::TcpListener::bind(format!("{outside}:0")).await;
+                let listener = listener.expect("a port");
+                let port = listener.local_addr().expect("bound").port();
+                rules.serve(listener, format!("{inside}:{port}"));
+                ports.push(port);
+            }
             running.push(Node::start(ebb_dataplane::NodeConfig {
                 dir: dir.path().join(format!("node{n}")),
-                listen: "127.0.0.1".to_owned(),
-                advertise: None,
-                ports: Vec::new(),
+                listen: proxied.as_ref().map_or("127.0.0.1", |p| p.0.as_str()).to_owned(),
+                advertise: proxied.as_ref().map(|p| p.1.clone()),
+                ports,
                 cores: 1,
                 cpus: Vec::new(),
                 capacity_bytes,
@@ -130,7 +162,7 @@ impl TestCluster {
                 ready_file: None,
             }));
         }
-        let it = Self { dir, key, address, s3, stop, meta, nodes: running };
+        let it = Self { dir, key, address, s3, stop, meta, nodes: running, rules };
         it.place(nodes).await;
         it
     }
@@ -161,6 +193,21 @@ impl TestCluster {
             .await;
         }
         admin.close().await.expect("the harness's session ends");
+    }
+
+    /// Moves a group, and waits until it is there. `None`: to nobody.
+    pub async fn move_group(&self, pg: PgId, to: Option<ShardRef>) {
+        let admin = self.connect("mover").await;
+        let to: Vec<ShardRef> = to.into_iter().collect();
+        let call = AdminCall::MovePg { pg, to: to.clone() };
+        admin.admin(call, PATIENCE).await.expect("a group moves");
+        until("the group is there", || async {
+            let map = admin.refresh_map().await.ok()?;
+            let entry = &map.pgs[usize::from(pg.0)];
+            (entry.members == to && !entry.moving).then_some(())
+        })
+        .await;
+        admin.close().await.expect("the mover's session ends");
     }
 
     pub fn dir(&self) -> &Path {

@@ -8,6 +8,9 @@ use rkyv::{Archive, Deserialize, Serialize};
 /// Inodes in one batch at most.
 pub const BATCH_MAX: usize = 1000;
 
+/// Entries of windows in one page of a hand-over.
+pub const WINDOW_PAGE: usize = 1024;
+
 /// A request.
 #[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
 pub enum Control {
@@ -39,6 +42,13 @@ pub enum Control {
     Freeze(PgId, PgEpoch),
     /// Lifts a freeze of this epoch. Reply `Done`.
     Thaw(PgId, PgEpoch),
+    /// A page of the windows of a group that is frozen in this epoch, from past (session, sequence) on
+    /// (PROTOCOL R27). Reply [`ControlReply::Windows`]; fewer than [`WINDOW_PAGE`] entries end it.
+    Windows(PgId, PgEpoch, Option<(SessionId, Sequence)>),
+    /// Takes over entries of a group that comes here in this epoch: journaled before that is
+    /// committed. A late `ReleasePg` of an older one leaves them alone. At most [`WINDOW_PAGE`]. Reply
+    /// `Done` or `Refused`.
+    TakeWindows(PgId, PgEpoch, Vec<WindowEntry>),
     /// What the core holds of a group. Reply [`ControlReply::Pg`].
     PgStatus(PgId),
     /// The group is held by others as of this epoch: refuse if it has dirty data or pins, else drop
@@ -179,6 +189,19 @@ pub struct FlushDone {
     pub old_valid_bytes: u64,
 }
 
+/// A write that was applied and may be asked again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct WindowEntry {
+    /// Whose.
+    pub session: SessionId,
+    /// Everything of the session below was answered.
+    pub below: Sequence,
+    /// Which.
+    pub sequence: Sequence,
+    /// The tag it was taken under.
+    pub generation: Generation,
+}
+
 /// What a core holds of a placement group.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct PgHolding {
@@ -256,6 +279,8 @@ pub enum ControlReply {
     Stored(Vec<StoreOutcome>),
     /// Answers `UploadPart` and `CopyPart`.
     Part(StoreOutcome),
+    /// Answers `Windows`.
+    Windows(Vec<WindowEntry>),
     /// Answers `PgStatus`.
     Pg(PgHolding),
     /// Answers `Stats`.

@@ -7,7 +7,7 @@
 //!
 //! **Write**: the header names the exact byte range; the body is a [`DataContext`] followed by one
 //! CRC-32C per piece of [`crate::checksum::block_pieces`]; the payload is the bytes. `Ok` means
-//! durable on every in-sync replica (I1).
+//! durable on every in-sync replica (I1); the reply's body is a [`WriteReply`].
 
 use crate::ids::*;
 
@@ -75,6 +75,25 @@ impl DataContext {
     }
 }
 
+/// The body of a write's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteReply {
+    /// The tag the write was taken under, which for a repeated one is that of the first time: the
+    /// generation to which the writer credits the end of its bytes (R15, R19).
+    pub generation: Generation,
+}
+
+impl WriteReply {
+    /// The reply's bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        self.generation.0.to_le_bytes().to_vec()
+    }
+    /// Parses a reply; `None` if it has another length.
+    pub fn decode(body: &[u8]) -> Option<Self> {
+        Some(Self { generation: Generation(u64::from_le_bytes(body.try_into().ok()?)) })
+    }
+}
+
 /// Checksums as they travel: u32 little-endian each.
 pub fn encode_checksums(crcs: &[u32]) -> Vec<u8> {
     crcs.iter().flat_map(|c| c.to_le_bytes()).collect()
@@ -108,5 +127,8 @@ mod tests {
         assert_eq!(back, c);
         assert_eq!(decode_checksums(rest), Some(vec![9, 10]));
         assert!(DataContext::decode(&body[..63]).is_none());
+        let reply = WriteReply { generation: Generation(11) };
+        assert_eq!(WriteReply::decode(&reply.encode()), Some(reply));
+        assert_eq!(WriteReply::decode(&[]), None);
     }
 }

@@ -21,7 +21,7 @@ pub const HEADER_BYTES: usize = 64;
 /// "EBB1" read as a little-endian u32.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"EBB1");
 /// Version of the wire protocol.
-pub const WIRE_VERSION: u8 = 1;
+pub const WIRE_VERSION: u8 = 2;
 /// Largest body on a data port.
 pub const BODY_BYTES_MAX_DATA: u32 = 256 << 10;
 /// Largest body on a metadata port.
@@ -47,7 +47,8 @@ pub enum Opcode {
     Present = 0x10,
     /// Reads a range: body [`crate::data::DataContext`]; reply [`crate::data::ReadReply`] + payload.
     Read = 0x11,
-    /// Writes a range: body [`crate::data::DataContext`] + piece checksums; payload the bytes.
+    /// Writes a range: body [`crate::data::DataContext`] + piece checksums; payload the bytes; reply
+    /// [`crate::data::WriteReply`].
     Write = 0x12,
     // --- data ports, metadata plane: bodies are `control::Control` ---------
     /// A [`crate::control::Control`] request; reply [`crate::control::ControlReply`].

@@ -40,6 +40,8 @@ pub enum Status {
     NotLeader = 16,
     /// The checksum of a received payload does not match: send again.
     Corrupt = 17,
+    /// The session called this write answered before it came: it isn't taken. Nobody should be waiting.
+    Answered = 18,
 }
 
 impl Status {
@@ -64,6 +66,7 @@ impl Status {
             15 => Self::Internal,
             16 => Self::NotLeader,
             17 => Self::Corrupt,
+            18 => Self::Answered,
             _ => return None,
         })
     }

@@ -10,13 +10,12 @@ use super::upload::PutTask;
 use super::write::waits_for_batch;
 use super::{Buffer, Owed, RETRY_BUSY_MS, ShardCore, Waiter};
 use ebb_dataplane_protocol::control::{
-    BATCH_MAX, Control, ControlReply, FlushDone, SealItem, SealedItem,
+    BATCH_MAX, Control, ControlReply, FlushDone, SealItem, SealedItem, WindowEntry,
 };
 use ebb_dataplane_protocol::{
     FileView, Generation, Grant, InodeId, PgEpoch, PgId, SignedGrant, Status, codec,
 };
 use ebb_store::{ControlError, Ticket, ViewUpdate};
-use std::collections::HashSet;
 use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,6 +32,7 @@ pub(crate) enum Step {
     Install(InodeId, Arc<FileView>),
     Drop(InodeId),
     EvictClean(Vec<InodeId>),
+    TakeWindows(PgId, PgEpoch, Vec<WindowEntry>),
     Freeze(PgId, PgEpoch),
     Thaw(PgId, PgEpoch),
     ReleasePg(PgId, PgEpoch),
@@ -108,6 +108,17 @@ impl<B: Buffer> ShardCore<B> {
             }
             Control::ReleasePg(pg, epoch) => {
                 self.run_control(owed, vec![Step::ReleasePg(pg, epoch)], Finish::Done);
+            }
+            Control::Windows(pg, epoch, after) => {
+                let reply = match self.store.windows(pg, epoch, after) {
+                    Ok(entries) => ControlReply::Windows(entries),
+                    Err(e) => ControlReply::Refused(e.to_string()),
+                };
+                self.control_reply(owed, &reply);
+            }
+            Control::TakeWindows(pg, epoch, entries) => {
+                let step = Step::TakeWindows(pg, epoch, entries);
+                self.run_control(owed, vec![step], Finish::Done);
             }
             Control::PgStatus(pg) => {
                 let held = self.store.pg_status(pg);
@@ -237,10 +248,11 @@ impl<B: Buffer> ShardCore<B> {
             Step::Drop(inode) => {
                 let ticket = self.store.drop_inode(*inode)?;
                 self.dropped.insert(*inode, ());
-                self.grants.forget(&HashSet::from([*inode]));
+                self.grants.forget(*inode);
                 Ok(ticket)
             }
             Step::EvictClean(inodes) => self.store.evict_clean(inodes),
+            Step::TakeWindows(pg, epoch, entries) => self.store.take_windows(*pg, *epoch, entries),
             Step::Freeze(pg, epoch) => self.store.freeze(*pg, *epoch),
             Step::Thaw(pg, epoch) => self.store.thaw(*pg, *epoch),
             Step::ReleasePg(pg, epoch) => {

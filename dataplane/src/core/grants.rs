@@ -11,6 +11,7 @@ use ebb_dataplane_protocol::{
     FileView, Generation, Grant, GrantMode, InodeId, Lineage, MapVersion, SessionId, ViewVersion,
 };
 use ebb_store::BaseView;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Grants kept by a core.
@@ -56,12 +57,15 @@ pub(crate) fn base_of(view: &FileView) -> BaseView {
 
 pub(crate) struct Grants {
     held: Lru<(InodeId, SessionId), Held>,
+    /// The keys of `held` in order: a Drop notice names inodes.
+    by_inode: BTreeSet<(InodeId, SessionId)>,
     views: Lru<InodeId, Arc<FileView>>,
 }
 
 impl Grants {
     pub(crate) fn new(grants_max: usize, views_max: usize) -> Self {
-        Self { held: Lru::new(grants_max), views: Lru::new(views_max) }
+        let (held, views) = (Lru::new(grants_max), Lru::new(views_max));
+        Self { held, by_inode: BTreeSet::new(), views }
     }
 
     pub(crate) fn view(&mut self, inode: InodeId) -> Option<Arc<FileView>> {
@@ -99,19 +103,25 @@ impl Grants {
         {
             return;
         }
-        self.held.insert(key, new);
+        self.by_inode.insert(key);
+        if let Some(gone) = self.held.insert(key, new) {
+            self.by_inode.remove(&gone);
+        }
     }
 
     pub(crate) fn grant(&mut self, inode: InodeId, session: SessionId) -> Option<Held> {
         self.held.get(&(inode, session)).copied()
     }
 
-    /// The inodes are gone.
-    pub(crate) fn forget(&mut self, inodes: &std::collections::HashSet<InodeId>) {
-        self.held.retain(|(inode, _), _| !inodes.contains(inode));
-        for inode in inodes {
-            self.views.remove(inode);
+    /// The inode is gone. As many steps as it has grants.
+    pub(crate) fn forget(&mut self, inode: InodeId) {
+        let all = (inode, SessionId(0))..=(inode, SessionId(u64::MAX));
+        let keys: Vec<_> = self.by_inode.range(all).copied().collect();
+        for key in keys {
+            self.by_inode.remove(&key);
+            self.held.remove(&key);
         }
+        self.views.remove(&inode);
     }
 
     pub(crate) fn counts(&self) -> (usize, usize) {
@@ -146,6 +156,22 @@ mod tests {
         let held = g.grant(InodeId(1), SessionId(1)).expect("held");
         assert_eq!((held.view, held.generation), (ViewVersion(5), Generation(7)));
         assert!(g.grant(InodeId(1), SessionId(2)).is_none(), "grants are per session");
+    }
+
+    #[test]
+    fn a_gone_inode_leaves_no_grant_and_no_others_go() {
+        let mut g = Grants::new(16, 8);
+        for step in 0..500u64 {
+            g.install(&grant(step * 7 % 11, step * 5 % 3, 1, 1));
+            assert!(g.by_inode.iter().all(|key| g.held.peek(key).is_some()));
+            assert_eq!(g.by_inode.len(), g.held.len(), "step {step}");
+            if step % 13 == 0 {
+                let (before, gone) = (g.by_inode.clone(), InodeId(step % 11));
+                g.forget(gone);
+                assert!(g.by_inode.iter().all(|(inode, _)| *inode != gone));
+                assert_eq!(g.held.len(), before.iter().filter(|(i, _)| *i != gone).count());
+            }
+        }
     }
 
     #[test]

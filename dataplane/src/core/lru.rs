@@ -38,8 +38,9 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
         self.map.get(key).map(|(v, _)| v)
     }
 
-    /// Puts a value; the oldest entries go if there are too many.
-    pub(crate) fn insert(&mut self, key: K, value: V) {
+    /// Puts a value; the oldest entry goes if there is one too many, and its key is returned.
+    pub(crate) fn insert(&mut self, key: K, value: V) -> Option<K> {
+        let mut gone = None;
         self.stamp += 1;
         self.map.insert(key, (value, self.stamp));
         self.order.push_back((key, self.stamp));
@@ -47,17 +48,15 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
             let Some((old, stamp)) = self.order.pop_front() else { break };
             if self.map.get(&old).is_some_and(|(_, s)| *s == stamp) {
                 self.map.remove(&old);
+                gone = Some(old);
             }
         }
         self.compact();
+        gone
     }
 
     pub(crate) fn remove(&mut self, key: &K) -> Option<V> {
         self.map.remove(key).map(|(v, _)| v)
-    }
-
-    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&K, &V) -> bool) {
-        self.map.retain(|k, (v, _)| keep(k, v));
     }
 
     /// Drops stale stamps once they are the majority.
@@ -90,7 +89,7 @@ mod tests {
             assert!(lru.len() <= 3 && lru.order.len() <= 2 * lru.len() + 17);
         }
         assert_eq!(lru.remove(&99_999), None);
-        lru.retain(|_, _| false);
-        assert_eq!(lru.len(), 0);
+        let gone = lru.insert(8, 8).expect("it was full");
+        assert!(lru.peek(&gone).is_none() && lru.len() == 3, "the key that went is told");
     }
 }

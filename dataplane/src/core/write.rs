@@ -16,8 +16,8 @@ use super::{
     Buffer, Command, Owed, PeerInfo, Pending, Purpose, RETRY_BUSY_MS, ShardCore, Starved, Waiter,
 };
 use ebb_dataplane_protocol::checksum::{block_pieces, crc32c};
-use ebb_dataplane_protocol::data::{DataContext, decode_checksums};
-use ebb_dataplane_protocol::{FileView, PgId, Status};
+use ebb_dataplane_protocol::data::{DataContext, WriteReply, decode_checksums};
+use ebb_dataplane_protocol::{FileView, Generation, PgId, Status};
 use ebb_store::{BLOCK, EdgeSource, PieceSource, WaitFor, WriteError, WriteOp, WritePlan};
 use std::sync::Arc;
 
@@ -180,10 +180,11 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
-    /// What the store's refusal means to the client.
-    fn refusal_of(&mut self, e: WriteError) -> Result<(), Refusal> {
+    /// What the store's refusal means to the client; a duplicate is answered under its first tag (R19).
+    fn refusal_of(&mut self, e: WriteError) -> Result<Generation, Refusal> {
         Err(match e {
-            WriteError::Duplicate => return Ok(()),
+            WriteError::Duplicate { generation } => return Ok(generation),
+            WriteError::Answered => Refusal::of(Status::Answered),
             WriteError::StaleGeneration { .. } => {
                 self.stats.refused_grants += 1;
                 Refusal::of(Status::StaleGeneration)
@@ -401,7 +402,8 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     pub(crate) fn write_durable(&mut self, key: WriteKey) {
-        self.finish_write(key, Ok(()));
+        let Some(generation) = self.writes.get(&key).map(|task| task.op.generation) else { return };
+        self.finish_write(key, Ok(generation));
     }
 
     /// Gives a write up that is not in the journal yet.
@@ -419,20 +421,22 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
-    fn finish_write(&mut self, key: WriteKey, outcome: Result<(), Refusal>) {
+    fn finish_write(&mut self, key: WriteKey, outcome: Result<Generation, Refusal>) {
         let Some(task) = self.writes.remove(&key) else { return };
         if let Some(plan) = task.plan {
             self.store.abort_write(plan.id);
         }
         self.retry_waiting = true;
         // Durable is not enough: the answer must leave inside the lease and epoch (I5).
-        let outcome = outcome.and_then(|()| self.placement.still_holds(&task.claim, self.now_ms));
+        let outcome = outcome.and_then(|generation| {
+            self.placement.still_holds(&task.claim, self.now_ms).map(|()| generation)
+        });
         match outcome {
-            Ok(()) => {
+            Ok(generation) => {
                 debug_assert_eq!(task.pg, task.claim.pg);
                 self.stats.writes += 1;
                 self.stats.write_bytes += u64::from(task.op.len);
-                self.reply(task.owed, Status::Ok, Vec::new());
+                self.reply(task.owed, Status::Ok, WriteReply { generation }.encode());
             }
             Err(refusal) => self.refuse(task.owed, refusal),
         }

@@ -4,11 +4,11 @@
 use crate::extent::{Extent, ExtentList, Origin, Run};
 use crate::index::{Chunk, Index, Pin};
 use crate::record::{FillRecord, Move, Record, WriteRecord};
-use crate::types::{BLOCK, SEALS_MAX, WINDOW_MAX};
+use crate::types::{BLOCK, SEALS_MAX};
+use crate::window::Applied;
 use ebb_dataplane_protocol::control::FlushDone;
 use ebb_dataplane_protocol::{
-    ChunkIndex, ContentId, Cut, Generation, InodeId, MapVersion, PgEpoch, PgId, SessionId,
-    ViewVersion,
+    ChunkIndex, ContentId, Cut, Generation, InodeId, MapVersion, PgEpoch, PgId, ViewVersion,
 };
 
 impl Index {
@@ -36,19 +36,18 @@ impl Index {
                     self.set_frozen(*pg, None);
                 }
             }
-            Record::Release { pg, .. } => {
+            Record::Release { pg, epoch } => {
                 let pg = *pg;
                 let count = self.pgs.len() as u16;
                 self.drop_clean_where(|k| PgId::of_chunk(k.0, k.1, count) == pg);
+                self.drop_windows(pg, *epoch);
                 self.set_frozen(pg, None);
             }
             Record::Relocate { inode, chunk, moves } => self.apply_relocate(*inode, *chunk, moves),
             Record::SessionTrim { session, below } => {
                 if self.sessions.contains_key(session) {
                     self.session_mut(*session, |w| {
-                        w.below = w.below.max(*below);
-                        let below = w.below.0;
-                        w.applied.retain(|s| *s >= below);
+                        w.trim(*below);
                         w.used = sequence;
                     });
                 }
@@ -56,6 +55,9 @@ impl Index {
             Record::SessionDrop { session } => self.remove_session(*session),
             Record::Node { node } => self.node = *node,
             Record::ForgetBare { horizon } => self.forget_bare(*horizon),
+            Record::Windows { pg, epoch, entries } => {
+                self.take_windows(*pg, *epoch, entries, sequence);
+            }
         }
     }
 
@@ -90,19 +92,12 @@ impl Index {
                 x.marks[0].1 = x.marks[0].1.max(low);
             }
         });
-        self.applied_sequence(w.session, w.sequence.0, w.answered_below.0, sequence);
-    }
-
-    fn applied_sequence(&mut self, session: SessionId, s: u64, below: u64, journal: u64) {
-        self.session_mut(session, |w| {
-            if let Err(i) = w.applied.binary_search(&s) {
-                w.applied.insert(i, s);
-            }
-            w.below.0 = w.below.0.max(below);
-            let below = w.below.0;
-            w.applied.retain(|s| *s >= below);
-            w.used = journal;
-            debug_assert!(w.applied.len() <= WINDOW_MAX + 1);
+        let applied =
+            Applied { sequence: w.sequence.0, generation: w.generation, pg: self.pg_of(key) };
+        self.session_mut(w.session, |window| {
+            window.trim(w.answered_below);
+            window.add(applied);
+            window.used = sequence;
         });
     }
 

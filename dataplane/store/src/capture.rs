@@ -8,11 +8,12 @@ use crate::codec::{Put, Reader};
 use crate::device::AlignedBuf;
 use crate::extent::{Extent, ExtentList};
 use crate::geometry::FORMAT_VERSION;
-use crate::index::{Chunk, ChunkKey, Index, Inode, InodeExtra, Pin, Window};
+use crate::index::{Chunk, ChunkKey, Index, Inode, InodeExtra, Pin};
 use crate::types::BLOCK;
+use crate::window::{Applied, Window};
 use ebb_dataplane_protocol::{
-    ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, Sequence, SessionId,
-    ViewVersion, crc32c,
+    ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
+    SessionId, ViewVersion, crc32c,
 };
 use std::ops::Bound;
 
@@ -28,9 +29,12 @@ pub(crate) const PAGES_PER_WRITE: usize = 256;
 /// Encoded sizes without their lists.
 pub(crate) const INODE_BYTES: usize = 40;
 pub(crate) const SESSION_BYTES: usize = 32;
+/// Of one applied write in a session.
+pub(crate) const APPLIED_BYTES: usize = 18;
 const CHUNK_BYTES: usize = 24;
 const PIN_BYTES: usize = 16;
 const GLOBAL_BYTES: usize = 32;
+const PG_BYTES: usize = 24;
 
 pub(crate) fn chunk_len(c: &Chunk) -> usize {
     let list = |l: &ExtentList| l.0.iter().map(Extent::encoded_len).sum::<usize>();
@@ -42,7 +46,7 @@ pub(crate) fn chunk_len(c: &Chunk) -> usize {
 /// Stream bytes an area of `bytes` holds, with a page to spare for global state.
 pub(crate) fn capacity(bytes: u64, pgs: usize) -> u64 {
     let pages = bytes / PAGE_BYTES as u64;
-    (pages * PAYLOAD as u64).saturating_sub((GLOBAL_BYTES + pgs * 16) as u64 + PAYLOAD as u64)
+    (pages * PAYLOAD as u64).saturating_sub((GLOBAL_BYTES + pgs * PG_BYTES) as u64 + PAYLOAD as u64)
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -114,7 +118,11 @@ impl Capture {
         o.u64(id.0);
         o.u64(w.below.0);
         o.u64(w.used);
-        w.applied.iter().for_each(|s| o.u64(*s));
+        for a in &w.applied {
+            o.u64(a.sequence);
+            o.u64(a.generation.0);
+            o.u16(a.pg.0);
+        }
     }
 
     fn global(&mut self, index: &Index) {
@@ -129,6 +137,7 @@ impl Capture {
         for pg in &index.pgs {
             o.u64(u64::from(pg.frozen.is_some()));
             o.u64(pg.frozen.map_or(0, |e| e.0));
+            o.u64(pg.taken.0);
         }
     }
 
@@ -300,7 +309,16 @@ impl Index {
                 (r.u8()? == 0 && r.u16()? == 0).then_some(())?;
                 let n = r.u32()?;
                 let (id, below, used) = (SessionId(r.u64()?), Sequence(r.u64()?), r.u64()?);
-                let applied = (0..n).map(|_| r.u64()).collect::<Option<Vec<_>>>()?;
+                let groups = self.pgs.len();
+                let mut entry = || {
+                    let (sequence, generation) = (r.u64()?, Generation(r.u64()?));
+                    let pg = PgId(r.u16()?);
+                    let known = usize::from(pg.0) < groups;
+                    known.then_some(Applied { sequence, generation, pg })
+                };
+                let applied = (0..n).map(|_| entry()).collect::<Option<Vec<_>>>()?;
+                let ascending = applied.windows(2).all(|w| w[0].sequence < w[1].sequence);
+                ascending.then_some(())?;
                 self.session_mut(id, |w| (w.below, w.used, w.applied) = (below, used, applied));
             }
             4 => {
@@ -312,6 +330,7 @@ impl Index {
                 for pg in &mut self.pgs {
                     let (frozen, epoch) = (r.u64()?, PgEpoch(r.u64()?));
                     pg.frozen = (frozen == 1).then_some(epoch);
+                    pg.taken = PgEpoch(r.u64()?);
                 }
             }
             _ => return None,

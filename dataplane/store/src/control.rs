@@ -5,6 +5,7 @@
 
 use crate::error::{ControlError, WaitFor};
 use crate::extent::Extent;
+use crate::index::Inode;
 use crate::record::Record;
 use crate::store::Store;
 use crate::types::*;
@@ -21,8 +22,15 @@ impl Store {
         self.control(Record::Node { node }, true, |_| {}).map(Some)
     }
 
-    /// Floor of an inode, of everything appended (durable or not).
+    /// Least tag that may write, of everything appended (durable or not): past every seal and cut, and
+    /// not below any tag that was taken (R7).
     pub fn floor(&self, inode: InodeId) -> Generation {
+        let durable = self.index.inodes.get(&inode).map_or(Generation(0), Inode::tag);
+        let appended = self.tags.get(&inode).map_or(Generation(0), |t| t.highest);
+        self.fenced_below(inode).max(durable).max(appended)
+    }
+    /// The part of the floor that seals, cuts and fences raised: what is below it and dirty was sealed.
+    fn fenced_below(&self, inode: InodeId) -> Generation {
         let durable = self.index.inodes.get(&inode).map_or(Generation(0), |i| i.floor);
         self.heads.get(&inode).map_or(durable, |h| h.floor)
     }
@@ -90,7 +98,9 @@ impl Store {
         if !self.index.inodes.contains_key(&inode) && !self.heads.contains_key(&inode) {
             return Ok(None);
         }
-        if self.floor(inode) <= done.generation && self.has_dirty_up_to(inode, done.generation) {
+        if self.fenced_below(inode) <= done.generation
+            && self.has_dirty_up_to(inode, done.generation)
+        {
             return Err(ControlError::NotSealed { inode, generation: done.generation });
         }
         self.control(Record::FlushDone(*done), true, |_| {}).map(Some)
@@ -161,7 +171,7 @@ impl Store {
         inode: InodeId,
         floor: Generation,
     ) -> Result<Option<Ticket>, ControlError> {
-        if self.floor(inode) >= floor {
+        if self.fenced_below(inode) >= floor {
             return Ok(self.heads.get(&inode).map(|h| h.last));
         }
         self.control(Record::Floor { inode, floor }, true, |h| h.floor = h.floor.max(floor))

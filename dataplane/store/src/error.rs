@@ -132,9 +132,15 @@ pub enum WriteError {
         /// Epoch of the freeze.
         epoch: PgEpoch,
     },
-    /// This (session, sequence) is applied and durable: answer it as done.
-    #[error("already applied")]
-    Duplicate,
+    /// This (session, sequence) is applied and durable: answer it as done, under that tag (R19).
+    #[error("already applied under generation {generation}")]
+    Duplicate {
+        /// The tag it was taken under.
+        generation: Generation,
+    },
+    /// The session said that this sequence was answered: it isn't taken any more.
+    #[error("the session called this write answered")]
+    Answered,
     /// Not now; what to wait for.
     #[error("must wait: {0:?}")]
     Wait(WaitFor),
@@ -199,6 +205,17 @@ pub enum ControlError {
         /// Pinned inodes (plus writes in flight).
         pins: u64,
     },
+    /// The windows of a group that may still change.
+    #[error("placement group {pg} is not frozen in epoch {epoch}")]
+    NotFrozen {
+        /// The group.
+        pg: PgId,
+        /// The epoch.
+        epoch: PgEpoch,
+    },
+    /// The index is too full to take windows over.
+    #[error("no room in the index")]
+    NoRoom,
     /// A group number past the store's count, or more cuts than a view has.
     #[error("malformed request: {0}")]
     Malformed(&'static str),

@@ -152,6 +152,7 @@ impl ExtentList {
         if self.0.get(i).is_some_and(|e| e.first() < block) {
             let (left, right) = self.0[i].clone().split(block);
             self.0[i] = left;
+            self.make_room();
             self.0.insert(i + 1, right);
         }
     }
@@ -170,6 +171,7 @@ impl ExtentList {
     pub(crate) fn insert(&mut self, e: Extent) {
         let i = self.position(e.first());
         assert!(self.0.get(i).is_none_or(|n| n.first() >= e.end()), "extents never overlap");
+        self.make_room();
         self.0.insert(i, e);
     }
     /// Keeps the extents for which `f` says so; the others go to `released`.
@@ -215,6 +217,18 @@ impl ExtentList {
             e.tail = e.tail.min(rest);
         }
         self.coalesce();
+    }
+    /// Room for one more. Most chunks are small files of one extent, which need none for three others.
+    fn make_room(&mut self) {
+        if self.0.len() == self.0.capacity() {
+            self.0.reserve_exact((self.0.len() / 4).max(1));
+        }
+    }
+    /// Gives room back that a change needed on its way.
+    pub(crate) fn tighten(&mut self) {
+        if self.0.capacity() > self.0.len() + self.0.len() / 2 {
+            self.0.shrink_to_fit();
+        }
     }
     /// Joins neighbours that continue each other.
     pub(crate) fn coalesce(&mut self) {

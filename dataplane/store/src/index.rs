@@ -7,9 +7,10 @@
 use crate::capture::Capture;
 use crate::extent::{Extent, ExtentList, Origin, Run, normalise, subtract, total};
 use crate::types::BLOCK;
+use crate::window::Window;
 use ebb_dataplane_protocol::{
-    ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
-    SessionId, ViewVersion,
+    ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, SessionId,
+    ViewVersion,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -79,6 +80,7 @@ impl Chunk {
         }
         s.extents = self.all_extents().count() as u32;
         s.encoded = if self.is_empty() { 0 } else { crate::capture::chunk_len(self) };
+        s.heap = if self.is_empty() { 0 } else { crate::memory::chunk_heap(self) };
         s
     }
 }
@@ -93,6 +95,7 @@ struct Summary {
     pinned: bool,
     extents: u32,
     encoded: usize,
+    heap: u64,
 }
 
 /// Rare state of an inode.
@@ -122,6 +125,11 @@ impl Inode {
     pub(crate) fn marks(&self) -> &[(Generation, u64)] {
         self.extra.as_ref().map_or(&[], |e| &e.marks)
     }
+    /// The highest tag of the writes taken and not flushed: no lower one is taken any more (R7). A
+    /// flushed one is below the floor, since its seal raised that past it.
+    pub(crate) fn tag(&self) -> Generation {
+        self.marks().last().map_or(Generation(0), |m| m.0)
+    }
     pub(crate) fn extra_mut(&mut self) -> &mut InodeExtra {
         self.extra.get_or_insert_default()
     }
@@ -132,21 +140,12 @@ impl Inode {
     }
 }
 
-/// Applied sequences of a session.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Window {
-    pub(crate) below: Sequence,
-    /// Ascending, all >= `below`.
-    pub(crate) applied: Vec<u64>,
-    pub(crate) captured: u64,
-    /// Journal sequence of the last use.
-    pub(crate) used: u64,
-}
-
 /// A placement group.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pg {
     pub(crate) frozen: Option<PgEpoch>,
+    /// Epoch in which it last came here with its windows.
+    pub(crate) taken: PgEpoch,
     pub(crate) dirty_blocks: u64,
     /// Chunks with dirty extents, per inode.
     pub(crate) dirty: BTreeMap<InodeId, u32>,
@@ -159,8 +158,14 @@ pub(crate) struct Counters {
     pub(crate) dirty_blocks: u64,
     pub(crate) clean_blocks: u64,
     pub(crate) extents: u64,
+    /// Entries of all windows.
+    pub(crate) applied: u64,
     /// Serialised bytes of all entries.
     pub(crate) encoded: u64,
+    /// Heap of all chunks, inodes and windows.
+    pub(crate) heap: u64,
+    /// Entries of all groups' tables of dirty and pinned inodes.
+    pub(crate) tallies: u64,
 }
 
 #[derive(Debug)]
@@ -236,9 +241,12 @@ impl Index {
     pub(crate) fn with_extra(&mut self, id: InodeId, f: impl FnOnce(&mut InodeExtra)) {
         let inode = self.inode_mut(id);
         let before = inode.seals().len() + inode.marks().len();
+        let heap_before = crate::memory::inode_heap(inode);
         f(inode.extra_mut());
         let after = inode.seals().len() + inode.marks().len();
         inode.trim();
+        let heap_after = crate::memory::inode_heap(inode);
+        self.counters.heap = self.counters.heap + heap_after - heap_before;
         self.counters.encoded = self.counters.encoded + 16 * after as u64 - 16 * before as u64;
     }
     pub(crate) fn remove_inode(&mut self, id: InodeId) {
@@ -273,14 +281,17 @@ impl Index {
             .sessions
             .entry(id)
             .or_insert_with(|| Window { captured: number, ..Window::default() });
-        let before = w.applied.len() as u64;
+        let (before, heap_before) = (w.applied.len() as u64, crate::memory::window_heap(w));
         f(w);
-        let after = w.applied.len() as u64;
-        self.counters.encoded = self.counters.encoded + 8 * after - 8 * before;
+        let (after, heap_after) = (w.applied.len() as u64, crate::memory::window_heap(w));
+        self.counters.heap = self.counters.heap + heap_after - heap_before;
+        const EACH: u64 = crate::capture::APPLIED_BYTES as u64;
+        self.counters.encoded = self.counters.encoded + EACH * after - EACH * before;
+        self.counters.applied = self.counters.applied + after - before;
     }
     pub(crate) fn remove_session(&mut self, id: SessionId) {
         if self.sessions.contains_key(&id) {
-            self.session_mut(id, |w| w.applied.clear());
+            self.session_mut(id, |w| w.applied = Vec::new());
             self.sessions.remove(&id);
             self.counters.encoded -= crate::capture::SESSION_BYTES as u64;
         }
@@ -303,6 +314,7 @@ impl Index {
         let before = chunk.summary();
         let mut dropped = Vec::new();
         f(chunk, &mut dropped);
+        chunk.extents.tighten();
         debug_assert!(chunk.extents.is_sound() && chunk.pins.iter().all(|p| p.extents.is_sound()));
         if !dropped.is_empty() && (before.pinned || !chunk.pins.is_empty()) {
             normalise(&mut dropped);
@@ -335,6 +347,7 @@ impl Index {
         if chunk.is_empty() || self.chunks.contains_key(&key) {
             return false;
         }
+        chunk.extents.tighten();
         let after = chunk.summary();
         if after.clean > 0 {
             chunk.queued = true;
@@ -374,11 +387,15 @@ impl Index {
         c.clean_blocks = c.clean_blocks + u64::from(after.clean) - u64::from(before.clean);
         c.extents = c.extents + u64::from(after.extents) - u64::from(before.extents);
         c.encoded = c.encoded + after.encoded as u64 - before.encoded as u64;
+        c.heap = c.heap + after.heap - before.heap;
         let pg = self.pg_of(key);
         let pg = &mut self.pgs[usize::from(pg.0)];
         pg.dirty_blocks = pg.dirty_blocks + u64::from(after.dirty) - u64::from(before.dirty);
+        let tallies = (pg.dirty.len() + pg.pinned.len()) as u64;
         tally(&mut pg.dirty, key.0, before.has_dirty, after.has_dirty);
         tally(&mut pg.pinned, key.0, before.pinned, after.pinned);
+        let now = (pg.dirty.len() + pg.pinned.len()) as u64;
+        self.counters.tallies = self.counters.tallies + now - tallies;
     }
 
     /// A run nobody refers to: data blocks go to `released`, journal blocks just stop being live.
@@ -419,21 +436,6 @@ impl Index {
             last.tail = tail;
         }
         out
-    }
-
-    /// Approximate RAM.
-    pub(crate) fn memory_bytes(&self) -> u64 {
-        const NODE: u64 = 8; // a share of a BTree node's header and slack
-        let chunk = (std::mem::size_of::<(ChunkKey, Chunk)>() as u64) * 3 / 2 + NODE;
-        let inode = (std::mem::size_of::<(InodeId, Inode)>() as u64) * 3 / 2 + NODE;
-        let extent = std::mem::size_of::<Extent>() as u64 + 16;
-        self.chunks.len() as u64 * chunk
-            + self.inodes.len() as u64 * inode
-            + self.counters.extents * extent
-            + (self.counters.dirty_blocks + self.counters.clean_blocks) * 4
-            + self.fifo.capacity() as u64 * 16
-            + self.inline.len() as u64 * 32
-            + self.sessions.len() as u64 * 96
     }
 }
 

@@ -22,6 +22,7 @@ mod extent;
 pub mod geometry;
 mod index;
 mod journal;
+mod memory;
 mod read;
 mod record;
 mod recovery;
@@ -29,6 +30,7 @@ mod store;
 mod superblock;
 pub mod types;
 pub mod verify;
+mod window;
 mod write;
 
 pub use device::{AlignedBuf, DeviceWrite, OpenDevice};

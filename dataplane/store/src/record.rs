@@ -5,8 +5,8 @@
 
 use crate::codec::{Put, Reader};
 use crate::extent::Run;
-use crate::types::CHUNK_BLOCKS;
-use ebb_dataplane_protocol::control::FlushDone;
+use crate::types::{CHUNK_BLOCKS, WINDOW_PAGE};
+use ebb_dataplane_protocol::control::{FlushDone, WindowEntry};
 use ebb_dataplane_protocol::grant::CUTS_MAX;
 use ebb_dataplane_protocol::{
     ChunkIndex, ContentId, Cut, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
@@ -121,6 +121,11 @@ pub(crate) enum Record {
     ForgetBare {
         horizon: MapVersion,
     },
+    Windows {
+        pg: PgId,
+        epoch: PgEpoch,
+        entries: Vec<WindowEntry>,
+    },
 }
 
 fn put_runs(out: &mut Vec<u8>, runs: &[Run], crcs: &[u32]) {
@@ -175,6 +180,7 @@ impl Record {
             Record::SessionDrop { .. } => 17,
             Record::Node { .. } => 18,
             Record::ForgetBare { .. } => 19,
+            Record::Windows { .. } => 20,
         }
     }
 
@@ -272,6 +278,16 @@ impl Record {
             Record::SessionDrop { session } => out.u64(session.0),
             Record::Node { node } => out.u32(node.0),
             Record::ForgetBare { horizon } => out.u64(horizon.0),
+            Record::Windows { pg, epoch, entries } => {
+                out.u64(epoch.0);
+                out.u32(u32::from(pg.0));
+                out.u32(entries.len() as u32);
+                for e in entries {
+                    [e.session.0, e.below.0, e.sequence.0, e.generation.0]
+                        .iter()
+                        .for_each(|v| out.u64(*v));
+                }
+            }
         }
     }
 
@@ -385,6 +401,23 @@ impl Record {
             17 => Record::SessionDrop { session: SessionId(r.u64()?) },
             18 => Record::Node { node: NodeId(r.u32()?) },
             19 => Record::ForgetBare { horizon: MapVersion(r.u64()?) },
+            20 => {
+                let epoch = PgEpoch(r.u64()?);
+                let (pg, n) = (PgId(u16::try_from(r.u32()?).ok()?), r.u32()? as usize);
+                if n > WINDOW_PAGE {
+                    return None;
+                }
+                let mut entries = Vec::with_capacity(n);
+                for _ in 0..n {
+                    entries.push(WindowEntry {
+                        session: SessionId(r.u64()?),
+                        below: Sequence(r.u64()?),
+                        sequence: Sequence(r.u64()?),
+                        generation: generation(r)?,
+                    });
+                }
+                Record::Windows { pg, epoch, entries }
+            }
             _ => return None,
         })
     }
@@ -452,6 +485,16 @@ mod tests {
             Record::SessionDrop { session: SessionId(1) },
             Record::Node { node: NodeId(3) },
             Record::ForgetBare { horizon: MapVersion(3) },
+            Record::Windows {
+                pg: PgId(1),
+                epoch: PgEpoch(2),
+                entries: vec![WindowEntry {
+                    session: SessionId(2),
+                    below: Sequence(3),
+                    sequence: Sequence(4),
+                    generation,
+                }],
+            },
         ];
         for (i, record) in all.iter().enumerate() {
             let mut bytes = Vec::new();

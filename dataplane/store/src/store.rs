@@ -51,6 +51,21 @@ pub(crate) struct Head {
     pub(crate) last: Ticket,
 }
 
+/// Tags of an inode's appended writes that are not durable yet.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tags {
+    /// The highest of those taken while any was pending.
+    pub(crate) highest: Generation,
+    pending: u32,
+}
+
+impl Tags {
+    pub(crate) fn take(&mut self, generation: Generation) {
+        self.highest = self.highest.max(generation);
+        self.pending += 1;
+    }
+}
+
 /// Something that waits until every reader of its time is gone.
 #[derive(Debug)]
 pub(crate) enum Deferred {
@@ -77,6 +92,7 @@ pub struct Store {
     /// Committed writes by ticket.
     pub(crate) committed: BTreeMap<Ticket, WriteId>,
     pub(crate) heads: BTreeMap<InodeId, Head>,
+    pub(crate) tags: BTreeMap<InodeId, Tags>,
     /// Freezes as of everything appended.
     pub(crate) frozen: Vec<Option<PgEpoch>>,
     /// Freeze, thaw and release records that are not durable yet, per group.
@@ -122,6 +138,7 @@ impl Store {
             sequences: BTreeSet::new(),
             committed: BTreeMap::new(),
             heads: BTreeMap::new(),
+            tags: BTreeMap::new(),
             frozen,
             pg_pending,
             reserved_inline: 0,
@@ -250,7 +267,14 @@ impl Store {
 
     fn after_apply(&mut self, ticket: Ticket, record: &Record) {
         match record {
-            Record::Write(_) => {
+            Record::Write(w) => {
+                // From here on the index says it.
+                if let Some(tags) = self.tags.get_mut(&w.inode) {
+                    tags.pending -= 1;
+                    if tags.pending == 0 {
+                        self.tags.remove(&w.inode);
+                    }
+                }
                 if let Some(id) = self.committed.remove(&ticket) {
                     self.finish_write(id);
                 }

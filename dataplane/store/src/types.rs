@@ -17,6 +17,8 @@ pub const CHUNK_BLOCKS: u32 =
 pub const BLOCK: usize = ebb_dataplane_protocol::BLOCK_BYTES as usize;
 /// Applied sequences kept per session; more unanswered ones are refused.
 pub const WINDOW_MAX: usize = 4096;
+/// Entries of windows in one page of a hand-over, and in its record: the least journal's batch takes it.
+pub const WINDOW_PAGE: usize = ebb_dataplane_protocol::control::WINDOW_PAGE;
 /// Sealed generations of one inode at once.
 pub const SEALS_MAX: usize = 4;
 
@@ -36,6 +38,17 @@ pub struct BatchId(pub u64);
 /// A checkpoint step in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CheckpointToken(pub u64);
+
+/// What a session's window knows of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing: it was not applied here.
+    New,
+    /// It was applied, under this tag.
+    Applied(Generation),
+    /// The session itself said that it was answered (or given up): nobody waits for this one.
+    Answered,
+}
 
 /// What of the file is in S3, as the caller's view says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -328,7 +341,7 @@ pub struct StoreStats {
     pub index_bytes: u64,
     /// Its limit.
     pub index_bytes_max: u64,
-    /// Approximate RAM of index, bitmap and windows.
+    /// RAM of index, bitmap and windows, within 15 % of what an allocator gives.
     pub memory_bytes: u64,
     /// Batches written since open.
     pub batches: u64,

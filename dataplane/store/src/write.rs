@@ -3,12 +3,12 @@
 //! A write's blocks are locked from begin until it is durable, so that the old bytes at its edges
 //! cannot change under it and two writes of the same bytes land in the order they were begun.
 
-use crate::error::{ControlError, WaitFor, WriteError};
+use crate::error::{WaitFor, WriteError};
 use crate::extent::{Origin, Run, total};
 use crate::record::{FillRecord, Record, WriteRecord};
 use crate::store::{InFlightFill, InFlightWrite, Store};
 use crate::types::*;
-use ebb_dataplane_protocol::{Generation, InodeId, PgId, Sequence, SessionId, crc32c};
+use ebb_dataplane_protocol::{Generation, InodeId, PgId, Sequence, crc32c};
 
 /// Journal pages a record without inline data takes at most (1024 checksums and runs).
 const RECORD_PAGES: u32 = 4;
@@ -22,8 +22,10 @@ impl Store {
             .ok_or(WriteError::Malformed("range is empty or past the end of the chunk"))?;
         let n = blocks.len() as u32;
         let key = (op.inode, op.chunk);
-        if self.applied(op.session, op.sequence) {
-            return Err(WriteError::Duplicate);
+        match self.seen(op.session, op.sequence) {
+            Seen::New => {}
+            Seen::Applied(generation) => return Err(WriteError::Duplicate { generation }),
+            Seen::Answered => return Err(WriteError::Answered),
         }
         if self.sequences.contains(&(op.session, op.sequence)) {
             return Err(WriteError::Wait(WaitFor::Overlap));
@@ -96,7 +98,7 @@ impl Store {
 
     fn window_has_room(&self, op: &WriteOp) -> Result<(), WriteError> {
         let applied = self.index.sessions.get(&op.session).map_or(0, |w| {
-            w.applied.len() - w.applied.partition_point(|s| *s < op.answered_below.0)
+            w.applied.len() - w.applied.partition_point(|a| a.sequence < op.answered_below.0)
         });
         let from = (op.session, Sequence(0));
         let to = (op.session, Sequence(u64::MAX));
@@ -194,6 +196,7 @@ impl Store {
         }
         let Some(w) = self.writes.get_mut(&id) else { return Err(WriteError::UnknownWrite(id)) };
         w.committed = true;
+        let op = w.op;
         self.reserved_pages -= w.journal_pages;
         let record = Record::Write(WriteRecord {
             inode: w.op.inode,
@@ -218,6 +221,7 @@ impl Store {
             self.release(guard);
         }
         let ticket = self.journal.append(record, inline.to_vec(), true, needs_sync);
+        self.tags.entry(op.inode).or_default().take(op.generation);
         self.committed.insert(ticket, id);
         Ok(ticket)
     }
@@ -237,7 +241,7 @@ impl Store {
         if inline.len() != if w.inline { w.blocks.len() * BLOCK } else { 0 } {
             return Err(WriteError::Malformed("inline bytes do not match the plan"));
         }
-        // A seal, cut or freeze appended since the plan was made wins.
+        // A seal, cut, freeze or later tag appended since the plan was made wins.
         self.may_write(w.op.inode, self.index.pg_of((w.op.inode, w.op.chunk)), w.op.generation)?;
         for (i, block) in inline.chunks(BLOCK).enumerate() {
             if crc32c(block) != crcs[i] {
@@ -332,34 +336,6 @@ impl Store {
         self.reserved_pages -= RECORD_PAGES;
         self.reserved_index -= fill.index_bytes;
         Some(fill)
-    }
-
-    // --- exactly once (I7) ------------------------------------------------------------------------
-
-    /// Whether (session, sequence) has been applied (durable), or is below the session's mark.
-    pub fn applied(&self, session: SessionId, sequence: Sequence) -> bool {
-        self.index
-            .sessions
-            .get(&session)
-            .is_some_and(|w| sequence < w.below || w.applied.binary_search(&sequence.0).is_ok())
-    }
-    /// The session raised its mark without writing: forget applied sequences below. Lazy.
-    pub fn trim_session(
-        &mut self,
-        session: SessionId,
-        below: Sequence,
-    ) -> Result<Option<Ticket>, ControlError> {
-        if self.index.sessions.get(&session).is_none_or(|w| w.below >= below) {
-            return Ok(None);
-        }
-        self.control(Record::SessionTrim { session, below }, false, |_| {}).map(Some)
-    }
-    /// The session ended (its inodes are fenced): forget its window. Lazy.
-    pub fn drop_session(&mut self, session: SessionId) -> Result<Option<Ticket>, ControlError> {
-        if !self.index.sessions.contains_key(&session) {
-            return Ok(None);
-        }
-        self.control(Record::SessionDrop { session }, false, |_| {}).map(Some)
     }
 }
 

@@ -77,6 +77,7 @@ fn acked_writes_survive_any_crash_and_nothing_wrong_is_read() {
             sum.freezes,
             sum.checkpoints,
             sum.no_space,
+            sum.duplicates,
             sum.in_flight_kept,
             sum.in_flight_lost,
             sum.faults.torn,
@@ -121,6 +122,15 @@ fn superblocks_before_the_checkpoint_is_synced_is_caught() {
 #[test]
 fn superblocks_that_are_not_durable_are_caught() {
     is_needed(Break::SuperblocksUnordered);
+}
+
+#[test]
+fn crediting_a_repeated_write_to_its_repetition_is_caught() {
+    is_needed(Break::CreditRetry);
+}
+#[test]
+fn tags_that_go_back_are_caught() {
+    is_needed(Break::TagsGoBack);
 }
 
 #[test]

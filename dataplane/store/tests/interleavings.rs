@@ -159,10 +159,10 @@ fn a_delayed_duplicate_never_lands_over_a_newer_write() {
     assert_eq!(r.store.begin_write(&old), Err(WriteError::Wait(WaitFor::Overlap)), "in flight");
     r.settle();
     r.write(0, 4096, 1, b'b', NONE);
-    assert_eq!(r.store.begin_write(&old), Err(WriteError::Duplicate));
+    assert_eq!(r.store.begin_write(&old), Err(WriteError::Answered));
     r.checkpoint();
     r.reopen();
-    assert_eq!(r.store.begin_write(&old), Err(WriteError::Duplicate));
+    assert_eq!(r.store.begin_write(&old), Err(WriteError::Answered));
     assert_eq!(r.read(0..1, NONE), vec![b'b'; 4096]);
 }
 
@@ -193,6 +193,69 @@ fn a_frozen_group_refuses_begun_writes_and_only_its_epoch_thaws() {
 }
 
 #[test]
+fn a_repeated_write_is_answered_under_its_first_tag_whatever_came_between() {
+    let mut r = rig();
+    let first = WriteOp { answered_below: Sequence(0), ..r.op(0, 9000, 1, NONE) };
+    r.write_op(&first, b'a').expect("accepted");
+    r.settle();
+    // Its reply is lost; somebody truncates, somebody writes.
+    let cut = ViewUpdate {
+        inode: INODE,
+        version: ViewVersion(2),
+        base: NONE,
+        cuts: vec![Cut { generation: Generation(1), at: 100 }],
+    };
+    let t = r.store.apply_view(&cut);
+    r.done(t);
+    let other = WriteOp { session: SessionId(2), ..r.op(0, 10, 3, NONE) };
+    r.write_op(&other, b'b').expect("accepted");
+    r.settle();
+    for how in 0..4 {
+        for g in [1, 2, 3] {
+            let again = WriteOp { generation: Generation(g), ..first };
+            let answer = r.store.begin_write(&again);
+            assert_eq!(answer, Err(WriteError::Duplicate { generation: Generation(1) }), "{how}");
+        }
+        if how == 1 {
+            r.checkpoint();
+        }
+        r.reopen();
+    }
+    let mut want = vec![0; 4096];
+    want[..100].fill(b'a');
+    want[..10].fill(b'b');
+    assert_eq!(r.read(0..1, NONE), want, "applied once, and cut");
+}
+
+#[test]
+fn a_tag_below_one_that_was_taken_is_refused() {
+    let mut r = rig();
+    // Two plans are out when the flush of 1 is given up; the newer one is taken first.
+    let old = r.op(0, 4096, 1, NONE);
+    let plan = r.store.begin_write(&old).expect("nothing newer was taken yet");
+    let new = WriteOp { answered_below: Sequence(0), ..r.op(8192, 4096, 2, NONE) };
+    r.write_op(&new, b'b').expect("accepted");
+    let stale = Err(WriteError::StaleGeneration { floor: Generation(2) });
+    let zeros = vec![0u8; 4096];
+    assert_eq!(r.store.commit_write(plan.id, &[crc32c(&zeros)], &zeros), stale);
+    assert_eq!(r.store.begin_write(&old).map(|_| ()), stale.map(|_| ()), "not durable yet");
+    r.settle();
+    for _ in 0..3 {
+        let stale = Err(WriteError::StaleGeneration { floor: Generation(2) });
+        assert_eq!(r.store.begin_write(&old).map(|_| ()), stale);
+        // What was never sealed here is no flush's: the floor of tags is not that of seals.
+        let done = r.store.flush_done(&flushed(2, 1, 0, 0, 0));
+        assert!(matches!(done, Err(ControlError::NotSealed { .. })), "{done:?}");
+        r.checkpoint();
+        r.reopen();
+    }
+    let again = WriteOp { generation: Generation(2), ..old };
+    r.write_op(&again, b'a').expect("under a fresh grant");
+    r.settle();
+    assert_eq!(r.read(0..1, NONE), vec![b'a'; 4096]);
+}
+
+#[test]
 fn nothing_is_visible_before_it_is_durable() {
     let mut r = rig();
     let op = r.op(0, 4096, 1, NONE);
@@ -200,7 +263,7 @@ fn nothing_is_visible_before_it_is_durable() {
     assert_eq!(r.read(0..1, NONE), vec![0; 4096]);
     let batch = r.store.take_batch().expect("waits");
     assert_eq!(r.read(0..1, NONE), vec![0; 4096]);
-    assert!(!r.store.applied(op.session, op.sequence));
+    assert_eq!(r.store.seen(op.session, op.sequence), Seen::New);
     r.disk.write_at(batch.offset, &batch.bytes).expect("memory");
     assert_eq!(r.store.batch_durable(batch.id).expect("in flight").len(), 1);
     assert_eq!(r.read(0..1, NONE), vec![b'a'; 4096]);

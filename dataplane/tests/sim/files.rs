@@ -3,7 +3,7 @@
 use super::*;
 use ebb_dataplane_protocol::checksum::{crc32c, piece_checksums};
 use ebb_dataplane_protocol::control::{FlushDone, PutCondition, PutObject, SealItem, SealedItem};
-use ebb_dataplane_protocol::data::{DataContext, decode_checksums, encode_checksums};
+use ebb_dataplane_protocol::data::{DataContext, WriteReply, decode_checksums, encode_checksums};
 
 const CHUNK: u64 = CHUNK_BYTES as u64;
 /// Bytes of a file at most: two chunks and a bit, in one run.
@@ -18,8 +18,14 @@ pub struct Write {
     pub data: Vec<u8>,
     pub sequence: Sequence,
     pub session: SessionId,
-    /// The generation under which it was acked.
+    /// The tag it was taken under, as the first answer said.
     pub generation: Generation,
+    /// Sent under this tag, older than the newest, instead of the newest.
+    pub late: Option<Generation>,
+    /// Its first answer was lost.
+    pub asked_again: bool,
+    /// The highest tag that was acked when it was sent: nothing lower may be taken (R7).
+    pub least: Generation,
 }
 
 /// What a request was for.
@@ -108,6 +114,10 @@ pub struct File {
     pub flush: Flush,
     /// Bytes being written or read: nothing else may touch them, so that the model is exact.
     busy: Vec<std::ops::Range<u64>>,
+    /// The generation before, whose flush was given up before the seal came here.
+    unsealed: Option<Generation>,
+    /// The highest tag of an acked write.
+    highest: Generation,
     /// A cut or a seal waits for the writes under way; no new ones.
     quiet: bool,
     acked: Vec<Write>,
@@ -155,6 +165,8 @@ impl Files {
                     sealed: Generation(0),
                     flush: Flush::None,
                     busy: Vec::new(),
+                    unsealed: None,
+                    highest: Generation(0),
                     quiet: false,
                     acked: Vec::new(),
                     maybe: Vec::new(),
@@ -218,6 +230,11 @@ impl File {
         };
         SignedGrant::sign(&grant, &key())
     }
+}
+
+/// The tag that a write's answer names.
+fn tag_of(reply: &Reply<Slot>) -> Generation {
+    WriteReply::decode(&reply.body).expect("a write's answer").generation
 }
 
 fn write_range(w: &Write) -> std::ops::Range<u64> {
@@ -288,7 +305,28 @@ impl Sim {
                 self.rng.fill(&mut data[..]);
                 self.files.sequence += 1;
                 let sequence = Sequence(self.files.sequence);
-                let w = Write { file, at, data, sequence, session, generation: Generation(0) };
+                let late = self.files.all[file].unsealed.filter(|_| self.rng.random_bool(0.3));
+                // A client that has not asked for a grant since.
+                let session = late.map_or(session, |_| SessionId(100 + sequence.0));
+                let (generation, least) = (Generation(0), Generation(0));
+                let w = Write {
+                    file,
+                    at,
+                    data,
+                    sequence,
+                    session,
+                    generation,
+                    late,
+                    asked_again: false,
+                    least,
+                };
+                if let Some(generation) = late {
+                    let old = File { generation, ..self.files.all[file].clone() };
+                    let o = Outstanding { session, what: What::Present };
+                    let body = codec::encode(&old.grant(session));
+                    self.send(Role::Client, Header::request(Opcode::Present, 0), body, None, o);
+                    self.tally.late += 1;
+                }
                 self.send_write(w, false);
             }
             5 => {
@@ -316,9 +354,13 @@ impl Sim {
         self.send(Role::Client, Header::request(Opcode::Present, 0), body, None, o);
     }
 
-    fn send_write(&mut self, w: Write, duplicate: bool) {
+    fn send_write(&mut self, mut w: Write, duplicate: bool) {
         let header = self.header(Opcode::Write, w.file, w.at, w.data.len());
-        let mut body = self.context(w.file, w.session, w.sequence).encode().to_vec();
+        let mut context = self.context(w.file, w.session, w.sequence);
+        // Only the first time: refused or asked again, it goes under the newest.
+        context.generation = w.late.take().unwrap_or(context.generation);
+        w.least = self.files.all[w.file].highest;
+        let mut body = context.encode().to_vec();
         body.extend(encode_checksums(&piece_checksums(u64::from(header.offset), &w.data)));
         let head = header.offset as usize % 4096;
         let mut slot = self.memory.payload(head + w.data.len());
@@ -380,9 +422,16 @@ impl Sim {
     /// The leader's next step for some file.
     pub fn flush_step(&mut self) {
         let file = self.rng.random_range(0..self.files.all.len());
+        // Sealed elsewhere, and given up before the seal came here.
+        let given_up = self.rng.random_bool(0.3);
         let f = &mut self.files.all[file];
         match f.flush.clone() {
+            Flush::None if f.size > 0 && f.view.cuts.is_empty() && given_up => {
+                f.unsealed = Some(f.generation);
+                f.generation = f.generation.next();
+            }
             Flush::None if f.size > 0 && f.view.cuts.is_empty() => {
+                f.unsealed = None;
                 // No write of g may be acked once the seal is answered; the model is frozen then.
                 f.flush = Flush::Sealing;
                 f.sealed = f.generation;
@@ -453,6 +502,7 @@ impl Sim {
         f.view.cuts.push(Cut { generation: f.generation, at });
         f.view.version = ViewVersion(f.view.version.0 + 1);
         f.generation = f.generation.next();
+        f.unsealed = None;
         f.size = at;
         f.model[at as usize..].fill(0);
         f.acked.clear();
@@ -472,7 +522,7 @@ impl Sim {
     /// The node crashed before it answered.
     pub fn ask_again(&mut self, o: Outstanding) {
         match o.what {
-            What::Write(w) => self.send_write(w, false),
+            What::Write(w) => self.send_write(Write { asked_again: true, ..w }, false),
             What::Duplicate(w) => {
                 let _ = w;
             }
@@ -520,11 +570,14 @@ impl Sim {
                     "{status:?}"
                 );
             }
-            What::Write(w) => self.write_answered(w, status),
+            What::Write(w) => self.write_answered(w, status, &reply),
             What::Duplicate(w) => {
                 self.files.all[w.file].unlock(write_range(&w));
                 match status {
-                    Status::Ok => self.tally.duplicates += 1,
+                    Status::Ok => {
+                        assert_eq!(tag_of(&reply), w.generation, "another tag than the first time");
+                        self.tally.duplicates += 1;
+                    }
                     Status::NeedGrant => self.present(w.file, w.session),
                     Status::StaleView
                     | Status::StaleGeneration
@@ -557,7 +610,7 @@ impl Sim {
         }
     }
 
-    fn write_answered(&mut self, mut w: Write, status: Status) {
+    fn write_answered(&mut self, mut w: Write, status: Status, reply: &Reply<Slot>) {
         let range = write_range(&w);
         self.files.all[w.file].unlock(range.clone());
         match status {
@@ -566,7 +619,12 @@ impl Sim {
                 let f = &mut self.files.all[w.file];
                 f.model[range.start as usize..range.end as usize].copy_from_slice(&w.data);
                 f.size = f.size.max(range.end);
-                w.generation = f.generation;
+                w.generation = tag_of(reply);
+                // Asked again after a crash it may have been taken long ago, under an older tag.
+                if !w.asked_again {
+                    assert!(w.generation >= w.least, "{} after {}", w.generation, w.least);
+                }
+                f.highest = f.highest.max(w.generation);
                 f.acked.push(w);
                 let excess = f.acked.len().saturating_sub(20);
                 f.acked.drain(..excess);

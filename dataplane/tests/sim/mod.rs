@@ -101,6 +101,7 @@ pub struct Object {
 pub struct Tally {
     pub acked: u64,
     pub refused: u64,
+    pub late: u64,
     pub duplicates: u64,
     pub reads: u64,
     pub old_reads: u64,

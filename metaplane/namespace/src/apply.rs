@@ -78,6 +78,9 @@ impl<K: Kv> Ctx<'_, K> {
                 CommandReply::Done
             }
             Command::PgMoving(pg, moving) => done(self.pg_moving(*pg, *moving)),
+            Command::KeepWindows { pg, from, entries } => {
+                done(self.keep_windows(*pg, *from, entries))
+            }
             Command::SetPg { pg, from, members } => done(self.set_pg(*pg, *from, members)),
             Command::SetShutdown(down) => {
                 self.set_counter(Counter::ShuttingDown, u64::from(*down));

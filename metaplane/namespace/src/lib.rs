@@ -35,6 +35,7 @@ mod reader;
 mod rename;
 mod session;
 mod tables;
+mod windows;
 
 pub use directory::{LookupState, Origin};
 pub use kv::{Kv, KvRead, MemKv};

@@ -10,6 +10,9 @@ pub const REPLIES_PER_SESSION_MAX: u64 = 4_096;
 pub const SESSION_TTL_NS: i64 = 30_000_000_000;
 /// The same in milliseconds, for replies.
 pub const SESSION_TTL_MS: u64 = 30_000;
+/// Applied writes remembered of a group that nobody holds; past it the group stays where it is until its
+/// sessions write on or end.
+pub const WINDOWS_KEPT_MAX: usize = 65_536;
 /// Bytes of a session's label.
 pub const LABEL_BYTES_MAX: usize = 256;
 /// Bytes of a symbolic link's target.

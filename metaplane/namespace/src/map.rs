@@ -134,6 +134,9 @@ impl<K: Kv> Ctx<'_, K> {
         entry.moving = false;
         map.version = version;
         self.put_map(&map);
+        if !members.is_empty() {
+            self.forget_windows(pg);
+        }
         Ok(())
     }
 }

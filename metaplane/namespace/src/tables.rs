@@ -21,6 +21,7 @@
 //! | `Z` | notice | the notice |
 //! | `V` | move | [`crate::moves::Move`] |
 //! | `n` | node | boot id |
+//! | `W` | group (u16), session, sequence | answered below, generation: see [`crate::windows`] |
 
 use crate::Reader;
 use crate::kv::{Kv, KvRead};
@@ -45,6 +46,7 @@ pub(crate) const TOMBSTONE_AGE: u8 = b't';
 pub(crate) const NOTICE: u8 = b'Z';
 pub(crate) const MOVE: u8 = b'V';
 pub(crate) const NODE_BOOT: u8 = b'n';
+pub(crate) const WINDOW: u8 = b'W';
 
 /// A key of `table` from its parts.
 pub(crate) fn key(table: u8, parts: &[&[u8]]) -> Vec<u8> {

@@ -2,6 +2,7 @@
 
 mod common;
 use common::*;
+use ebb_dataplane_protocol::control::WindowEntry;
 use ebb_dataplane_protocol::*;
 use ebb_metaplane_protocol::command::{Command, CommandReply};
 use ebb_metaplane_protocol::op::{Op, OpenMode, RELEASES_MAX};
@@ -196,4 +197,41 @@ fn many_handles_end_in_one_entry_and_only_the_sessions_own() {
     let too_many = vec![HandleId(1); RELEASES_MAX + 1];
     let refused = w.op(s, Op::ReleaseMany { handles: too_many });
     assert!(matches!(refused, Err(FsError::Invalid(_))));
+}
+
+#[test]
+fn windows_of_a_group_nobody_holds_are_kept_until_somebody_does() {
+    let mut w = World::new();
+    let live = w.session();
+    let CommandReply::Node(Ok(node)) = w.apply(register(1, vec![10])) else { panic!("refused") };
+    let (pg, other) = (PgId(3), PgId(4));
+    let set = |pg, from, members| Command::SetPg { pg, from: PgEpoch(from), members };
+    let holder = vec![ShardRef { node, core: CoreId(0) }];
+    w.done(set(pg, 0, holder.clone()));
+    let entry = |session, n| WindowEntry {
+        session,
+        below: Sequence(1),
+        sequence: Sequence(n),
+        generation: Generation(n + 7),
+    };
+    let keep = |pg, from, entries| Command::KeepWindows { pg, from: PgEpoch(from), entries };
+    let kept = |w: &World, pg, after| w.read().kept_windows(pg, after, 3).expect("readable");
+    let mine: Vec<WindowEntry> = (1..=5).map(|n| entry(live, n)).collect();
+    w.done(keep(pg, 1, mine.iter().copied().chain([entry(SessionId(999), 1)]).collect()));
+    // Said twice, as after a leader's death; a page at a time; of an epoch that is over, not at all.
+    w.done(keep(pg, 1, mine[..2].to_vec()));
+    assert!(matches!(w.apply(keep(pg, 0, mine.clone())), CommandReply::Refused(_)));
+    assert_eq!(kept(&w, pg, None), mine[..3]);
+    assert_eq!(
+        kept(&w, pg, Some((live, Sequence(3)))),
+        mine[3..],
+        "the live session's, and no more"
+    );
+    assert_eq!(kept(&w, other, None), []);
+    w.done(set(pg, 1, vec![]));
+    assert_eq!(kept(&w, pg, None), mine[..3], "nobody has them but the state machine");
+    w.done(set(other, 0, holder.clone()));
+    assert_eq!(kept(&w, pg, None), mine[..3], "another group's holder");
+    w.done(set(pg, 2, holder));
+    assert_eq!(kept(&w, pg, None), []);
 }

@@ -6,6 +6,7 @@ use crate::error::FsResult;
 use crate::flush::*;
 use crate::node::NodeCall;
 use crate::op::Op;
+use ebb_dataplane_protocol::control::WindowEntry;
 use ebb_dataplane_protocol::*;
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -62,6 +63,16 @@ pub enum Command {
     SetDesired(u32),
     /// A group begins to move (map version unchanged for clients' reads; shown in status).
     PgMoving(PgId, bool),
+    /// The windows of a group that nobody will hold, until somebody does (PROTOCOL R27): entries of live
+    /// sessions, a page at a time, before `SetPg`. `from` as there.
+    KeepWindows {
+        /// The group.
+        pg: PgId,
+        /// Epoch in which the donor was frozen.
+        from: PgEpoch,
+        /// Writes that were applied there.
+        entries: Vec<WindowEntry>,
+    },
     /// A group's new members: epoch + 1, map version + 1, since_map_version = it. `from` guards
     /// against a stale decision.
     SetPg {

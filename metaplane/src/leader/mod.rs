@@ -15,6 +15,7 @@ pub(crate) mod seal;
 pub(crate) mod sessions;
 pub(crate) mod store;
 pub(crate) mod sweep;
+pub(crate) mod windows;
 
 use crate::service::Service;
 use openraft::async_runtime::WatchReceiver;

@@ -1,5 +1,5 @@
-//! Placement groups change hands (PROTOCOL §6): flush its dirt, freeze, flush the rest, new epoch,
-//! release at the donor.
+//! Placement groups change hands (PROTOCOL §6): flush its dirt, freeze, flush the rest, hand its
+//! windows over, new epoch, release at the donor.
 //!
 //! The map says that a group moves; where to is asked for by the controller again if the leader
 //! dies. A donor that does not answer keeps its group: what it holds may be the only copy.
@@ -162,6 +162,7 @@ impl Service {
             return Ok(());
         }
         let Some(donor) = group.primary() else {
+            self.hand_windows_over(&map, pg, &group, to).await?;
             return self.set_group(pg, &group, to).await;
         };
         if !group.moving {
@@ -192,6 +193,7 @@ impl Service {
             self.wakes.notices.notify_one();
             tokio::time::sleep(PAUSE).await;
         }
+        self.hand_windows_over(&map, pg, &group, to).await?;
         self.set_group(pg, &group, to).await?;
         self.movers.owe_release(pg, donor);
         Ok(())
@@ -247,6 +249,6 @@ impl Service {
     }
 }
 
-fn again(why: &str) -> FsError {
+pub(crate) fn again(why: &str) -> FsError {
     FsError::Again { retry_after_ms: 500, why: why.to_owned() }
 }

@@ -30,6 +30,10 @@ pub enum Break {
     SkipCheckpointSync,
     /// Superblocks all at once, not durable one after another.
     SuperblocksUnordered,
+    /// Credits a repeated write to the tag of the repetition (R19).
+    CreditRetry,
+    /// Believes that only seals, cuts and fences raise the floor (R7).
+    TagsGoBack,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,6 +51,7 @@ pub struct Counts {
     pub freezes: u64,
     pub checkpoints: u64,
     pub refused: u64,
+    pub duplicates: u64,
     pub no_space: u64,
     pub reopened: u64,
     pub in_flight_kept: u64,
@@ -69,6 +74,7 @@ impl std::ops::AddAssign for Counts {
         self.freezes += o.freezes;
         self.checkpoints += o.checkpoints;
         self.refused += o.refused;
+        self.duplicates += o.duplicates;
         self.no_space += o.no_space;
         self.reopened += o.reopened;
         self.in_flight_kept += o.in_flight_kept;

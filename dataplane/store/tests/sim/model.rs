@@ -2,8 +2,8 @@
 
 use ebb_dataplane_protocol::control::FlushDone;
 use ebb_dataplane_protocol::*;
-use ebb_store::ViewUpdate;
-use std::collections::{BTreeMap, BTreeSet};
+use ebb_store::{Seen, ViewUpdate};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 pub type Block = Rc<[u8]>;
@@ -28,7 +28,8 @@ pub enum Op {
     View(ViewUpdate),
     Floor(InodeId, Generation),
     Drop(InodeId),
-    Frozen(u16, Option<PgEpoch>),
+    Frozen(u16, PgEpoch),
+    Released(u16),
     Thaw(u16, PgEpoch),
     Trim(SessionId, u64),
     SessionGone(SessionId),
@@ -44,10 +45,24 @@ pub struct Inode {
     pub marks: BTreeMap<Generation, u64>,
 }
 
+impl Inode {
+    /// Least tag that may write: past what was fenced, and not below one that was taken (R7).
+    pub fn least(&self) -> Generation {
+        self.floor.max(self.marks.keys().next_back().copied().unwrap_or_default())
+    }
+}
+
+/// Where and under which tag a write was applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    pub generation: Generation,
+    pub pg: u16,
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct State {
     pub inodes: BTreeMap<InodeId, Inode>,
-    pub windows: BTreeMap<SessionId, (u64, BTreeSet<u64>)>,
+    pub windows: BTreeMap<SessionId, (u64, BTreeMap<u64, Applied>)>,
     pub frozen: BTreeMap<u16, PgEpoch>,
     pub node: NodeId,
 }
@@ -79,11 +94,12 @@ impl State {
                         e.insert(v);
                     }
                 }
+                let pg = PgId::of_chunk(*inode, ChunkIndex(*chunk), super::driver::PGS).0;
                 let w = self.windows.entry(*session).or_default();
-                w.1.insert(*sequence);
+                w.1.entry(*sequence).or_insert(Applied { generation: *generation, pg });
                 w.0 = w.0.max(*below);
                 let below = w.0;
-                w.1.retain(|s| *s >= below);
+                w.1.retain(|s, _| *s >= below);
             }
             Op::Seal(inode, g) => {
                 let i = self.inodes.entry(*inode).or_default();
@@ -129,11 +145,12 @@ impl State {
             Op::Drop(inode) => {
                 self.inodes.remove(inode);
             }
-            Op::Frozen(pg, Some(e)) => {
+            Op::Frozen(pg, e) => {
                 self.frozen.insert(*pg, *e);
             }
-            Op::Frozen(pg, None) => {
+            Op::Released(pg) => {
                 self.frozen.remove(pg);
+                self.windows.values_mut().for_each(|w| w.1.retain(|_, a| a.pg != *pg));
             }
             Op::Thaw(pg, e) => {
                 if self.frozen.get(pg) == Some(e) {
@@ -144,7 +161,7 @@ impl State {
                 if let Some(w) = self.windows.get_mut(session) {
                     w.0 = w.0.max(*below);
                     let below = w.0;
-                    w.1.retain(|s| *s >= below);
+                    w.1.retain(|s, _| *s >= below);
                 }
             }
             Op::SessionGone(session) => {
@@ -154,8 +171,12 @@ impl State {
         }
     }
 
-    pub fn applied(&self, session: SessionId, sequence: u64) -> bool {
-        self.windows.get(&session).is_some_and(|w| sequence < w.0 || w.1.contains(&sequence))
+    pub fn seen(&self, session: SessionId, sequence: u64) -> Seen {
+        match self.windows.get(&session) {
+            Some(w) if sequence < w.0 => Seen::Answered,
+            Some(w) => w.1.get(&sequence).map_or(Seen::New, |a| Seen::Applied(a.generation)),
+            None => Seen::New,
+        }
     }
 }
 

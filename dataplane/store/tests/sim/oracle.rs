@@ -61,8 +61,8 @@ pub fn compare(
     for id in inodes {
         let empty = super::model::Inode::default();
         let m = state.inodes.get(id).unwrap_or(&empty);
-        ensure(store.floor(*id) == m.floor, || {
-            format!("inode {id}: floor {} instead of {}", store.floor(*id), m.floor)
+        ensure(store.floor(*id) == m.least(), || {
+            format!("inode {id}: floor {} instead of {}", store.floor(*id), m.least())
         })?;
         // Without data and floor an inode's view may be forgotten with its last clean chunk.
         let view = store.view_version(*id).0;
@@ -84,13 +84,13 @@ pub fn compare(
         }
     }
     for (id, m) in &state.inodes {
-        ensure(store.floor(*id) == m.floor, || format!("inode {id}: floor"))?;
+        ensure(store.floor(*id) == m.least(), || format!("inode {id}: floor"))?;
     }
     for (session, w) in &state.windows {
-        for s in 0..w.1.last().copied().unwrap_or(0).max(w.0) + 3 {
-            let got = store.applied(*session, Sequence(s));
-            ensure(got == state.applied(*session, s), || {
-                format!("session {session} sequence {s}: applied {got}")
+        for s in 0..w.1.keys().next_back().copied().unwrap_or(0).max(w.0) + 3 {
+            let (got, want) = (store.seen(*session, Sequence(s)), state.seen(*session, s));
+            ensure(got == want, || {
+                format!("session {session} sequence {s}: {got:?} instead of {want:?}")
             })?;
         }
     }

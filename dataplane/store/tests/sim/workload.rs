@@ -58,6 +58,12 @@ impl World {
         }
     }
 
+    /// Least tag of an inode that may write, by the model.
+    fn least(&self, inode: InodeId) -> Generation {
+        let Some(i) = self.head.inodes.get(&inode) else { return Generation(0) };
+        if self.rule == Break::TagsGoBack { i.floor } else { i.least() }
+    }
+
     // --- writes -------------------------------------------------------------------------------------
 
     pub fn begin_write(&mut self) -> Check {
@@ -111,17 +117,27 @@ impl World {
             answered_below: Sequence(below.min(sequence)),
             base,
         };
-        let floor = self.head.inodes.get(&inode).map_or(Generation(0), |i| i.floor);
+        let floor = self.least(inode);
         let pg = PgId::of_chunk(inode, op.chunk, PGS).0;
         let plan = match self.store.begin_write(&op) {
             Ok(plan) => plan,
             Err(e) => {
                 self.counts.refused += 1;
                 match e {
-                    WriteError::Duplicate => {
-                        ensure(self.durable.applied(session, sequence), || {
-                            "an unapplied write is answered as done".into()
+                    WriteError::Duplicate { generation: said } => {
+                        let credited =
+                            if self.rule == Break::CreditRetry { generation } else { said };
+                        let known = self.durable.seen(session, sequence);
+                        ensure(known == Seen::Applied(credited), || {
+                            format!("answered as done under {credited}: {known:?}")
                         })?;
+                        self.counts.duplicates += 1;
+                        self.clients[c].retry.retain(|s| *s != sequence);
+                        self.clients[c].open.remove(&sequence);
+                    }
+                    WriteError::Answered => {
+                        let known = self.durable.seen(session, sequence);
+                        ensure(known == Seen::Answered, || format!("answered? {known:?}"))?;
                         self.clients[c].retry.retain(|s| *s != sequence);
                         self.clients[c].open.remove(&sequence);
                     }
@@ -145,7 +161,9 @@ impl World {
         };
         ensure(generation >= floor, || "a write below the floor was accepted".into())?;
         ensure(!self.head.frozen.contains_key(&pg), || "a write to a frozen group".into())?;
-        ensure(!self.durable.applied(session, sequence), || "a duplicate was accepted".into())?;
+        ensure(self.durable.seen(session, sequence) == Seen::New, || {
+            "a duplicate was accepted".into()
+        })?;
         let client = &mut self.clients[c];
         client.next = client.next.max(sequence + 1);
         client.open.insert(sequence);
@@ -210,7 +228,7 @@ impl World {
         match self.store.commit_write(id, &crcs, inline) {
             Ok(ticket) => {
                 self.counts.writes += 1;
-                let floor = self.head.inodes.get(&p.op.inode).map_or(Generation(0), |i| i.floor);
+                let floor = self.least(p.op.inode);
                 ensure(p.op.generation >= floor, || "a commit below the floor".into())?;
                 let end = p.op.chunk.start() + u64::from(p.op.offset) + u64::from(p.op.len);
                 let op = Op::Write {
@@ -280,7 +298,10 @@ impl World {
         let inode = self.files[f].inode;
         let Some((g, phase)) = self.files[f].flush.take() else {
             let dirty = self.head.inodes.get(&inode).is_some_and(|i| !i.dirty.is_empty());
-            if dirty || self.rng.random_bool(0.1) {
+            if dirty && self.rng.random_bool(0.2) {
+                // Given up before the seal came here: the next tag is granted, the old one is still out.
+                self.files[f].generation = self.files[f].generation.next();
+            } else if dirty || self.rng.random_bool(0.1) {
                 self.files[f].flush = Some((self.files[f].generation, Phase::Sealing));
             }
             return Ok(());
@@ -608,7 +629,7 @@ impl World {
             0..2 => {
                 self.counts.freezes += 1;
                 let r = self.store.freeze(PgId(pg), epoch);
-                self.control(r, Op::Frozen(pg, Some(epoch)))?;
+                self.control(r, Op::Frozen(pg, epoch))?;
             }
             2..7 => {
                 let frozen = self.head.frozen.iter().next().map(|(p, e)| (*p, *e));
@@ -619,7 +640,7 @@ impl World {
             7 => match self.store.release_pg(PgId(pg), epoch) {
                 Err(ControlError::StillDirty { .. }) => {}
                 r => {
-                    self.control(r, Op::Frozen(pg, None))?;
+                    self.control(r, Op::Released(pg))?;
                     // Until it is durable the group counts as frozen: the model does not know; wait.
                     while self.store.frozen(PgId(pg)).is_some() && self.store.pending().records > 0
                         || self.batch.is_some()
