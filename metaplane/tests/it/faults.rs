@@ -1,8 +1,6 @@
 //! Lost replies, errors and kills: nothing acknowledged is lost, nothing is done twice (I1, I3, I7).
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::*;
 use ebb_s3::Operation;
@@ -10,12 +8,6 @@ use ebb_s3::fault::{Fault, FaultKind};
 use std::time::{Duration, Instant};
 
 const ROOT: InodeId = InodeId::ROOT;
-
-/// The server of the kill tests, when this program runs itself as one; otherwise nothing.
-#[test]
-fn server_process() {
-    serve_if_asked();
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_reply_of_put_copy_and_delete_is_resolved_by_looking() {

@@ -1,9 +1,7 @@
 //! An existing bucket: it appears page by page, with its attributes; changes from outside are seen at
 //! the next open; strangers' objects are never lost.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::op::OpenMode;
 use ebb_metaplane_protocol::*;

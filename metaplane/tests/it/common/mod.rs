@@ -1,6 +1,5 @@
 //! A real metadata server on real sockets, over the embedded S3 server, in a temporary directory.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "shared by test binaries")]
 
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};

@@ -1,9 +1,7 @@
 //! Flushes, moves and kills with real data nodes: what clients were told is written is in the bucket
 //! after a flush, byte for byte, whatever happened in between.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_client::{Cluster, Config, FileSystem, OpenFlags, Owner, SetAttr};
 use ebb_dataplane_protocol::auth::ClusterKey;
 use ebb_dataplane_protocol::{CoreId, InodeId, NodeState, PgId, ShardRef};
@@ -19,12 +17,6 @@ use tokio::task::JoinHandle;
 const ROOT: InodeId = InodeId::ROOT;
 const OWNER: Owner = Owner { uid: 5, gid: 6 };
 const MIB: usize = 1 << 20;
-
-/// The server of the kill tests, when this program runs itself as one; otherwise nothing.
-#[test]
-fn server_process() {
-    serve_if_asked();
-}
 
 /// Data nodes in this process.
 struct Nodes {
