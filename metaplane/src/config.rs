@@ -77,6 +77,9 @@ pub struct Timings {
     pub owner_renew_ms: u64,
     /// A key whose last attempt is in doubt is looked at again after this.
     pub resolve_after_ms: u64,
+    /// S3 takes a signed request for so long (Signature Version 4: 15 minutes): a request whose reply
+    /// was lost may land until then.
+    pub request_valid_ms: u64,
 }
 
 impl Default for Timings {
@@ -91,6 +94,7 @@ impl Default for Timings {
             tick_ms: 500,
             owner_renew_ms: 10_000,
             resolve_after_ms: 1_000,
+            request_valid_ms: 15 * 60 * 1_000,
         }
     }
 }

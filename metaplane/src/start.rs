@@ -100,7 +100,6 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
         heads: Semaphore::new(HEADS_MAX),
         listings: Default::default(),
         comparisons: Default::default(),
-        given_up: Default::default(),
         wake_wanted: AtomicBool::new(false),
         owns_bucket: AtomicBool::new(false),
         ownership: Default::default(),

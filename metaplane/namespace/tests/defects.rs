@@ -78,7 +78,7 @@ fn rename_over_inherits_the_key_and_deletes_nothing() {
     let etag = w.bucket.objects["b"].etag.clone();
     let a = w.put_file(s, ROOT, "a", b"2");
     w.rename(s, (ROOT, "a"), (ROOT, "b")).expect("rename");
-    assert!(w.read().key_work(None, 10, true).expect("readable").is_empty());
+    assert!(w.read().key_work(None, 10, true, Time(w.now)).expect("readable").is_empty());
     let p = store(plan(&mut w, a));
     assert_eq!((p.key.as_str(), &p.condition), ("b", &PutCondition::IfMatch(etag)));
 }
@@ -97,7 +97,7 @@ fn unlink_and_re_create_during_an_upload_keeps_the_new_file() {
     // The upload of the first one arrives, its reply is lost, nobody may delete its result now.
     w.flight_done(0, Fate::LostReply, false);
     assert_eq!(body(&w, "x"), b"first");
-    assert!(w.read().key_work(None, 10, true).expect("readable").is_empty());
+    assert!(w.read().key_work(None, 10, true, Time(w.now)).expect("readable").is_empty());
     w.settle_all();
     w.check_bucket();
     assert_eq!(body(&w, "x"), b"second");
@@ -116,7 +116,7 @@ fn a_delete_that_has_begun_is_waited_for() {
     // In doubt: still in the way, until it is looked up.
     w.flight_done(0, Fate::LostReply, true);
     assert_eq!(plan(&mut w, second), FlushPlan::Blocked { blocker: None });
-    w.look_up_keys(false);
+    w.look_up_keys();
     assert_eq!(store(plan(&mut w, second)).condition, PutCondition::IfAbsent);
 }
 
@@ -374,7 +374,7 @@ fn lost_replies_are_looked_up_never_assumed() {
         w.take_plan(f, p);
         w.flight_done(0, fate, true);
         assert!(w.attr(f).dirty, "in doubt is not clean (I3)");
-        w.look_up_keys(false);
+        w.look_up_keys();
         assert_eq!(w.attr(f).dirty, fate == Fate::LostRequest);
         w.settle_all();
         w.check_bucket();
@@ -390,14 +390,15 @@ fn a_dead_leaders_attempts_are_settled_by_the_next() {
     let p = store(plan(&mut w, f));
     // The PUT was sent and arrived; its leader died before it heard.
     w.fly(&Flight::Put { plan: p.clone(), object: None }, Fate::LostReply);
-    let work = w.read().key_work(None, 10, false).expect("readable");
+    let work = w.read().key_work(None, 10, false, Time(w.now)).expect("readable");
     assert!(work.is_empty(), "not in doubt while its leader works on it");
-    let work = w.read().key_work(None, 10, true).expect("readable");
+    let work = w.read().key_work(None, 10, true, Time(w.now)).expect("readable");
     assert!(matches!(
         &work[0].kind,
         KeyWorkKind::Resolve { nonces, inode: Some(i), .. } if nonces == &[p.nonce] && *i == f
     ));
     w.crash_leader();
+    w.look_up_keys();
     assert!(!w.attr(f).dirty);
     // The late report of the old leader changes nothing.
     let before = w.kv.clone();
