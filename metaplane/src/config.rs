@@ -65,6 +65,9 @@ pub struct Timings {
     pub revalidate_ms: u64,
     /// Limit of that comparison; S3 slower than that is treated as away.
     pub revalidate_timeout_ms: u64,
+    /// A completely listed directory is listed again when somebody reads it, or looks for a name that
+    /// isn't known, and its last listing is older.
+    pub relist_ms: u64,
     /// A data node's lease from the moment it sent a heartbeat.
     pub lease_ms: u64,
     /// Added to a lease that is waited out.
@@ -88,6 +91,7 @@ impl Default for Timings {
             flush_after_ms: 5_000,
             revalidate_ms: 1_000,
             revalidate_timeout_ms: 1_000,
+            relist_ms: 5_000,
             lease_ms: 3_000,
             drift_ms: 500,
             seal_timeout_ms: 1_000,

@@ -106,6 +106,7 @@ pub(crate) struct Service {
     pub(crate) counts: Counts,
     pub(crate) heads: Semaphore,
     pub(crate) listings: crate::bucket::list::Listings,
+    pub(crate) relistings: crate::bucket::relist::Relistings,
     pub(crate) comparisons: crate::bucket::revalidate::Comparisons,
     /// A client asked for data that no node holds.
     pub(crate) wake_wanted: AtomicBool,

@@ -99,6 +99,7 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
         counts: Default::default(),
         heads: Semaphore::new(HEADS_MAX),
         listings: Default::default(),
+        relistings: Default::default(),
         comparisons: Default::default(),
         wake_wanted: AtomicBool::new(false),
         owns_bucket: AtomicBool::new(false),

@@ -111,6 +111,7 @@ impl<K: Kv> Ctx<'_, K> {
             Command::BaseChanged(found) => {
                 done(found.iter().try_for_each(|f| self.base_changed(f)))
             }
+            Command::Rescued(rescue) => done(self.rescued(rescue)),
             Command::MoveStep(limit) => done(self.move_step(*limit)),
         }
     }

@@ -6,8 +6,10 @@ use crate::dirtiness::{Flush, Phase};
 use crate::inode::Loaded;
 use crate::key_state::{Attempt, Mutation};
 use crate::kv::Kv;
+use crate::lost_base::needs_lost_base;
 use crate::tables::Ctx;
 use ebb_dataplane_protocol::InodeId;
+use ebb_dataplane_protocol::control::PutCondition;
 use ebb_metaplane_protocol::flush::*;
 use ebb_metaplane_protocol::{FileKind, FsResult};
 
@@ -90,6 +92,23 @@ impl<K: Kv> Ctx<'_, K> {
             n.phase = Phase::Clean;
             self.save(n)?;
             return Ok(FlushPlan::Clean);
+        }
+        if needs_lost_base(&n) {
+            // It stays in Sealing, where a dead leader's work is simply given up.
+            let plan = StorePlan {
+                inode: n.id,
+                generation: f.generation,
+                attr: n.attr(),
+                key: target,
+                condition: PutCondition::None,
+                nonce: s.nonce,
+                view: n.view.clone(),
+                has_data,
+                target: None,
+            };
+            n.phase = Phase::Sealing(f);
+            self.save(n)?;
+            return Ok(FlushPlan::Rescue(Box::new(plan)));
         }
         let mut state = self.read().key_state_or_owner(&target)?;
         let blocker = self.read().owner_of(&target)?.filter(|&o| o != n.id);

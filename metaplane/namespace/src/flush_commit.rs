@@ -112,6 +112,7 @@ impl<K: Kv> Ctx<'_, K> {
         n.view.clean_generation = n.view.clean_generation.max(f.generation);
         let limit = length.min(f.limit);
         n.view.backing = Some(Backing { key: f.key.clone(), etag: etag.to_owned(), length, limit });
+        n.base_lost = false;
         n.stored_meta = f.meta_version;
         n.validated = self.now;
         let settled = n.generation == f.generation

@@ -590,3 +590,60 @@ fn the_dirty_queue_is_by_age_and_steps_over_its_head() {
     assert_eq!(rest.iter().map(|d| d.inode).collect::<Vec<_>>(), [b]);
     assert!(w.read().dirty_batch(10, Time(0), None).expect("readable").is_empty());
 }
+
+/// A file with two dirty bytes in the middle, whose object somebody replaced or deleted.
+fn without_base(w: &mut World, replaced: bool) -> InodeId {
+    let s = w.session();
+    let f = w.put_file(s, ROOT, "f", b"0123456789");
+    w.settle_all();
+    let mut open = w.open(s, f, WRITE).expect("opened");
+    w.write(&mut open, 3, b"XY").expect("written");
+    w.close(open).expect("closed");
+    if replaced {
+        w.bucket.foreign_put("f", b"theirs");
+    } else {
+        w.bucket.objects.remove("f");
+    }
+    let p = plan(w, f);
+    w.take_plan(f, p);
+    w.flight_done(0, Fate::Fine, false);
+    f
+}
+
+#[test]
+fn what_is_dirty_of_a_file_without_its_base_is_stored_and_nothing_else_of_it() {
+    for replaced in [true, false] {
+        let mut w = World::new();
+        let f = without_base(&mut w, replaced);
+        let name = format!("f.conflict-{:x}", f.0);
+        assert!(w.attr(f).dirty, "not in S3 is not clean (I3)");
+        assert_eq!(w.lookup(ROOT, &name).expect("it stepped aside").inode, f);
+        w.settle_all();
+        let dir = w.lookup(ROOT, &name).expect("it gave way").inode;
+        assert_eq!(w.names(dir), ["3-2"]);
+        assert_eq!(w.bucket.objects[&format!("{name}/3-2")].body, b"XY");
+        assert_eq!(w.lookup(dir, "3-2").expect("there").size, 2);
+        assert!(w.read().attr(f).is_err() && !w.node.contains_key(&f), "nobody keeps it");
+        assert_eq!(w.lookup(ROOT, "f").is_ok(), replaced, "the name is the stranger's");
+        assert_eq!(
+            w.bucket.objects.get("f").map(|o| o.body.as_slice()),
+            replaced.then_some(&b"theirs"[..])
+        );
+    }
+}
+
+#[test]
+fn a_file_that_lost_its_base_and_is_written_anew_needs_none() {
+    let mut w = World::new();
+    let f = without_base(&mut w, true);
+    let s = w.session();
+    w.truncate(s, f, 0).expect("cut");
+    w.deliver_all();
+    let mut open = w.open(s, f, WRITE).expect("opened");
+    w.write(&mut open, 0, b"anew").expect("written");
+    w.close(open).expect("closed");
+    w.settle_all();
+    let key = format!("f.conflict-{:x}", f.0);
+    assert_eq!(w.bucket.objects[&key].body, b"anew");
+    assert!(!w.attr(f).dirty);
+}

@@ -127,6 +127,8 @@ pub enum Command {
     Adopt(Vec<Adopt>),
     /// Flushes found that the object which holds a file's clean bytes is not what it was.
     BaseChanged(Vec<BaseChange>),
+    /// The dirty ranges of a file that lost its base are in S3.
+    Rescued(Rescue),
     /// One more step of pending directory renames: marks up to this many descendants to be moved.
     MoveStep(u32),
     /// The reply to an S3 mutation was lost: it is looked up, and reported by `FlushCommit` or

@@ -50,6 +50,9 @@ pub enum FlushPlan {
     },
     /// The object is to be written or copied.
     Store(Box<StorePlan>),
+    /// Clean bytes of it are lost (R36): its dirty ranges go to objects of their own below the key.
+    /// Ends with `Rescued` or `FlushAbort`.
+    Rescue(Box<StorePlan>),
     /// The inode changed state meanwhile (unlinked, aborted): nothing to do.
     Gone,
 }
@@ -164,6 +167,28 @@ pub enum BaseFound {
     Foreign(ForeignObject),
     /// Nothing.
     Gone,
+}
+
+/// The dirty ranges of a file whose base is lost are in S3.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Rescue {
+    /// The inode.
+    pub inode: InodeId,
+    /// The generation that was sealed.
+    pub generation: Generation,
+    /// The ranges.
+    pub ranges: Vec<RescuedRange>,
+}
+
+/// A dirty range at `<key of the file>/<offset>-<length>`.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct RescuedRange {
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Etag of its object.
+    pub etag: String,
 }
 
 /// An object that is not ours, with the attributes its metadata names.

@@ -340,12 +340,36 @@ impl Service {
                 FlushPlan::Blocked { blocker } => {
                     results.insert(inode, Flushed::Blocked(blocker));
                 }
+                FlushPlan::Rescue(plan) => {
+                    let sealed = extents.remove(&inode).unwrap_or_default();
+                    let outcome = self.flush_ranges(&plan, &sealed).await?;
+                    results.insert(inode, outcome);
+                }
                 FlushPlan::Store(plan) => {
                     stores.push((*plan, extents.remove(&inode).unwrap_or_default()));
                 }
             }
         }
         self.store_all(stores, results).await
+    }
+
+    /// A file whose clean bytes are lost: what is dirty of it (R36).
+    async fn flush_ranges(&self, plan: &StorePlan, sealed: &Sealed) -> FsResult<Flushed> {
+        let map = self.map()?;
+        let rescue: futures::future::BoxFuture<'_, _> = Box::pin(self.rescue(plan, sealed, &map));
+        match rescue.await {
+            Ok(ranges) => {
+                let bytes = ranges.iter().map(|r| r.length).sum();
+                let (inode, generation) = (plan.inode, plan.generation);
+                let rescue = Rescue { inode, generation, ranges };
+                self.submit_internal(Command::Rescued(rescue)).await?;
+                Ok(Flushed::Done(bytes))
+            }
+            Err(why) => {
+                self.submit_internal(Command::FlushAbort(vec![plan.inode])).await?;
+                Ok(Flushed::Failed(why))
+            }
+        }
     }
 
     /// Carries the plans out and commits what became of them, as they end.

@@ -301,7 +301,7 @@ impl Service {
     }
 
     /// `true`: nothing can complete it any more.
-    async fn abort(&self, key: &str, upload: &UploadId) -> bool {
+    pub(crate) async fn abort(&self, key: &str, upload: &UploadId) -> bool {
         let aborted = self.bucket.abort_multipart(key, upload).await;
         if let Err(e) = &aborted {
             tracing::warn!(error = %e, "an upload was not aborted; it is swept at the next start");
@@ -372,7 +372,7 @@ impl Service {
         Err(last)
     }
 
-    async fn node_part(
+    pub(crate) async fn node_part(
         &self,
         plan: &StorePlan,
         map: &ClusterMap,

@@ -3,8 +3,10 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
 mod bucket;
+mod late;
 mod node;
 pub use bucket::{Bucket, Object};
+use late::left_over;
 use node::Held;
 
 use ebb_dataplane_protocol::control::PutCondition;
@@ -364,6 +366,7 @@ impl World {
     pub fn take_plan(&mut self, inode: InodeId, plan: FlushPlan) {
         match plan {
             FlushPlan::Clean | FlushPlan::Gone => {}
+            FlushPlan::Rescue(plan) => self.rescue(&plan),
             FlushPlan::Blocked { blocker } => {
                 if let Some(b) = blocker {
                     // Twice in a row in the way: a cycle (or unlinked): through a temporary key.
@@ -442,10 +445,6 @@ impl World {
             mtime: plan.attr.mtime,
         })
     }
-    /// A late arrival of ours.
-    fn is_given_up(&self, key: &str, o: &Object) -> bool {
-        o.nonce.is_some_and(|n| self.read().is_given_up(key, n).expect("readable"))
-    }
     /// What a HEAD says about an attempt.
     pub fn look(
         &self,
@@ -499,29 +498,6 @@ impl World {
         }
         self.look(key, nonce, condition, store)
     }
-    /// A request without an answer: it may come late.
-    fn lose(&mut self, mut flight: Flight) {
-        if let Flight::Put { plan, object } = &mut flight
-            && object.is_none()
-        {
-            match self.object(plan) {
-                Ok(o) => *object = Some(o),
-                Err(_) => return,
-            }
-        }
-        self.zombies.push((flight, self.now + VALID_MS as i64 * 1_000_000));
-    }
-    fn doubt(&mut self, nonce: u128) {
-        if self.doubts {
-            self.done(Command::KeyDoubt { nonce, valid_ms: VALID_MS });
-        } else {
-            self.done(Command::KeyDone {
-                key: String::new(),
-                nonce,
-                result: AttemptResult::Ambiguous,
-            });
-        }
-    }
     pub fn report(&mut self, flight: &Flight, result: AttemptResult) {
         let command = match flight {
             Flight::Put { plan, .. } => Command::FlushCommit(vec![FlushOutcome {
@@ -556,27 +532,6 @@ impl World {
             self.look_at_base(plan.inode);
         }
     }
-    /// The base of a copy is not what it was: an outside change, unless there is dirt of ours.
-    pub fn look_at_base(&mut self, inode: InodeId) {
-        let Ok(grant) = self.read().grant_view(inode) else { return };
-        let Some(b) = grant.view.backing else { return };
-        let found = match self.bucket.objects.get(&b.key) {
-            Some(o) if o.etag == b.etag => return,
-            Some(o) if self.is_given_up(&b.key, o) => BaseFound::LeftOver(left_over(o)),
-            Some(o) => BaseFound::Foreign(ForeignObject {
-                etag: o.etag.clone(),
-                size: o.body.len() as u64,
-                attrs: attrs_of(o),
-            }),
-            None => BaseFound::Gone,
-        };
-        self.done(Command::BaseChanged(vec![BaseChange {
-            inode,
-            key: b.key,
-            etag: b.etag,
-            found,
-        }]));
-    }
     /// kill -9: what it had sent may still happen.
     pub fn crash_leader(&mut self) {
         self.begun.clear();
@@ -604,54 +559,6 @@ impl World {
                 let result = self.look(&w.key, nonce, &w.condition, inode.is_some());
                 self.done(Command::KeyDone { key: w.key, nonce, result });
             }
-        }
-    }
-    pub fn zombie_acts(&mut self, i: usize, arrives: bool) {
-        let (flight, until) = self.zombies.remove(i);
-        if !arrives || self.now > until {
-            return;
-        }
-        let key = flight.key().to_owned();
-        let before = self.bucket.objects.get(&key).cloned();
-        match flight {
-            Flight::Put { plan, object } => {
-                let object = object.expect("it was sent");
-                let removed = self.removed.get(&(key.clone(), plan.inode));
-                let removed = removed.is_some_and(|last| plan.nonce < *last);
-                let lands = self.bucket.put(&key, &plan.condition, object);
-                assert!(!lands || !removed, "the removed file {key} came back");
-            }
-            Flight::Delete { condition, .. } => {
-                self.bucket.delete(&key, &condition);
-            }
-        }
-        let after = self.bucket.objects.get(&key);
-        let same = |a: &Object| after.is_some_and(|b| a.body == b.body && a.mode == b.mode);
-        if before.is_none_or(|o| same(&o)) {
-            return;
-        }
-        let r = self.read();
-        if let Some(owner) = r.owner_of(&key).expect("readable") {
-            // Without a name nothing is credited any more.
-            let dirty = r.attr(owner).is_ok_and(|(a, _)| a.dirty || a.nlink == 0);
-            assert!(dirty, "what was credited at {key} was changed by a late request");
-        }
-    }
-    /// Looks at keys whose lost requests have lapsed (R32).
-    pub fn look_again(&mut self) {
-        let work = self.read().key_work(None, 10_000, false, Time(self.now)).expect("readable");
-        for w in work.into_iter().filter(|w| w.kind == KeyWorkKind::Look) {
-            let nonce = self.nonce();
-            let begin = Command::LookBegin(vec![(w.key.clone(), nonce)]);
-            let CommandReply::Keys(go_on) = self.apply(begin) else { panic!("it answers keys") };
-            if go_on.is_empty() {
-                continue;
-            }
-            let result = match self.bucket.objects.get(&w.key) {
-                Some(o) if self.is_given_up(&w.key, o) => AttemptResult::LeftOver(left_over(o)),
-                _ => AttemptResult::Deleted,
-            };
-            self.done(Command::KeyDone { key: w.key, nonce, result });
         }
     }
     pub fn begin_deletes(&mut self, limit: usize) {
@@ -814,10 +721,6 @@ impl Default for World {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn left_over(o: &Object) -> LeftOver {
-    LeftOver { nonce: o.nonce.expect("ours"), etag: o.etag.clone(), length: o.body.len() as u64 }
 }
 
 pub fn attrs_of(o: &Object) -> IngestAttrs {

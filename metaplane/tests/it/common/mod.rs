@@ -65,6 +65,7 @@ impl World {
         config.timings.tick_ms = 50;
         config.timings.revalidate_ms = 0;
         config.timings.request_valid_ms = 1_500;
+        config.timings.relist_ms = 3_600_000;
         config
     }
 
