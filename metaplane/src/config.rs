@@ -65,6 +65,9 @@ pub struct Timings {
     pub revalidate_ms: u64,
     /// Limit of that comparison; S3 slower than that is treated as away.
     pub revalidate_timeout_ms: u64,
+    /// A completely listed directory is listed again when somebody reads it, or looks for a name that
+    /// isn't known, and its last listing is older.
+    pub relist_ms: u64,
     /// A data node's lease from the moment it sent a heartbeat.
     pub lease_ms: u64,
     /// Added to a lease that is waited out.
@@ -77,6 +80,9 @@ pub struct Timings {
     pub owner_renew_ms: u64,
     /// A key whose last attempt is in doubt is looked at again after this.
     pub resolve_after_ms: u64,
+    /// S3 takes a signed request for so long (Signature Version 4: 15 minutes): a request whose reply
+    /// was lost may land until then.
+    pub request_valid_ms: u64,
 }
 
 impl Default for Timings {
@@ -85,12 +91,14 @@ impl Default for Timings {
             flush_after_ms: 5_000,
             revalidate_ms: 1_000,
             revalidate_timeout_ms: 1_000,
+            relist_ms: 5_000,
             lease_ms: 3_000,
             drift_ms: 500,
             seal_timeout_ms: 1_000,
             tick_ms: 500,
             owner_renew_ms: 10_000,
             resolve_after_ms: 1_000,
+            request_valid_ms: 15 * 60 * 1_000,
         }
     }
 }

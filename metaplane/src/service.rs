@@ -106,8 +106,8 @@ pub(crate) struct Service {
     pub(crate) counts: Counts,
     pub(crate) heads: Semaphore,
     pub(crate) listings: crate::bucket::list::Listings,
+    pub(crate) relistings: crate::bucket::relist::Relistings,
     pub(crate) comparisons: crate::bucket::revalidate::Comparisons,
-    pub(crate) given_up: crate::leader::store::GivenUp,
     /// A client asked for data that no node holds.
     pub(crate) wake_wanted: AtomicBool,
     /// This process owns the bucket: it may change what is there.

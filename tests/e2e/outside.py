@@ -49,3 +49,52 @@ def test_a_conflict_ends_as_two_files():
         (name, text), = contents.items()
         check(name.startswith("f.conflict-") and text == "ours, dirty", f"ours is beside it: {name}")
         check(len(c.bucket_sizes()) == 2, "and both are in the bucket")
+
+
+def test_what_others_put_into_a_listed_directory_is_seen():
+    """s5cmd puts and removes objects in a directory that was listed to its end."""
+    with cluster() as c:
+        m = c.mount()
+        (m / "d").mkdir()
+        (m / "d/ours").write_text("ours")
+        c.ebb("flush", "/", "--wait")
+        check(os.listdir(m / "d") == ["ours"], "listed")
+        c.s5cmd("pipe", "s3://ebb/d/theirs", data="theirs")
+        c.s5cmd("pipe", "s3://ebb/d/sub/deep", data="deep")
+        wait_for("the new names", lambda: sorted(os.listdir(m / "d")) == ["ours", "sub", "theirs"], 20)
+        check((m / "d/theirs").read_text() == "theirs", "a new file")
+        check((m / "d/sub/deep").read_text() == "deep", "a new directory")
+        c.s5cmd("pipe", "s3://ebb/d/named", data="named")
+        wait_for("a new name, asked for", lambda: (m / "d/named").exists(), 20)
+        c.s5cmd("rm", "s3://ebb/d/theirs")
+        wait_for("the removal", lambda: "theirs" not in os.listdir(m / "d"), 20)
+        check((m / "d/ours").read_text() == "ours", "nothing else goes")
+
+
+def test_a_partly_dirty_file_whose_object_is_replaced_ends_as_both():
+    """What is dirty of it is stored beside the stranger's object; nothing stays dirty."""
+    with cluster() as c:
+        m = c.mount()
+        size, at, length = 100 << 20, 50 << 20, 1 << 20
+        with open(m / "f", "wb") as f:
+            for _ in range(size >> 20):
+                f.write(os.urandom(1 << 20))
+        c.ebb("flush", "/", "--wait")
+        c.ebb("evict", "/")
+        ours = os.urandom(length)
+        with open(m / "f", "r+b") as f:
+            f.seek(at)
+            f.write(ours)
+            f.flush()
+            os.fsync(f.fileno())
+        c.s5cmd("pipe", "s3://ebb/f", data="theirs")
+        c.ebb("flush", "/", "--wait", ok=False)
+        c.ebb("flush", "/", "--wait")
+        wait_for("two names", lambda: len(os.listdir(m)) == 2, 20)
+        check((m / "f").read_text() == "theirs", "the stranger's object keeps the name")
+        conflict, = [n for n in os.listdir(m) if n != "f"]
+        check(conflict.startswith("f.conflict-"), conflict)
+        check(os.listdir(m / conflict) == [f"{at}-{length}"], "the dirty range is below it")
+        check((m / conflict / f"{at}-{length}").read_bytes() == ours, "byte for byte")
+        check(c.bucket_sizes().get(f"{conflict}/{at}-{length}") == length, "and in the bucket")
+        c.down()

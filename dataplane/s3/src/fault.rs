@@ -22,6 +22,8 @@ pub enum FaultKind {
     LostReply,
     /// Drop the connection without carrying the request out.
     LostRequest,
+    /// Drop the connection now, carry the request out later: it was under way all the time.
+    Late { ms: u64 },
     /// 500 without carrying it out.
     InternalError,
     /// Carry it out, then say 500.

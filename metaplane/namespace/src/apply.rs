@@ -97,7 +97,9 @@ impl<K: Kv> Ctx<'_, K> {
             Command::Fenced(seals) => done(self.fenced(seals)),
             Command::NoticesDone(ids) => done(self.notices_done(ids)),
             Command::KeyBegin(keys) => or_refused(self.key_begin(keys), CommandReply::Keys),
+            Command::LookBegin(keys) => or_refused(self.look_begin(keys), CommandReply::Keys),
             Command::KeyDone { nonce, result, .. } => done(self.settle(*nonce, result)),
+            Command::KeyDoubt { nonce, valid_ms } => done(self.doubt(*nonce, *valid_ms)),
             Command::Ingest { dir, listed_at, entries, page } => {
                 done(self.ingest(*dir, *listed_at, entries, page.as_ref()))
             }
@@ -109,6 +111,10 @@ impl<K: Kv> Ctx<'_, K> {
             Command::Adopt(changes) => {
                 done(changes.iter().try_for_each(|a| self.adopt(a).map(|_| ())))
             }
+            Command::BaseChanged(found) => {
+                done(found.iter().try_for_each(|f| self.base_changed(f)))
+            }
+            Command::Rescued(rescue) => done(self.rescued(rescue)),
             Command::MoveStep(limit) => done(self.move_step(*limit)),
         }
     }

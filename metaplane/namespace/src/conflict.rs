@@ -9,6 +9,9 @@ use ebb_dataplane_protocol::{InodeId, NAME_BYTES_MAX};
 use ebb_metaplane_protocol::flush::{ForeignObject, IngestAttrs, IngestObject};
 use ebb_metaplane_protocol::{FileKind, FsResult};
 
+/// Room in a key for `/<offset>-<length>` (R36).
+const RANGE_NAME_BYTES: usize = 32;
+
 impl<K: Kv> Ctx<'_, K> {
     /// The flush of `id` found `object` at `s3_key`.
     pub(crate) fn conflict(
@@ -21,27 +24,32 @@ impl<K: Kv> Ctx<'_, K> {
         // answer EIO (I4), and a later flush needs all of it dirty.
         self.disown(s3_key, id)?;
         let n = self.read().inode(id)?;
-        let at_key = self.read().target_key(&n)?.as_deref() == Some(s3_key);
-        if at_key {
-            let (parent, old) = (n.parent, n.name.clone());
-            let new = self.conflict_name(parent, &old, id)?;
-            self.delete_entry(parent, &old);
-            self.put_entry(parent, &new, id);
-            self.note_depth(parent, new.len())?;
-            let now = self.now;
-            self.update(id, |n| {
-                n.name = new;
-                n.changed(now);
-            })?;
-            self.touch_dir(parent, 0)?;
+        if self.read().target_key(&n)?.as_deref() == Some(s3_key) {
+            self.step_aside(id)?;
         }
         self.adopt_at_key(s3_key, object)
     }
 
+    /// The inode becomes `name.conflict-<id>`.
+    pub(crate) fn step_aside(&mut self, id: InodeId) -> FsResult<()> {
+        let n = self.read().inode(id)?;
+        let (parent, old) = (n.parent, n.name.clone());
+        let new = self.conflict_name(parent, &old, id)?;
+        self.delete_entry(parent, &old);
+        self.put_entry(parent, &new, id);
+        self.note_depth(parent, new.len() + RANGE_NAME_BYTES)?;
+        let now = self.now;
+        self.update(id, |n| {
+            n.name = new;
+            n.changed(now);
+        })?;
+        self.touch_dir(parent, 0)
+    }
+
     /// A free name beside `name`, short enough for a name and a key.
     fn conflict_name(&self, dir: InodeId, name: &[u8], id: InodeId) -> FsResult<Vec<u8>> {
-        let room =
-            KEY_BYTES_MAX.saturating_sub(self.read().prefix_of(dir)?.len()).min(NAME_BYTES_MAX);
+        let before = self.read().prefix_of(dir)?.len() + RANGE_NAME_BYTES;
+        let room = KEY_BYTES_MAX.saturating_sub(before).min(NAME_BYTES_MAX);
         for salt in 0u32.. {
             let suffix = match salt {
                 0 => format!(".conflict-{:x}", id.0),

@@ -9,7 +9,7 @@ use crate::kv::{Kv, KvRead};
 use crate::limits::KEY_BYTES_MAX;
 use crate::tables::*;
 use ebb_dataplane_protocol::{InodeId, NAME_BYTES_MAX};
-use ebb_metaplane_protocol::{Attr, FsError, FsResult};
+use ebb_metaplane_protocol::{Attr, FsError, FsResult, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// The reserved name in the root.
@@ -31,6 +31,8 @@ pub enum Origin {
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub(crate) struct Directory {
     pub(crate) origin: Origin,
+    /// When it became completely listed.
+    pub(crate) listed: Time,
     /// Directories not completely listed in this subtree, itself included: a rename needs zero.
     pub(crate) incomplete: u64,
     /// Upper bound of the bytes of any key below, relative to this directory: a rename must not
@@ -39,11 +41,12 @@ pub(crate) struct Directory {
 }
 
 impl Directory {
-    pub(crate) fn complete() -> Self {
-        Self { origin: Origin::Complete, incomplete: 0, deepest: 0 }
+    pub(crate) fn complete(now: Time) -> Self {
+        Self { origin: Origin::Complete, listed: now, incomplete: 0, deepest: 0 }
     }
     pub(crate) fn listing() -> Self {
-        Self { origin: Origin::Listing { continuation: String::new() }, incomplete: 1, deepest: 0 }
+        let origin = Origin::Listing { continuation: String::new() };
+        Self { origin, listed: Time(0), incomplete: 1, deepest: 0 }
     }
 }
 
@@ -103,7 +106,7 @@ impl<K: KvRead> Reader<'_, K> {
     }
 
     /// Entries in name order after `after_name` (empty: from the start).
-    pub(crate) fn entries(
+    pub fn entries(
         &self,
         dir: InodeId,
         after_name: &[u8],
@@ -197,6 +200,19 @@ impl<K: KvRead> Reader<'_, K> {
         Ok((self.prefix_of(dir)?, origin))
     }
 
+    /// When a directory became completely listed; `None`: it isn't.
+    pub fn listed(&self, dir: InodeId) -> FsResult<Option<Time>> {
+        let n = self.dir_inode(dir)?;
+        Ok(n.dir.as_ref().filter(|d| d.origin == Origin::Complete).map(|d| d.listed))
+    }
+
+    /// Keys that a name has in S3: of a file, of a directory.
+    pub fn s3_names(&self, parent: InodeId, name: &[u8]) -> FsResult<(String, String)> {
+        check_name(parent, name)?;
+        let prefix = self.prefix_of(parent)?;
+        Ok((self.key_in(&prefix, name, false)?, self.key_in(&prefix, name, true)?))
+    }
+
     /// Whether a name is there, or S3 must be asked first.
     pub fn lookup_state(&self, parent: InodeId, name: &[u8]) -> FsResult<LookupState> {
         let dir = self.dir_inode(parent)?;
@@ -216,11 +232,8 @@ impl<K: KvRead> Reader<'_, K> {
         if listed || check_name(parent, name).is_err() {
             return Ok(LookupState::Absent);
         }
-        let prefix = self.prefix_of(parent)?;
-        Ok(LookupState::AskS3 {
-            file_key: self.key_in(&prefix, name, false)?,
-            dir_key: self.key_in(&prefix, name, true)?,
-        })
+        let (file_key, dir_key) = self.s3_names(parent, name)?;
+        Ok(LookupState::AskS3 { file_key, dir_key })
     }
 
     /// Directories of a subtree that are not completely listed, at most `limit`.

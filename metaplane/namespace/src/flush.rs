@@ -1,12 +1,15 @@
 //! Flushes up to the first S3 call (PROTOCOL §3, §9): begin, seal, plan, give up.
 
+use crate::dangling::{Intent, base_at};
 use crate::directory::temporary_key;
 use crate::dirtiness::{Flush, Phase};
 use crate::inode::Loaded;
 use crate::key_state::{Attempt, Mutation};
 use crate::kv::Kv;
+use crate::lost_base::needs_lost_base;
 use crate::tables::Ctx;
 use ebb_dataplane_protocol::InodeId;
+use ebb_dataplane_protocol::control::PutCondition;
 use ebb_metaplane_protocol::flush::*;
 use ebb_metaplane_protocol::{FileKind, FsResult};
 
@@ -90,31 +93,58 @@ impl<K: Kv> Ctx<'_, K> {
             self.save(n)?;
             return Ok(FlushPlan::Clean);
         }
+        if needs_lost_base(&n) {
+            // It stays in Sealing, where a dead leader's work is simply given up.
+            let plan = StorePlan {
+                inode: n.id,
+                generation: f.generation,
+                attr: n.attr(),
+                key: target,
+                condition: PutCondition::None,
+                nonce: s.nonce,
+                view: n.view.clone(),
+                has_data,
+                target: None,
+            };
+            n.phase = Phase::Sealing(f);
+            self.save(n)?;
+            return Ok(FlushPlan::Rescue(Box::new(plan)));
+        }
         let mut state = self.read().key_state_or_owner(&target)?;
         let blocker = self.read().owner_of(&target)?.filter(|&o| o != n.id);
-        if state.attempt.is_some() || blocker.is_some() || self.nonce_key(s.nonce)?.is_some() {
-            self.give_up(n, f)?;
-            if let Some(b) = blocker {
-                self.unsettle(b)?;
-            }
-            return Ok(FlushPlan::Blocked { blocker });
-        }
         let length = match n.kind {
             FileKind::File => n.size,
             FileKind::Symlink => n.target.len() as u64,
             FileKind::Directory => 0,
+        };
+        let store = Mutation::Store {
+            inode: n.id,
+            generation: f.generation,
+            length,
+            meta_version: n.meta_version,
         };
         // The leader writes empty bodies, links and markers itself; a body of a file comes from the
         // nodes when there is dirt in it or when the base is not exactly the file.
         let whole_base =
             n.view.backing.as_ref().is_some_and(|b| b.length == n.size && b.limit >= b.length);
         let body = n.is_file() && n.size > 0 && (has_data || !whole_base);
+        let copied = n.view.backing.as_ref().filter(|_| !body && n.is_file() && n.size > 0);
+        let intent = Intent {
+            what: &store,
+            length,
+            same_as: copied.map(|b| b.etag.as_str()),
+            base: if body { base_at(&n, &target) } else { None },
+        };
+        let waits = state.attempt.is_some() || state.store_waits(&intent);
+        if waits || blocker.is_some() || self.nonce_key(s.nonce)?.is_some() {
+            self.give_up(n, f)?;
+            if let Some(b) = blocker {
+                self.unsettle(b)?;
+            }
+            return Ok(FlushPlan::Blocked { blocker });
+        }
         state.delete = false;
-        state.attempt = Some(Attempt {
-            nonce: s.nonce,
-            what: Mutation::Store { inode: n.id, generation: f.generation, length },
-            ambiguous: false,
-        });
+        state.attempt = Some(Attempt::begin(s.nonce, store));
         self.put_key(&target, &state)?;
         self.log_nonce(s.nonce, &target);
         f.nonce = s.nonce;

@@ -26,7 +26,7 @@ impl<K: Kv> Ctx<'_, K> {
         nonce: u128,
         s3_key: &str,
         mut state: KeyState,
-        result: &AttemptResult,
+        (result, may_be_hit): (&AttemptResult, bool),
     ) -> FsResult<()> {
         let flush = match self.read().find_inode(inode)? {
             Some(n) => match &n.phase {
@@ -40,6 +40,8 @@ impl<K: Kv> Ctx<'_, K> {
                 state.expected = Expected::Etag(etag.clone());
                 self.put_key(s3_key, &state)?;
                 match flush {
+                    // It is there, and may be gone in a moment: the data is kept until then (R33).
+                    flush if may_be_hit => self.try_again(flush),
                     Some((f, n)) => self.commit(n, f, etag, *length),
                     None => Ok(()),
                 }
@@ -82,6 +84,11 @@ impl<K: Kv> Ctx<'_, K> {
                     self.adopt_at_key(s3_key, object)
                 }
             }
+            AttemptResult::LeftOver(found) => {
+                self.put_key(s3_key, &state)?;
+                self.try_again(flush)?;
+                self.take_left_over(s3_key, found)
+            }
             AttemptResult::Failed(_) | AttemptResult::Ambiguous => {
                 self.put_key(s3_key, &state)?;
                 self.try_again(flush)
@@ -105,6 +112,7 @@ impl<K: Kv> Ctx<'_, K> {
         n.view.clean_generation = n.view.clean_generation.max(f.generation);
         let limit = length.min(f.limit);
         n.view.backing = Some(Backing { key: f.key.clone(), etag: etag.to_owned(), length, limit });
+        n.base_lost = false;
         n.stored_meta = f.meta_version;
         n.validated = self.now;
         let settled = n.generation == f.generation

@@ -43,7 +43,9 @@ impl<K: Kv> Ctx<'_, K> {
         }
         let Some(page) = page else { return Ok(()) };
         let mut d = self.read().dir_inode(dir)?;
+        let now = self.now;
         if let Some(state) = &mut d.dir {
+            state.listed = now;
             state.origin = match &page.next {
                 Some(next) => Origin::Listing { continuation: next.clone() },
                 None => Origin::Complete,

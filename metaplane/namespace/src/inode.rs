@@ -52,6 +52,8 @@ pub(crate) struct Inode {
     pub(crate) clips: Vec<Cut>,
     /// When S3 was last asked about it.
     pub(crate) validated: Time,
+    /// What its backing names is not there any more, and some of it is needed (R36).
+    pub(crate) base_lost: bool,
     /// Target of a symbolic link.
     pub(crate) target: Vec<u8>,
     /// Of directories.
@@ -96,8 +98,9 @@ impl Inode {
             alloc_limit: 0,
             clips: Vec::new(),
             validated: now,
+            base_lost: false,
             target: Vec::new(),
-            dir: (kind == FileKind::Directory).then(Directory::complete),
+            dir: (kind == FileKind::Directory).then(|| Directory::complete(now)),
         }
     }
 

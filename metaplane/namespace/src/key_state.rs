@@ -12,14 +12,15 @@
 
 use crate::Reader;
 use crate::counters::Counter;
+use crate::dangling::Dangling;
 use crate::inode::Loaded;
 use crate::kv::{Kv, KvRead};
 use crate::limits::{TOMBSTONE_TTL_NS, TOMBSTONES_MAX};
 use crate::tables::*;
 use ebb_dataplane_protocol::control::PutCondition;
 use ebb_dataplane_protocol::{Generation, InodeId, codec};
-use ebb_metaplane_protocol::FsResult;
 use ebb_metaplane_protocol::flush::{AttemptResult, KeyWork, KeyWorkKind, Notice};
+use ebb_metaplane_protocol::{FsResult, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// What we know to be at a key.
@@ -45,13 +46,28 @@ pub(crate) struct Attempt {
     pub(crate) what: Mutation,
     /// In doubt even after looking: look again.
     pub(crate) ambiguous: bool,
+    /// Its reply was lost: for how long from the moment it is given up it may still land.
+    pub(crate) valid_ns: i64,
+}
+
+impl Attempt {
+    pub(crate) fn begin(nonce: u128, what: Mutation) -> Self {
+        Self { nonce, what, ambiguous: false, valid_ns: 0 }
+    }
 }
 
 /// What a mutation does.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub(crate) enum Mutation {
-    Store { inode: InodeId, generation: Generation, length: u64 },
+    Store {
+        inode: InodeId,
+        generation: Generation,
+        length: u64,
+        meta_version: u64,
+    },
     Delete,
+    /// None: the key is looked at after requests that were given up have lapsed (R32).
+    Look,
 }
 
 /// The state of a key.
@@ -61,13 +77,19 @@ pub(crate) struct KeyState {
     pub(crate) attempt: Option<Attempt>,
     /// A delete waits to begin.
     pub(crate) delete: bool,
+    /// What was given up and may still land (R33).
+    pub(crate) dangling: Vec<Dangling>,
 }
 
 impl KeyState {
     /// Work the key still needs beside a flush in flight.
     fn is_pending(&self) -> bool {
         self.delete
-            || self.attempt.as_ref().is_some_and(|a| a.ambiguous || a.what == Mutation::Delete)
+            || !self.dangling.is_empty()
+            || self
+                .attempt
+                .as_ref()
+                .is_some_and(|a| a.ambiguous || !matches!(a.what, Mutation::Store { .. }))
     }
 }
 
@@ -92,7 +114,12 @@ impl<K: KvRead> Reader<'_, K> {
         if let Some(k) = self.key_state(s3_key)? {
             return Ok(k);
         }
-        Ok(KeyState { expected: self.owner_etag(s3_key)?, attempt: None, delete: false })
+        Ok(KeyState {
+            expected: self.owner_etag(s3_key)?,
+            attempt: None,
+            delete: false,
+            dangling: Vec::new(),
+        })
     }
 
     fn owner_etag(&self, s3_key: &str) -> FsResult<Expected> {
@@ -107,12 +134,14 @@ impl<K: KvRead> Reader<'_, K> {
     ///
     /// A delete goes through `KeyBegin` with a fresh nonce. A look-up needs no `KeyBegin`: it
     /// reports with `KeyDone` under the one nonce it was given. A look-up without an inode is of a
-    /// delete: nothing there is `Deleted`, the etag of the condition is `Failed`, else `Foreign`.
+    /// delete: nothing there is `Deleted`, the etag of the condition is `Failed`, else `Foreign`. A
+    /// last look (R32) goes through `LookBegin`.
     pub fn key_work(
         &self,
         after_key: Option<&str>,
         limit: usize,
         in_flight: bool,
+        now: Time,
     ) -> FsResult<Vec<KeyWork>> {
         let mut work = Vec::new();
         let mut from = after_key.map_or(vec![KEY], |k| after(&key(KEY, &[k.as_bytes()])));
@@ -125,15 +154,16 @@ impl<K: KvRead> Reader<'_, K> {
                 let kind = match &state.attempt {
                     Some(a) if a.ambiguous || in_flight => {
                         let (inode, generation, length) = match a.what {
-                            Mutation::Store { inode, generation, length } => {
+                            Mutation::Store { inode, generation, length, .. } => {
                                 (Some(inode), generation, length)
                             }
-                            Mutation::Delete => (None, Generation(0), 0),
+                            Mutation::Delete | Mutation::Look => (None, Generation(0), 0),
                         };
                         let nonces = vec![a.nonce];
                         KeyWorkKind::Resolve { nonces, inode, generation, length }
                     }
-                    None if state.delete => KeyWorkKind::Delete,
+                    None if state.has_lapsed(now) => KeyWorkKind::Look,
+                    None if state.delete && !state.delete_waits() => KeyWorkKind::Delete,
                     _ => continue,
                 };
                 let key = String::from_utf8(k[1..].to_vec()).map_err(|_| corrupt("key"))?;
@@ -160,7 +190,7 @@ impl<K: Kv> Ctx<'_, K> {
     pub(crate) fn put_key(&mut self, s3_key: &str, state: &KeyState) -> FsResult<()> {
         let was = self.read().key_state(s3_key)?.is_some_and(|k| k.is_pending());
         let k = key(KEY, &[s3_key.as_bytes()]);
-        let idle = state.attempt.is_none() && !state.delete;
+        let idle = state.attempt.is_none() && !state.delete && state.dangling.is_empty();
         if idle && self.read().owner_etag(s3_key)? == state.expected {
             self.kv.delete(&k);
         } else {
@@ -221,11 +251,28 @@ impl<K: Kv> Ctx<'_, K> {
             }
             self.reconsider(s3_key)?;
             let Some(mut state) = self.read().key_state(s3_key)? else { continue };
-            if !state.delete || self.nonce_key(*nonce)?.is_some() {
+            let waits = state.delete_waits();
+            if !state.delete || waits || self.nonce_key(*nonce)?.is_some() {
                 continue;
             }
-            state.attempt =
-                Some(Attempt { nonce: *nonce, what: Mutation::Delete, ambiguous: false });
+            state.attempt = Some(Attempt::begin(*nonce, Mutation::Delete));
+            self.put_key(s3_key, &state)?;
+            self.log_nonce(*nonce, s3_key);
+            go_on.push(s3_key.clone());
+        }
+        Ok(go_on)
+    }
+
+    /// Last looks begin (R32): nothing else is done at the key meanwhile.
+    pub(crate) fn look_begin(&mut self, keys: &[(String, u128)]) -> FsResult<Vec<String>> {
+        let mut go_on = Vec::new();
+        for (s3_key, nonce) in keys {
+            let Some(mut state) = self.read().key_state(s3_key)? else { continue };
+            let due = state.attempt.is_none() && state.has_lapsed(self.now);
+            if !due || self.nonce_key(*nonce)?.is_some() {
+                continue;
+            }
+            state.attempt = Some(Attempt::begin(*nonce, Mutation::Look));
             self.put_key(s3_key, &state)?;
             self.log_nonce(*nonce, s3_key);
             go_on.push(s3_key.clone());
@@ -245,6 +292,24 @@ impl<K: Kv> Ctx<'_, K> {
         }
     }
 
+    /// The reply to a mutation was lost: until a look-up says that it landed, it may do so, for
+    /// `valid_ms` even after it was given up (R33).
+    pub(crate) fn doubt(&mut self, nonce: u128, valid_ms: u64) -> FsResult<()> {
+        let Some(s3_key) = self.nonce_key(nonce)? else { return Ok(()) };
+        let Some(mut state) = self.read().key_state(&s3_key)? else { return Ok(()) };
+        let Some(a) = state.attempt.as_mut().filter(|a| a.nonce == nonce) else { return Ok(()) };
+        if a.what == Mutation::Look {
+            // Its leader died: somebody else looks.
+            state.attempt = None;
+            self.kv.delete(&key(ATTEMPT, &[&nonce.to_be_bytes()]));
+            self.put_key(&s3_key, &state)?;
+            return self.reconsider(&s3_key);
+        }
+        a.ambiguous = true;
+        a.valid_ns = i64::try_from(valid_ms.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
+        self.put_key(&s3_key, &state)
+    }
+
     /// The result of a mutation. A repeated or unknown nonce changes nothing.
     pub(crate) fn settle(&mut self, nonce: u128, result: &AttemptResult) -> FsResult<()> {
         let Some(s3_key) = self.nonce_key(nonce)? else { return Ok(()) };
@@ -255,7 +320,14 @@ impl<K: Kv> Ctx<'_, K> {
             return self.put_key(&s3_key, &state);
         }
         self.kv.delete(&key(ATTEMPT, &[&nonce.to_be_bytes()]));
-        match attempt.what {
+        let landed = matches!(attempt.what, Mutation::Store { .. })
+            && matches!(result, AttemptResult::Stored { .. });
+        if attempt.valid_ns > 0 && !landed {
+            let until = Time(self.now.0.saturating_add(attempt.valid_ns));
+            let length = self.expected_length(&s3_key, &state)?;
+            state.leave_dangling((nonce, attempt.what.clone()), length, until);
+        }
+        match &attempt.what {
             Mutation::Delete => {
                 state.delete = false;
                 match result {
@@ -269,14 +341,42 @@ impl<K: Kv> Ctx<'_, K> {
                         self.put_key(&s3_key, &state)?;
                         self.adopt_at_key(&s3_key, object)?;
                     }
+                    AttemptResult::LeftOver(found) => {
+                        self.put_key(&s3_key, &state)?;
+                        self.take_left_over(&s3_key, found)?;
+                    }
                     _ => self.put_key(&s3_key, &state)?,
                 }
             }
             Mutation::Store { inode, .. } => {
-                self.settle_store(inode, nonce, &s3_key, state, result)?;
+                let hit = match result {
+                    AttemptResult::Stored { etag, .. } => state.may_be_hit(&attempt.what, etag),
+                    _ => false,
+                };
+                self.settle_store(*inode, nonce, &s3_key, state, (result, hit))?;
+            }
+            Mutation::Look => {
+                self.put_key(&s3_key, &state)?;
+                if let AttemptResult::LeftOver(found) = result {
+                    self.take_left_over(&s3_key, found)?;
+                }
+                // One that could not look is repeated.
+                if !matches!(result, AttemptResult::Failed(_)) {
+                    let mut state = self.read().key_state_or_owner(&s3_key)?;
+                    state.forget_lapsed(self.now);
+                    self.put_key(&s3_key, &state)?;
+                }
             }
         }
         self.reconsider(&s3_key)
+    }
+
+    /// Length of the object that is expected at a key, if its owner tells.
+    fn expected_length(&self, s3_key: &str, state: &KeyState) -> FsResult<Option<u64>> {
+        let Expected::Etag(etag) = &state.expected else { return Ok(None) };
+        let Some(owner) = self.read().owner_of(s3_key)? else { return Ok(None) };
+        let backing = self.read().find_inode(owner)?.and_then(|n| n.view.backing.clone());
+        Ok(backing.filter(|b| b.etag == *etag).map(|b| b.length))
     }
 
     /// Remembers a delete, so that a listing that began before it does not bring the name back.

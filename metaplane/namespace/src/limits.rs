@@ -25,8 +25,8 @@ pub const TOMBSTONES_MAX: u64 = 100_000;
 pub const TOMBSTONE_TTL_NS: i64 = 15 * 60 * 1_000_000_000;
 /// Cuts remembered per inode to clip late commits.
 pub const CLIPS_MAX: usize = 64;
-/// Logged nonces of one key that are not settled.
-pub const NONCES_PER_KEY_MAX: usize = 16;
+/// Requests of one key that were given up and may still land; with so many of them the key waits.
+pub const DANGLING_PER_KEY_MAX: usize = 64;
 /// Milliseconds after which a refused request may come again.
 pub const RETRY_MS: u32 = 5;
 /// Components of a path a query resolves.

@@ -123,7 +123,7 @@ impl<K: Kv> Ctx<'_, K> {
     }
 
     /// Makes a new inode with its entry. The caller has checked the name.
-    fn make(
+    pub(crate) fn make(
         &mut self,
         parent: InodeId,
         name: &[u8],

@@ -78,7 +78,7 @@ fn rename_over_inherits_the_key_and_deletes_nothing() {
     let etag = w.bucket.objects["b"].etag.clone();
     let a = w.put_file(s, ROOT, "a", b"2");
     w.rename(s, (ROOT, "a"), (ROOT, "b")).expect("rename");
-    assert!(w.read().key_work(None, 10, true).expect("readable").is_empty());
+    assert!(w.read().key_work(None, 10, true, Time(w.now)).expect("readable").is_empty());
     let p = store(plan(&mut w, a));
     assert_eq!((p.key.as_str(), &p.condition), ("b", &PutCondition::IfMatch(etag)));
 }
@@ -97,7 +97,7 @@ fn unlink_and_re_create_during_an_upload_keeps_the_new_file() {
     // The upload of the first one arrives, its reply is lost, nobody may delete its result now.
     w.flight_done(0, Fate::LostReply, false);
     assert_eq!(body(&w, "x"), b"first");
-    assert!(w.read().key_work(None, 10, true).expect("readable").is_empty());
+    assert!(w.read().key_work(None, 10, true, Time(w.now)).expect("readable").is_empty());
     w.settle_all();
     w.check_bucket();
     assert_eq!(body(&w, "x"), b"second");
@@ -116,7 +116,7 @@ fn a_delete_that_has_begun_is_waited_for() {
     // In doubt: still in the way, until it is looked up.
     w.flight_done(0, Fate::LostReply, true);
     assert_eq!(plan(&mut w, second), FlushPlan::Blocked { blocker: None });
-    w.look_up_keys(false);
+    w.look_up_keys();
     assert_eq!(store(plan(&mut w, second)).condition, PutCondition::IfAbsent);
 }
 
@@ -374,7 +374,7 @@ fn lost_replies_are_looked_up_never_assumed() {
         w.take_plan(f, p);
         w.flight_done(0, fate, true);
         assert!(w.attr(f).dirty, "in doubt is not clean (I3)");
-        w.look_up_keys(false);
+        w.look_up_keys();
         assert_eq!(w.attr(f).dirty, fate == Fate::LostRequest);
         w.settle_all();
         w.check_bucket();
@@ -390,14 +390,15 @@ fn a_dead_leaders_attempts_are_settled_by_the_next() {
     let p = store(plan(&mut w, f));
     // The PUT was sent and arrived; its leader died before it heard.
     w.fly(&Flight::Put { plan: p.clone(), object: None }, Fate::LostReply);
-    let work = w.read().key_work(None, 10, false).expect("readable");
+    let work = w.read().key_work(None, 10, false, Time(w.now)).expect("readable");
     assert!(work.is_empty(), "not in doubt while its leader works on it");
-    let work = w.read().key_work(None, 10, true).expect("readable");
+    let work = w.read().key_work(None, 10, true, Time(w.now)).expect("readable");
     assert!(matches!(
         &work[0].kind,
         KeyWorkKind::Resolve { nonces, inode: Some(i), .. } if nonces == &[p.nonce] && *i == f
     ));
     w.crash_leader();
+    w.look_up_keys();
     assert!(!w.attr(f).dirty);
     // The late report of the old leader changes nothing.
     let before = w.kv.clone();
@@ -588,4 +589,61 @@ fn the_dirty_queue_is_by_age_and_steps_over_its_head() {
     let rest = w.read().dirty_batch(10, Time(i64::MAX), Some((all[0].since, a))).expect("readable");
     assert_eq!(rest.iter().map(|d| d.inode).collect::<Vec<_>>(), [b]);
     assert!(w.read().dirty_batch(10, Time(0), None).expect("readable").is_empty());
+}
+
+/// A file with two dirty bytes in the middle, whose object somebody replaced or deleted.
+fn without_base(w: &mut World, replaced: bool) -> InodeId {
+    let s = w.session();
+    let f = w.put_file(s, ROOT, "f", b"0123456789");
+    w.settle_all();
+    let mut open = w.open(s, f, WRITE).expect("opened");
+    w.write(&mut open, 3, b"XY").expect("written");
+    w.close(open).expect("closed");
+    if replaced {
+        w.bucket.foreign_put("f", b"theirs");
+    } else {
+        w.bucket.objects.remove("f");
+    }
+    let p = plan(w, f);
+    w.take_plan(f, p);
+    w.flight_done(0, Fate::Fine, false);
+    f
+}
+
+#[test]
+fn what_is_dirty_of_a_file_without_its_base_is_stored_and_nothing_else_of_it() {
+    for replaced in [true, false] {
+        let mut w = World::new();
+        let f = without_base(&mut w, replaced);
+        let name = format!("f.conflict-{:x}", f.0);
+        assert!(w.attr(f).dirty, "not in S3 is not clean (I3)");
+        assert_eq!(w.lookup(ROOT, &name).expect("it stepped aside").inode, f);
+        w.settle_all();
+        let dir = w.lookup(ROOT, &name).expect("it gave way").inode;
+        assert_eq!(w.names(dir), ["3-2"]);
+        assert_eq!(w.bucket.objects[&format!("{name}/3-2")].body, b"XY");
+        assert_eq!(w.lookup(dir, "3-2").expect("there").size, 2);
+        assert!(w.read().attr(f).is_err() && !w.node.contains_key(&f), "nobody keeps it");
+        assert_eq!(w.lookup(ROOT, "f").is_ok(), replaced, "the name is the stranger's");
+        assert_eq!(
+            w.bucket.objects.get("f").map(|o| o.body.as_slice()),
+            replaced.then_some(&b"theirs"[..])
+        );
+    }
+}
+
+#[test]
+fn a_file_that_lost_its_base_and_is_written_anew_needs_none() {
+    let mut w = World::new();
+    let f = without_base(&mut w, true);
+    let s = w.session();
+    w.truncate(s, f, 0).expect("cut");
+    w.deliver_all();
+    let mut open = w.open(s, f, WRITE).expect("opened");
+    w.write(&mut open, 0, b"anew").expect("written");
+    w.close(open).expect("closed");
+    w.settle_all();
+    let key = format!("f.conflict-{:x}", f.0);
+    assert_eq!(w.bucket.objects[&key].body, b"anew");
+    assert!(!w.attr(f).dirty);
 }

@@ -215,7 +215,7 @@ fn an_object_deleted_outside_is_gone_and_queues_nothing() {
         object: None,
     }]));
     assert!(w.names(ROOT).is_empty());
-    assert!(w.read().key_work(None, 10, true).expect("readable").is_empty());
+    assert!(w.read().key_work(None, 10, true, Time(w.now)).expect("readable").is_empty());
 }
 
 #[test]

@@ -108,6 +108,8 @@ pub enum Command {
     /// `KeyDone` under the nonce that its `Resolve` names. Reply
     /// [`CommandReply::Keys`]: those that may go on.
     KeyBegin(Vec<(String, u128)>),
+    /// Last looks begin (R32), at keys whose lost requests have lapsed: as `KeyBegin`.
+    LookBegin(Vec<(String, u128)>),
     /// Its result.
     KeyDone {
         /// The key.
@@ -134,8 +136,20 @@ pub enum Command {
     SetIngestAttrs(Vec<(InodeId, String, IngestAttrs)>),
     /// Outside changes found by revalidation.
     Adopt(Vec<Adopt>),
+    /// Flushes found that the object which holds a file's clean bytes is not what it was.
+    BaseChanged(Vec<BaseChange>),
+    /// The dirty ranges of a file that lost its base are in S3.
+    Rescued(Rescue),
     /// One more step of pending directory renames: marks up to this many descendants to be moved.
     MoveStep(u32),
+    /// The reply to an S3 mutation was lost: it is looked up, and reported by `FlushCommit` or
+    /// `KeyDone`. Comes before that report: unless it is found to have landed, it may do so later.
+    KeyDoubt {
+        /// The attempt.
+        nonce: u128,
+        /// For so long after it was given up (the validity of its signature).
+        valid_ms: u64,
+    },
 }
 
 /// Progress of a directory's listing.

@@ -50,6 +50,9 @@ pub enum FlushPlan {
     },
     /// The object is to be written or copied.
     Store(Box<StorePlan>),
+    /// Clean bytes of it are lost (R36): its dirty ranges go to objects of their own below the key.
+    /// Ends with `Rescued` or `FlushAbort`.
+    Rescue(Box<StorePlan>),
     /// The inode changed state meanwhile (unlinked, aborted): nothing to do.
     Gone,
 }
@@ -108,6 +111,8 @@ pub enum AttemptResult {
     /// The key was to hold our etag and holds nothing: it was deleted outside. The key's state
     /// becomes Absent, the inode stays dirty and is flushed again.
     Missing,
+    /// A request of ours that was given up is at the key: it arrived late (R33).
+    LeftOver(LeftOver),
     /// In doubt even after looking: the key stays unsettled, look again later.
     Ambiguous,
     /// A delete happened (or the key was already absent).
@@ -127,6 +132,63 @@ impl AttemptResult {
             StoreOutcome::ConditionFailed | StoreOutcome::Ambiguous => None,
         }
     }
+}
+
+/// A late arrival of a request that was given up.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct LeftOver {
+    /// The request.
+    pub nonce: u128,
+    /// Etag of its object.
+    pub etag: String,
+    /// Bytes of its object.
+    pub length: u64,
+}
+
+/// What a flush found in place of the object that holds a file's clean bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct BaseChange {
+    /// The inode.
+    pub inode: InodeId,
+    /// Key and etag that its backing had.
+    pub key: String,
+    /// The etag.
+    pub etag: String,
+    /// What is there now.
+    pub found: BaseFound,
+}
+
+/// What is at a key instead of a file's base.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum BaseFound {
+    /// A late arrival of our own.
+    LeftOver(LeftOver),
+    /// Somebody else's object.
+    Foreign(ForeignObject),
+    /// Nothing.
+    Gone,
+}
+
+/// The dirty ranges of a file whose base is lost are in S3.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Rescue {
+    /// The inode.
+    pub inode: InodeId,
+    /// The generation that was sealed.
+    pub generation: Generation,
+    /// The ranges.
+    pub ranges: Vec<RescuedRange>,
+}
+
+/// A dirty range at `<key of the file>/<offset>-<length>`.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct RescuedRange {
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Etag of its object.
+    pub etag: String,
 }
 
 /// An object that is not ours, with the attributes its metadata names.
@@ -253,6 +315,9 @@ pub struct KeyWork {
 pub enum KeyWorkKind {
     /// Delete the object.
     Delete,
+    /// Requests that were given up can't arrive any more: look whether one did. Report `LeftOver`,
+    /// `Failed` if nobody could look, else `Deleted`. Goes through `LookBegin`.
+    Look,
     /// An attempt's outcome is unknown (leader died, reply lost): look (HEAD, nonce) and report.
     Resolve {
         /// Nonces of ours that may be there, newest last.

@@ -4,11 +4,9 @@
 //! sequence that the state machine had before the LIST goes with the page: names that changed since
 //! are skipped there.
 
-use super::attributes;
 use crate::service::{Service, count};
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::command::IngestPage;
-use ebb_metaplane_protocol::flush::{IngestEntry, IngestObject};
 use ebb_metaplane_protocol::{Command, FsError, FsResult};
 use ebb_namespace::Origin;
 use ebb_s3::ListRequest;
@@ -16,7 +14,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Keys of one page: S3's own limit.
-const PAGE_KEYS: u32 = 1000;
+pub(super) const PAGE_KEYS: u32 = 1000;
 /// Pages listed ahead of anybody who asked, in one go.
 const BACKGROUND_PAGES_MAX: usize = 100;
 
@@ -60,34 +58,7 @@ impl Service {
         };
         let page =
             self.health.note(self.bucket.list(&request).await).map_err(|e| super::fs_error(&e))?;
-        let mut entries = Vec::with_capacity(page.objects.len() + page.prefixes.len());
-        let mut last = String::new();
-        for object in &page.objects {
-            last = last.max(object.key.clone());
-            let Some(name) = object.key.strip_prefix(&prefix).filter(|n| !n.is_empty()) else {
-                continue;
-            };
-            entries.push(IngestEntry {
-                name: name.as_bytes().to_vec(),
-                object: Some(IngestObject {
-                    key: object.key.clone(),
-                    etag: object.etag.as_str().to_owned(),
-                    size: object.size,
-                }),
-                attrs: attributes::of_listed(object),
-            });
-        }
-        for key in &page.prefixes {
-            last = last.max(key.clone());
-            let Some(name) = key.strip_prefix(&prefix).and_then(|n| n.strip_suffix('/')) else {
-                continue;
-            };
-            entries.push(IngestEntry {
-                name: name.as_bytes().to_vec(),
-                object: None,
-                attrs: attributes::of_prefix(false),
-            });
-        }
+        let (entries, last) = super::relist::entries_of(&page, &prefix);
         let next = page.next.is_some().then_some(last);
         let complete = next.is_none();
         let page = IngestPage { from: continuation, next };

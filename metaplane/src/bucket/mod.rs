@@ -6,6 +6,7 @@ pub(crate) mod hydrate;
 pub(crate) mod list;
 pub(crate) mod look;
 pub(crate) mod owner;
+pub(crate) mod relist;
 pub(crate) mod revalidate;
 
 use ebb_metaplane_protocol::FsError;

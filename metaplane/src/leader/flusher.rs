@@ -201,7 +201,9 @@ impl Service {
             match result {
                 Flushed::Done(_) => self.flushes.succeeded(*inode),
                 Flushed::Failed(why) => self.flushes.failed(*inode, why),
-                Flushed::Blocked(_) => self.flushes.failed(*inode, "its key is busy"),
+                Flushed::Blocked(_) => self
+                    .flushes
+                    .failed(*inode, "its key is busy, or waits for a request whose reply was lost"),
                 Flushed::Skipped => {}
             }
         }
@@ -338,12 +340,36 @@ impl Service {
                 FlushPlan::Blocked { blocker } => {
                     results.insert(inode, Flushed::Blocked(blocker));
                 }
+                FlushPlan::Rescue(plan) => {
+                    let sealed = extents.remove(&inode).unwrap_or_default();
+                    let outcome = self.flush_ranges(&plan, &sealed).await?;
+                    results.insert(inode, outcome);
+                }
                 FlushPlan::Store(plan) => {
                     stores.push((*plan, extents.remove(&inode).unwrap_or_default()));
                 }
             }
         }
         self.store_all(stores, results).await
+    }
+
+    /// A file whose clean bytes are lost: what is dirty of it (R36).
+    async fn flush_ranges(&self, plan: &StorePlan, sealed: &Sealed) -> FsResult<Flushed> {
+        let map = self.map()?;
+        let rescue: futures::future::BoxFuture<'_, _> = Box::pin(self.rescue(plan, sealed, &map));
+        match rescue.await {
+            Ok(ranges) => {
+                let bytes = ranges.iter().map(|r| r.length).sum();
+                let (inode, generation) = (plan.inode, plan.generation);
+                let rescue = Rescue { inode, generation, ranges };
+                self.submit_internal(Command::Rescued(rescue)).await?;
+                Ok(Flushed::Done(bytes))
+            }
+            Err(why) => {
+                self.submit_internal(Command::FlushAbort(vec![plan.inode])).await?;
+                Ok(Flushed::Failed(why))
+            }
+        }
     }
 
     /// Carries the plans out and commits what became of them, as they end.
@@ -413,29 +439,38 @@ impl Service {
         ended: Vec<(StorePlan, StoreOutcome)>,
         results: &mut HashMap<InodeId, Flushed>,
     ) -> FsResult<()> {
-        let outcomes: Vec<FlushOutcome> = futures::stream::iter(ended)
+        let mut looked = futures::stream::iter(ended)
             .map(|(plan, outcome)| async move {
-                let result = self.certain(&plan, &outcome).await;
-                let FlushOutcome { inode, generation, nonce, .. } = outcome_of(&plan);
-                (FlushOutcome { inode, generation, nonce, result }, length_of(&plan))
+                let (result, may_land) = self.certain(&plan, &outcome).await;
+                (plan, outcome, result, may_land)
             })
-            .buffer_unordered(STORES_MAX)
-            .map(|(outcome, bytes)| {
-                results.insert(outcome.inode, flushed(&outcome.result, bytes));
-                outcome
-            })
-            .collect()
-            .await;
-        self.submit_internal(Command::FlushCommit(outcomes)).await.map(drop)
-    }
-}
-
-fn outcome_of(plan: &StorePlan) -> FlushOutcome {
-    FlushOutcome {
-        inode: plan.inode,
-        generation: plan.generation,
-        nonce: plan.nonce,
-        result: AttemptResult::Ambiguous,
+            .buffer_unordered(STORES_MAX);
+        let mut outcomes = Vec::new();
+        let mut without_base = Vec::new();
+        while let Some((plan, outcome, result, may_land)) = looked.next().await {
+            if may_land {
+                // Before the result: from then on the key takes care of it (R33).
+                self.doubt(plan.nonce).await?;
+            }
+            results.insert(plan.inode, flushed(&result, length_of(&plan)));
+            outcomes.push(FlushOutcome {
+                inode: plan.inode,
+                generation: plan.generation,
+                nonce: plan.nonce,
+                result,
+            });
+            if outcome == StoreOutcome::BaseGone {
+                without_base.push(plan);
+            }
+        }
+        drop(looked);
+        self.submit_internal(Command::FlushCommit(outcomes)).await?;
+        for plan in &without_base {
+            if let Err(e) = self.look_at_base(plan).await {
+                tracing::debug!(inode = %plan.inode, error = %e, "looking at a base");
+            }
+        }
+        Ok(())
     }
 }
 
@@ -449,6 +484,9 @@ fn flushed(result: &AttemptResult, bytes: u64) -> Flushed {
         AttemptResult::Missing | AttemptResult::Deleted => {
             Flushed::Failed("its object was deleted from outside; stored anew next".into())
         }
+        AttemptResult::LeftOver(_) => Flushed::Failed(
+            "a request that had been lost arrived before it; stored anew next".into(),
+        ),
         AttemptResult::Ambiguous => Flushed::Failed("the reply of S3 was lost; looking".into()),
     }
 }

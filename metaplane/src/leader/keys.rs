@@ -1,11 +1,12 @@
 //! Keys: deletes that are due, and attempts whose outcome is in doubt (PROTOCOL §8).
 //!
 //! A DELETE carries the etag it means, where the server has that. An attempt in doubt is looked for
-//! by its nonce; it is given up only after a while, and then a late arrival is fenced by the
-//! condition of the next attempt.
+//! by its nonce, and given up if it isn't there; from then until its signature has lapsed the state
+//! machine sees to it that a late arrival does no harm (R33), and asks for one more look after that
+//! (R32). Where no condition fences it, it isn't given up before.
 
 use super::Stop;
-use super::store::Look;
+use super::store::{Look, is_fenced};
 use crate::bucket::attributes;
 use crate::service::{Service, count, fs_error, random};
 use ebb_dataplane_protocol::control::PutCondition;
@@ -21,8 +22,6 @@ use std::time::{Duration, Instant};
 const PAGE: usize = 1_000;
 /// Calls in flight at most.
 const CONCURRENCY: usize = 32;
-/// A lost mutation is waited for so long where no condition fences it.
-const UNFENCED_WAIT: Duration = Duration::from_secs(60);
 /// Keys remembered as failing or in doubt.
 const REMEMBERED_MAX: usize = 100_000;
 
@@ -44,15 +43,14 @@ impl Service {
             let from = after.clone();
             let work = self
                 .voter
-                .peek(|_, r| r.key_work(from.as_deref(), PAGE, true))
+                .peek(|_, r| r.key_work(from.as_deref(), PAGE, true, crate::raft::propose::now()))
                 .map_err(fs_error)??;
             let Some(last) = work.last() else { break };
             after = Some(last.key.clone());
             for w in work {
                 let KeyWorkKind::Resolve { nonces, .. } = w.kind else { continue };
                 for nonce in nonces {
-                    let (key, result) = (w.key.clone(), AttemptResult::Ambiguous);
-                    self.submit(Command::KeyDone { key, nonce, result }).await?;
+                    self.doubt(nonce).await?;
                 }
             }
         }
@@ -68,6 +66,12 @@ impl Service {
                 self.submit(Command::FlushAbort(inodes)).await?;
             }
         }
+    }
+
+    /// The reply to a mutation was lost: until it is found to have landed, it may do so later.
+    pub(crate) async fn doubt(&self, nonce: u128) -> FsResult<()> {
+        let valid_ms = self.config.timings.request_valid_ms;
+        self.submit(Command::KeyDoubt { nonce, valid_ms }).await.map(drop)
     }
 
     /// The loop of a leader.
@@ -95,13 +99,14 @@ impl Service {
             let from = after.clone();
             let work = self
                 .voter
-                .peek(|_, r| r.key_work(from.as_deref(), PAGE, false))
+                .peek(|_, r| r.key_work(from.as_deref(), PAGE, false, crate::raft::propose::now()))
                 .map_err(fs_error)??;
             let Some(last) = work.last() else { return Ok(()) };
             after = Some(last.key.clone());
             let work: Vec<KeyWork> =
                 work.into_iter().filter(|w| !memory.later.contains_key(&w.key)).collect();
             self.delete_keys(&work, memory).await?;
+            self.look_again(&work).await?;
             self.resolve_keys(work, memory).await?;
         }
         Ok(())
@@ -129,6 +134,10 @@ impl Service {
             .buffer_unordered(CONCURRENCY);
         while let Some((w, result)) = deletes.next().await {
             let Some(&nonce) = nonces.get(&w.key) else { continue };
+            let (result, lost) = result;
+            if lost {
+                self.doubt(nonce).await?;
+            }
             match &result {
                 AttemptResult::Deleted => count(&self.counts.keys_deleted),
                 AttemptResult::Failed(why) => {
@@ -146,7 +155,42 @@ impl Service {
         Ok(())
     }
 
-    async fn delete_key(&self, w: &KeyWork) -> AttemptResult {
+    /// Last looks (R32) at keys whose lost requests can't land any more.
+    async fn look_again(&self, work: &[KeyWork]) -> FsResult<()> {
+        let due: Vec<(String, u128)> = work
+            .iter()
+            .filter(|w| w.kind == KeyWorkKind::Look)
+            .map(|w| (w.key.clone(), random()))
+            .collect();
+        if due.is_empty() {
+            return Ok(());
+        }
+        let nonces: HashMap<String, u128> = due.iter().cloned().collect();
+        let reply = self.submit_internal(Command::LookBegin(due)).await?;
+        let CommandReply::Keys(begun) = reply else { return Ok(()) };
+        let mut looks = futures::stream::iter(begun)
+            .map(|key| async move {
+                let result = match self.head(&key).await {
+                    Ok(Some(info)) => match self.left_over(&key, &info) {
+                        Ok(found) => found.map_or(AttemptResult::Deleted, AttemptResult::LeftOver),
+                        Err(e) => AttemptResult::Failed(e.to_string()),
+                    },
+                    Ok(None) => AttemptResult::Deleted,
+                    Err(e) => AttemptResult::Failed(e.to_string()),
+                };
+                (key, result)
+            })
+            .buffer_unordered(CONCURRENCY);
+        while let Some((key, result)) = looks.next().await {
+            let Some(&nonce) = nonces.get(&key) else { continue };
+            self.submit(Command::KeyDone { key, nonce, result }).await?;
+            self.wakes.flush.notify_one();
+        }
+        Ok(())
+    }
+
+    /// What became of a delete, and whether its reply was lost.
+    async fn delete_key(&self, w: &KeyWork) -> (AttemptResult, bool) {
         let expected = match &w.condition {
             PutCondition::IfMatch(etag) => Some(Etag::new(etag)),
             _ => None,
@@ -156,19 +200,21 @@ impl Service {
             // Without the condition: a look before, and a short window that a stranger may hit.
             match self.look_delete(&w.key, expected.as_ref()).await {
                 Ok(AttemptResult::Failed(_)) => {}
-                Ok(settled) => return settled,
-                Err(e) => return AttemptResult::Failed(e.to_string()),
+                Ok(settled) => return (settled, false),
+                Err(e) => return (AttemptResult::Failed(e.to_string()), false),
             }
         }
         let condition = expected.as_ref().filter(|_| honoured);
         match self.health.note(self.bucket.delete(&w.key, condition).await) {
-            Ok(()) => AttemptResult::Deleted,
+            Ok(()) => (AttemptResult::Deleted, false),
             Err(e) => match e.kind {
+                ErrorKind::Ambiguous if !honoured => (AttemptResult::Ambiguous, true),
                 ErrorKind::PreconditionFailed | ErrorKind::Conflict | ErrorKind::Ambiguous => {
                     let looked = self.look_delete(&w.key, expected.as_ref()).await;
-                    looked.unwrap_or(AttemptResult::Ambiguous)
+                    let lost = e.kind == ErrorKind::Ambiguous;
+                    (looked.unwrap_or(AttemptResult::Ambiguous), lost)
                 }
-                _ => AttemptResult::Failed(e.to_string()),
+                _ => (AttemptResult::Failed(e.to_string()), false),
             },
         }
     }
@@ -180,20 +226,15 @@ impl Service {
         if expected.is_none_or(|e| *e == info.etag) {
             return Ok(AttemptResult::Failed("the object is still there".into()));
         }
-        if self.is_left_over(&info) {
-            let condition = self.conditions().delete_if_match.then_some(&info.etag);
-            let deleted = self.bucket.delete(key, condition).await;
-            return Ok(match deleted {
-                Ok(()) => AttemptResult::Deleted,
-                Err(e) => AttemptResult::Failed(e.to_string()),
-            });
+        if let Some(found) = self.left_over(key, &info)? {
+            return Ok(AttemptResult::LeftOver(found));
         }
         Ok(AttemptResult::Foreign(attributes::foreign(&self.bucket, key, &info).await?))
     }
 
     async fn resolve_keys(&self, work: Vec<KeyWork>, memory: &mut Memory) -> FsResult<()> {
         let doubts: Vec<KeyWork> =
-            work.into_iter().filter(|w| w.kind != KeyWorkKind::Delete).collect();
+            work.into_iter().filter(|w| matches!(w.kind, KeyWorkKind::Resolve { .. })).collect();
         let mut looks = futures::stream::iter(doubts)
             .map(|w| async move {
                 let result = self.resolve(&w).await;
@@ -210,13 +251,19 @@ impl Service {
                     continue;
                 }
             };
+            let since = *memory.doubts.entry(nonce).or_insert_with(Instant::now);
+            let fenced = is_fenced(&self.conditions(), &w);
+            let landed = matches!(result, AttemptResult::Stored { .. });
+            if !fenced && !landed && since.elapsed() < self.request_valid() {
+                // Whenever it arrives, it will take effect.
+                continue;
+            }
             let result = if result == AttemptResult::Ambiguous {
                 // Nothing of ours is there, but it may be on its way.
-                let since = *memory.doubts.entry(nonce).or_insert_with(Instant::now);
-                if since.elapsed() < self.doubt_wait(&w.condition) {
+                let wait = Duration::from_millis(self.config.timings.resolve_after_ms);
+                if since.elapsed() < wait {
                     continue;
                 }
-                self.given_up.add(nonces);
                 AttemptResult::Failed("it never arrived".into())
             } else {
                 result
@@ -229,19 +276,8 @@ impl Service {
         Ok(())
     }
 
-    /// How long an attempt that is not there is waited for.
-    fn doubt_wait(&self, condition: &PutCondition) -> Duration {
-        let c = self.conditions();
-        let fenced = match condition {
-            PutCondition::None => false,
-            PutCondition::IfAbsent => c.put_if_absent && c.complete_if_absent && c.copy_if_absent,
-            PutCondition::IfMatch(_) => c.put_if_match && c.complete_if_match && c.copy_if_match,
-        };
-        if fenced {
-            Duration::from_millis(self.config.timings.resolve_after_ms)
-        } else {
-            UNFENCED_WAIT
-        }
+    fn request_valid(&self) -> Duration {
+        Duration::from_millis(self.config.timings.request_valid_ms)
     }
 
     async fn resolve(&self, w: &KeyWork) -> FsResult<AttemptResult> {

@@ -11,6 +11,7 @@ pub(crate) mod liveness;
 pub(crate) mod mover;
 pub(crate) mod moves;
 pub(crate) mod notices;
+pub(crate) mod rescue;
 pub(crate) mod seal;
 pub(crate) mod sessions;
 pub(crate) mod store;

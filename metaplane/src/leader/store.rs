@@ -14,9 +14,13 @@ use ebb_dataplane_protocol::control::{
 use ebb_dataplane_protocol::{
     ClusterMap, Grant, GrantMode, RUN_BYTES, RunIndex, SessionId, ShardRef, SignedGrant,
 };
-use ebb_metaplane_protocol::flush::{AttemptResult, StorePlan};
-use ebb_metaplane_protocol::{FileKind, FsResult};
-use ebb_s3::{Condition, ErrorKind, Etag, Metadata, ObjectInfo, Part, S3Error, UploadId};
+use ebb_metaplane_protocol::flush::{
+    AttemptResult, BaseChange, BaseFound, KeyWork, KeyWorkKind, LeftOver, StorePlan,
+};
+use ebb_metaplane_protocol::{Command, FileKind, FsResult};
+use ebb_s3::{
+    Condition, Conditions, ErrorKind, Etag, Metadata, ObjectInfo, Part, S3Error, UploadId,
+};
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
 
@@ -284,17 +288,25 @@ impl Service {
         let completed =
             self.bucket.complete_multipart(&plan.key, &upload, &parts, &condition(&sent)).await;
         let outcome = outcome(self.health.note(completed));
-        if !matches!(outcome, StoreOutcome::Stored { .. }) {
-            // Fences a Complete that may still be under way: after this it finds no upload.
-            self.abort(&plan.key, &upload).await;
+        if matches!(outcome, StoreOutcome::Stored { .. }) {
+            return outcome;
+        }
+        // Fences a Complete that may still be under way: after this it finds no upload. Whether it
+        // came before is seen at the key.
+        let fenced = self.abort(&plan.key, &upload).await;
+        if fenced && outcome == StoreOutcome::Ambiguous {
+            return StoreOutcome::ConditionFailed;
         }
         outcome
     }
 
-    async fn abort(&self, key: &str, upload: &UploadId) {
-        if let Err(e) = self.bucket.abort_multipart(key, upload).await {
+    /// `true`: nothing can complete it any more.
+    pub(crate) async fn abort(&self, key: &str, upload: &UploadId) -> bool {
+        let aborted = self.bucket.abort_multipart(key, upload).await;
+        if let Err(e) = &aborted {
             tracing::warn!(error = %e, "an upload was not aborted; it is swept at the next start");
         }
+        aborted.is_ok()
     }
 
     async fn upload_parts(
@@ -360,7 +372,7 @@ impl Service {
         Err(last)
     }
 
-    async fn node_part(
+    pub(crate) async fn node_part(
         &self,
         plan: &StorePlan,
         map: &ClusterMap,
@@ -389,27 +401,58 @@ impl Service {
         }
     }
 
-    /// A result for certain, after looking where it was in doubt.
-    pub(crate) async fn certain(&self, plan: &StorePlan, outcome: &StoreOutcome) -> AttemptResult {
+    /// A result for certain, after looking where it was in doubt; and whether the request may still
+    /// land after all.
+    pub(crate) async fn certain(
+        &self,
+        plan: &StorePlan,
+        outcome: &StoreOutcome,
+    ) -> (AttemptResult, bool) {
         let length = length_of(plan);
         if let Some(result) = AttemptResult::from_outcome(outcome, length) {
-            return result;
+            return (result, false);
         }
+        let lost = *outcome == StoreOutcome::Ambiguous;
         count(&self.counts.doubts);
         let look = Look {
             key: &plan.key,
             nonces: &[plan.nonce],
             length,
             condition: &plan.condition,
-            definite: matches!(outcome, StoreOutcome::ConditionFailed),
+            definite: !lost,
         };
-        match self.look(&look).await {
+        let result = match self.look(&look).await {
             Ok(result) => result,
             Err(e) => {
                 tracing::debug!(key = plan.key, error = %e, "looking an attempt up");
                 AttemptResult::Ambiguous
             }
+        };
+        let landed = matches!(result, AttemptResult::Stored { .. });
+        if lost && !landed && !stores_fenced(&self.conditions(), &plan.condition) {
+            return (AttemptResult::Ambiguous, true);
         }
+        (result, lost && !landed)
+    }
+
+    /// A flush found that its file's clean bytes are not where they were.
+    pub(crate) async fn look_at_base(&self, plan: &StorePlan) -> FsResult<()> {
+        let Some(base) = &plan.view.backing else { return Ok(()) };
+        let info = self.head(&base.key).await.map_err(|e| crate::bucket::fs_error(&e))?;
+        let found = match info {
+            None => BaseFound::Gone,
+            Some(info) if info.etag.as_str() == base.etag => return Ok(()),
+            Some(info) => match self.left_over(&base.key, &info)? {
+                Some(found) => BaseFound::LeftOver(found),
+                None => {
+                    BaseFound::Foreign(attributes::foreign(&self.bucket, &base.key, &info).await?)
+                }
+            },
+        };
+        tracing::info!(key = base.key, "the object below a dirty file was changed from outside");
+        let (inode, key, etag) = (plan.inode, base.key.clone(), base.etag.clone());
+        let change = BaseChange { inode, key, etag, found };
+        self.submit_internal(Command::BaseChanged(vec![change])).await.map(drop)
     }
 
     /// Looks at a key for what became of an attempt to store.
@@ -436,23 +479,26 @@ impl Service {
         if matches!(look.condition, PutCondition::IfMatch(e) if *e == etag) {
             return Ok(not_done("the object is as it was"));
         }
-        if self.is_left_over(&info) {
-            // An older attempt of this cluster that arrived late: nobody refers to it.
-            self.bucket
-                .delete(look.key, self.conditions().delete_if_match.then_some(&info.etag))
-                .await
-                .map_err(|e| crate::bucket::fs_error(&e))?;
-            return Ok(AttemptResult::Missing);
+        if let Some(found) = self.left_over(look.key, &info)? {
+            return Ok(AttemptResult::LeftOver(found));
         }
         let object = attributes::foreign(&self.bucket, look.key, &info).await?;
         Ok(AttemptResult::Foreign(object))
     }
 
-    /// Whether an object is a late arrival of an attempt that this process gave up. Others' copies
-    /// of our objects carry our tag too: only a nonce that was given up here is proof.
-    pub(crate) fn is_left_over(&self, info: &ObjectInfo) -> bool {
-        ebb_s3::EbbTag::from_metadata(&info.metadata)
-            .is_some_and(|tag| tag.cluster == self.cluster.0 && self.given_up.contains(tag.nonce))
+    /// Whether an object is a late arrival of a request that was given up. Others' copies of our
+    /// objects carry our tag too: only a nonce that was given up for this key is proof.
+    pub(crate) fn left_over(&self, key: &str, info: &ObjectInfo) -> FsResult<Option<LeftOver>> {
+        let Some(tag) = ebb_s3::EbbTag::from_metadata(&info.metadata) else { return Ok(None) };
+        if tag.cluster != self.cluster.0 {
+            return Ok(None);
+        }
+        let ours = self.voter.peek(|_, r| r.is_given_up(key, tag.nonce)).map_err(fs_error)??;
+        Ok(ours.then(|| LeftOver {
+            nonce: tag.nonce,
+            etag: info.etag.as_str().to_owned(),
+            length: info.size,
+        }))
     }
 
     /// Data is needed that no node holds: the controller brings nodes.
@@ -466,25 +512,20 @@ impl Service {
     }
 }
 
-/// Nonces of attempts that were given up while in doubt. Bounded: the oldest go first, and their late
-/// arrivals count as strangers' (which loses nothing).
-#[derive(Debug, Default)]
-pub(crate) struct GivenUp(std::sync::Mutex<std::collections::VecDeque<u128>>);
-
-/// How many are remembered.
-const GIVEN_UP_MAX: usize = 4096;
-
-impl GivenUp {
-    pub(crate) fn add(&self, nonces: &[u128]) {
-        let mut all = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        all.extend(nonces);
-        while all.len() > GIVEN_UP_MAX {
-            all.pop_front();
-        }
+/// Whether every way to store honours a condition: a late arrival is refused.
+fn stores_fenced(c: &Conditions, condition: &PutCondition) -> bool {
+    match condition {
+        PutCondition::None => false,
+        PutCondition::IfAbsent => c.put_if_absent && c.complete_if_absent && c.copy_if_absent,
+        PutCondition::IfMatch(_) => c.put_if_match && c.complete_if_match && c.copy_if_match,
     }
-    fn contains(&self, nonce: u128) -> bool {
-        let all = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        all.contains(&nonce)
+}
+
+/// The same for an attempt in doubt.
+pub(crate) fn is_fenced(c: &Conditions, w: &KeyWork) -> bool {
+    match &w.kind {
+        KeyWorkKind::Resolve { inode: None, .. } => c.delete_if_match,
+        _ => stores_fenced(c, &w.condition),
     }
 }
 

@@ -358,10 +358,20 @@ impl Service {
             .voter
             .peek(|_, r| r.dirty_batch(WALK_STEP, everything, None))
             .map_err(fs_error)??;
+        let keys = self.voter.peek(|_, r| r.dangling_keys(FAILED_NAMED)).map_err(fs_error)??;
+        let at = crate::raft::propose::now().0;
+        let waiting = keys.into_iter().map(|(key, until)| {
+            let left = until.0.saturating_sub(at).max(0) / 1_000_000_000;
+            let why = format!(
+                "a request to S3 whose reply was lost may still arrive; its signature ends in {left} s"
+            );
+            (key, why)
+        });
         Ok(dirty
             .iter()
             .filter_map(|d| Some((self.path_text(d.inode), self.flushes.why(d.inode)?)))
             .take(FAILED_NAMED)
+            .chain(waiting)
             .collect())
     }
 }

@@ -81,6 +81,7 @@ impl Service {
 
     /// An entry of a directory, complete.
     pub(super) async fn lookup(self: &Arc<Self>, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
+        let mut asked = false;
         for _ in 0..ROUNDS_MAX {
             let state =
                 self.voter.read(|_, r| r.lookup_state(parent, name)).await.map_err(fs_error)??;
@@ -89,7 +90,20 @@ impl Service {
                 LookupState::Found { attr, needs_attrs: true } => {
                     self.hydrate(vec![attr.inode]).await?;
                 }
-                LookupState::Absent => return Err(FsError::NotFound),
+                LookupState::Absent => {
+                    if asked || !self.is_absence_old(parent) {
+                        return Err(FsError::NotFound);
+                    }
+                    asked = true;
+                    let keys =
+                        self.voter.peek(|_, r| r.s3_names(parent, name)).map_err(fs_error)?;
+                    // A name that S3 can't have.
+                    let Ok(keys) = keys else { return Err(FsError::NotFound) };
+                    // What is known is served while S3 is away.
+                    if !self.look_up(parent, name, &keys.0, &keys.1).await.unwrap_or(false) {
+                        return Err(FsError::NotFound);
+                    }
+                }
                 LookupState::AskS3 { file_key, dir_key } => {
                     self.list_in_background(parent);
                     if !self.look_up(parent, name, &file_key, &dir_key).await? {
@@ -134,6 +148,9 @@ impl Service {
         limit: u32,
     ) -> FsResult<QueryReply> {
         let limit = limit.clamp(1, PAGE_ENTRIES_MAX);
+        if after.is_empty() {
+            self.relist_for_reader(dir).await;
+        }
         for _ in 0..PAGES_MAX {
             let query = Query::ReadDir { inode: dir, after: after.to_vec(), limit };
             let (page, due, origin) = self

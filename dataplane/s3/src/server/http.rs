@@ -125,6 +125,17 @@ async fn answer(
             tokio::time::sleep(Duration::from_millis(ms)).await;
             service.call(request.map(Body::from)).await
         }
+        FaultKind::Late { ms } => {
+            let (head, body) = request.into_parts();
+            let body = body.collect().await.map_err(|e| HttpError::new(Box::new(e)))?.to_bytes();
+            let service = service.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+                let done = service.call(hyper::Request::from_parts(head, Body::from(body))).await;
+                tracing::info!(status = ?done.map(|r| r.status()), "a late request was carried out");
+            });
+            Err(hang_up())
+        }
         FaultKind::LostReply => {
             drop(service.call(request.map(Body::from)).await);
             Err(hang_up())

@@ -3,8 +3,10 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
 mod bucket;
+mod late;
 mod node;
 pub use bucket::{Bucket, Object};
+use late::left_over;
 use node::Held;
 
 use ebb_dataplane_protocol::control::PutCondition;
@@ -15,9 +17,13 @@ use ebb_metaplane_protocol::flush::*;
 use ebb_metaplane_protocol::op::{CommitWrite, Op, OpenMode};
 use ebb_metaplane_protocol::{Attr, FileKind, FsError, FsResult, Query, QueryReply, Time};
 use ebb_namespace::{FlushStage, Machine, MemKv, Reader, Walk};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub const WRITE: OpenMode = OpenMode { write: true, truncate: false };
+/// Time between two commands.
+pub const STEP_NS: i64 = 10_000;
+/// Validity of a signature: a hundred commands.
+pub const VALID_MS: u64 = 1;
 pub const READ: OpenMode = OpenMode { write: false, truncate: false };
 
 /// Seeds of a run: `EBB_SEED` alone, or from 1 to `EBB_SEEDS` (else `count`).
@@ -29,6 +35,9 @@ pub fn seeds(count: u64) -> Vec<u64> {
         None => (1..=number("EBB_SEEDS").unwrap_or(count)).collect(),
     }
 }
+
+const SOURCE_CHANGED: &str = "source changed";
+const BASE_GONE: &str = "base gone";
 
 /// Result of an upload's body.
 enum Body {
@@ -54,6 +63,12 @@ pub enum Flight {
     Delete { key: String, nonce: u128, condition: PutCondition },
 }
 impl Flight {
+    pub fn nonce(&self) -> u128 {
+        match self {
+            Self::Put { plan, .. } => plan.nonce,
+            Self::Delete { nonce, .. } => *nonce,
+        }
+    }
     pub fn key(&self) -> &str {
         match self {
             Self::Put { plan, .. } => &plan.key,
@@ -84,8 +99,14 @@ pub struct World {
     pub bucket: Bucket,
     pub begun: Vec<FlushTicket>,
     pub flights: Vec<Flight>,
-    /// Sent by a leader that died: may still happen.
-    pub zombies: Vec<Flight>,
+    /// Sent, and never answered: may still happen until then.
+    pub zombies: Vec<(Flight, i64)>,
+    /// Whether the leader says so (R33).
+    pub doubts: bool,
+    /// Keys and inodes of stores that landed in time, and those whose object we deleted after it
+    /// (with the last nonce by then).
+    sent: BTreeSet<(String, InodeId)>,
+    removed: BTreeMap<(String, InodeId), u128>,
     /// What each inode must hold: acked writes.
     pub expected: BTreeMap<InodeId, Vec<u8>>,
     pub blocked: Vec<InodeId>,
@@ -108,6 +129,9 @@ impl World {
             begun: Vec::new(),
             flights: Vec::new(),
             zombies: Vec::new(),
+            doubts: true,
+            sent: BTreeSet::new(),
+            removed: BTreeMap::new(),
             expected: BTreeMap::new(),
             blocked: Vec::new(),
             via_temporary: Vec::new(),
@@ -122,7 +146,7 @@ impl World {
         w
     }
     pub fn apply(&mut self, command: Command) -> CommandReply {
-        self.now += 1_000;
+        self.now += STEP_NS;
         let entry = LogEntry { now: Time(self.now), commands: vec![command] };
         let reply = Machine::apply(&mut self.kv, &entry).pop().expect("one reply per command");
         self.log.push(entry);
@@ -342,6 +366,7 @@ impl World {
     pub fn take_plan(&mut self, inode: InodeId, plan: FlushPlan) {
         match plan {
             FlushPlan::Clean | FlushPlan::Gone => {}
+            FlushPlan::Rescue(plan) => self.rescue(&plan),
             FlushPlan::Blocked { blocker } => {
                 if let Some(b) = blocker {
                     // Twice in a row in the way: a cycle (or unlinked): through a temporary key.
@@ -402,13 +427,13 @@ impl World {
             (FileKind::File, Some(b)) if !plan.has_data => {
                 match self.bucket.objects.get(&b.key).filter(|o| o.etag == b.etag) {
                     Some(o) => o.body.clone(),
-                    None => return Err(AttemptResult::Failed("source changed".into())),
+                    None => return Err(AttemptResult::Failed(SOURCE_CHANGED.into())),
                 }
             }
             (FileKind::File, _) => match self.body(plan) {
                 Body::Bytes(b) => b,
                 Body::NotSealed => return Err(AttemptResult::Failed("not sealed".into())),
-                Body::BaseGone => return Err(AttemptResult::Failed("base gone".into())),
+                Body::BaseGone => return Err(AttemptResult::Failed(BASE_GONE.into())),
             },
         };
         Ok(Object {
@@ -437,6 +462,7 @@ impl World {
             Some(o) if *condition == PutCondition::IfMatch(o.etag.clone()) => {
                 AttemptResult::Failed("it did not happen".into())
             }
+            Some(o) if self.is_given_up(key, o) => AttemptResult::LeftOver(left_over(o)),
             Some(o) => AttemptResult::Foreign(ForeignObject {
                 etag: o.etag.clone(),
                 size: o.body.len() as u64,
@@ -455,20 +481,22 @@ impl World {
                 };
                 if happens {
                     self.bucket.put(&plan.key, &plan.condition, object);
+                    self.sent.insert((plan.key.clone(), plan.inode));
                 }
                 (&plan.key, plan.nonce, &plan.condition, true)
             }
             Flight::Delete { key, nonce, condition } => {
-                if happens {
-                    self.bucket.delete(key, condition);
+                if happens && self.bucket.delete(key, condition) {
+                    let gone = self.sent.iter().filter(|s| s.0 == *key);
+                    self.removed.extend(gone.map(|s| (s.clone(), self.nonces)));
                 }
                 (key, *nonce, condition, false)
             }
         };
-        match fate {
-            Fate::Refused => AttemptResult::Failed("503".into()),
-            _ => self.look(key, nonce, condition, store),
+        if fate == Fate::Refused {
+            return AttemptResult::Failed("503".into());
         }
+        self.look(key, nonce, condition, store)
     }
     pub fn report(&mut self, flight: &Flight, result: AttemptResult) {
         let command = match flight {
@@ -486,75 +514,56 @@ impl World {
     }
     pub fn flight_done(&mut self, i: usize, fate: Fate, ambiguous: bool) {
         let flight = self.flights.remove(i);
+        if matches!(fate, Fate::LostReply | Fate::LostRequest) {
+            self.doubt(flight.nonce());
+        }
+        if fate == Fate::LostRequest {
+            self.lose(flight.clone());
+        }
         let result = self.fly(&flight, fate);
         let doubt = ambiguous && matches!(fate, Fate::LostReply | Fate::LostRequest);
-        let source_changed = result == AttemptResult::Failed("source changed".into());
-        self.report(&flight, if doubt { AttemptResult::Ambiguous } else { result });
+        let source_changed = [SOURCE_CHANGED, BASE_GONE]
+            .iter()
+            .any(|why| result == AttemptResult::Failed((*why).into()));
+        if !doubt {
+            self.report(&flight, result);
+        }
         if source_changed && let Flight::Put { plan, .. } = &flight {
             self.look_at_base(plan.inode);
         }
-    }
-    /// The base of a copy is not what it was: an outside change, unless there is dirt of ours.
-    pub fn look_at_base(&mut self, inode: InodeId) {
-        let Ok(grant) = self.read().grant_view(inode) else { return };
-        let Some(b) = grant.view.backing else { return };
-        let object = self.bucket.objects.get(&b.key).map(|o| ForeignObject {
-            etag: o.etag.clone(),
-            size: o.body.len() as u64,
-            attrs: attrs_of(o),
-        });
-        self.done(Command::Adopt(vec![Adopt {
-            inode,
-            lineage: grant.view.lineage,
-            old_etag: Some(b.etag),
-            object,
-        }]));
     }
     /// kill -9: what it had sent may still happen.
     pub fn crash_leader(&mut self) {
         self.begun.clear();
         self.blocked.clear();
         self.via_temporary.clear();
-        for mut flight in std::mem::take(&mut self.flights) {
-            if let Flight::Put { plan, object } = &mut flight {
-                match self.object(plan) {
-                    Ok(o) => *object = Some(o),
-                    Err(_) => continue,
-                }
-            }
-            self.zombies.push(flight);
+        for flight in std::mem::take(&mut self.flights) {
+            self.lose(flight);
         }
         for d in self.read().flushes_in_progress(10_000, None).expect("readable") {
             if matches!(d.stage, FlushStage::Sealing(_)) {
                 self.done(Command::FlushAbort(vec![d.inode]));
             }
         }
-        self.look_up_keys(true);
+        for w in self.read().key_work(None, 10_000, true, Time(self.now)).expect("readable") {
+            if let KeyWorkKind::Resolve { nonces, .. } = &w.kind {
+                self.doubt(*nonces.last().expect("a nonce"));
+            }
+        }
     }
-    /// Settles doubtful keys. A key whose request may still arrive is left in doubt.
-    pub fn look_up_keys(&mut self, in_flight: bool) {
-        for w in self.read().key_work(None, 10_000, in_flight).expect("readable") {
+    /// Settles doubtful keys, though a request may still arrive.
+    pub fn look_up_keys(&mut self) {
+        for w in self.read().key_work(None, 10_000, false, Time(self.now)).expect("readable") {
             if let KeyWorkKind::Resolve { nonces, inode, .. } = &w.kind {
-                let flying = self.flights.iter().chain(&self.zombies).any(|f| f.key() == w.key);
                 let nonce = *nonces.last().expect("a nonce");
-                let result = if flying {
-                    AttemptResult::Ambiguous
-                } else {
-                    self.look(&w.key, nonce, &w.condition, inode.is_some())
-                };
+                let result = self.look(&w.key, nonce, &w.condition, inode.is_some());
                 self.done(Command::KeyDone { key: w.key, nonce, result });
             }
         }
     }
-    pub fn zombie_acts(&mut self, i: usize, arrives: bool) {
-        let z = self.zombies.remove(i);
-        if arrives {
-            self.fly(&z, Fate::LostReply);
-        }
-    }
     pub fn begin_deletes(&mut self, limit: usize) {
         let mut begin = Vec::new();
-        for w in self.read().key_work(None, limit, false).expect("readable") {
+        for w in self.read().key_work(None, limit, false, Time(self.now)).expect("readable") {
             if w.kind == KeyWorkKind::Delete {
                 let nonce = self.nonce();
                 begin.push((w.key, nonce, w.condition));
@@ -619,14 +628,17 @@ impl World {
 
     /// Everything to S3 without faults; panics if it does not end.
     pub fn settle_all(&mut self) {
-        while !self.zombies.is_empty() {
-            self.zombie_acts(0, true);
-        }
         for _ in 0..200 {
+            self.now += 2 * STEP_NS;
+            // The last moment at which it may land.
+            while let Some(i) = self.zombies.iter().position(|z| self.now + 20 * STEP_NS > z.1) {
+                self.zombie_acts(i, true);
+            }
             while !self.flights.is_empty() {
                 self.flight_done(0, Fate::Fine, false);
             }
-            self.look_up_keys(false);
+            self.look_up_keys();
+            self.look_again();
             self.deliver_all();
             while self.read().pending_moves().expect("readable") > 0 {
                 self.done(Command::MoveStep(7));
@@ -655,6 +667,10 @@ impl World {
                 && notices.is_empty()
                 && self.flights.is_empty()
             {
+                // At rest, and yet something may land.
+                while !self.zombies.is_empty() {
+                    self.zombie_acts(0, true);
+                }
                 return;
             }
         }
@@ -662,7 +678,7 @@ impl World {
         panic!(
             "never settles: {:?}\ndirty {batch:?}\nwork {:?}\nflights {:?}",
             self.read().counts(),
-            self.read().key_work(None, 10, true),
+            self.read().key_work(None, 10, true, Time(self.now)),
             self.flights,
         );
     }

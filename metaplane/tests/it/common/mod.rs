@@ -1,6 +1,5 @@
 //! A real metadata server on real sockets, over the embedded S3 server, in a temporary directory.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "shared by test binaries")]
 
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
@@ -65,6 +64,8 @@ impl World {
         config.timings.flush_after_ms = 3_600_000;
         config.timings.tick_ms = 50;
         config.timings.revalidate_ms = 0;
+        config.timings.request_valid_ms = 1_500;
+        config.timings.relist_ms = 3_600_000;
         config
     }
 

@@ -1,9 +1,7 @@
 //! R14 over real sockets: a truncate is answered when the cores have its cut, if somebody else may
 //! write there; and at once if nobody may.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
 use ebb_dataplane_protocol::control::{Control, ControlReply, SealedItem};
 use ebb_dataplane_protocol::*;

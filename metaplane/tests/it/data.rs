@@ -1,9 +1,7 @@
 //! Flushes, moves and kills with real data nodes: what clients were told is written is in the bucket
 //! after a flush, byte for byte, whatever happened in between.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_client::{Cluster, Config, FileSystem, OpenFlags, Owner, SetAttr};
 use ebb_dataplane_protocol::auth::ClusterKey;
 use ebb_dataplane_protocol::{CoreId, InodeId, NodeState, PgId, ShardRef};
@@ -19,12 +17,6 @@ use tokio::task::JoinHandle;
 const ROOT: InodeId = InodeId::ROOT;
 const OWNER: Owner = Owner { uid: 5, gid: 6 };
 const MIB: usize = 1 << 20;
-
-/// The server of the kill tests, when this program runs itself as one; otherwise nothing.
-#[test]
-fn server_process() {
-    serve_if_asked();
-}
 
 /// Data nodes in this process.
 struct Nodes {
@@ -398,6 +390,107 @@ async fn a_leader_killed_in_the_middle_of_flushes_and_moves_loses_nothing() {
     assert_eq!(world.keys().await, ["w0", "w1", "w2"], "no conflict was made up");
     nodes.stop().await;
     process.kill();
+}
+
+/// A PUT that was given up arrives after all, in place of the object that holds the file's clean bytes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_put_in_place_of_its_own_files_base_loses_nothing() {
+    let world = World::new().await;
+    let mut config = world.config(7, "meta");
+    config.timings.resolve_after_ms = 50;
+    let meta = world.start_with(config).await;
+    let (nodes, c) = cluster(&world, &meta, 2).await;
+    let fs = fs(&meta.address).await;
+    let mut rng = StdRng::seed_from_u64(5);
+    let mut body = bytes(&mut rng, 3 * MIB);
+    let attr = fs.write_file(b"f", &body, 0o600, OWNER).await.expect("written");
+    c.settle().await;
+    c.admin(AdminCall::Evict { inode: ROOT }).await.expect("evicted");
+    let mut change = async |at: usize, len: usize| {
+        let piece = bytes(&mut rng, len);
+        write_at(&fs, attr.inode, at as u64, &piece).await;
+        body[at..at + len].copy_from_slice(&piece);
+    };
+    change(MIB, 5_000).await;
+    let was = world.head("f").await.expect("there").etag;
+    let faults = world.s3.faults();
+    faults.add(Fault::next(Operation::Put, 1, FaultKind::Late { ms: 1_000 }).on_key("f"));
+    faults.add(Fault::every(Operation::Put, FaultKind::InternalError).on_key("f"));
+    c.flush().await;
+    change(2 * MIB, 7_000).await;
+    until("the late request arrives", || async {
+        world.head("f").await.is_some_and(|info| info.etag != was)
+    })
+    .await;
+    faults.clear();
+    // The other attempts may be on their way too: a flush may have to wait for them first.
+    c.settle().await;
+    check(&world, "f", &body).await;
+    c.admin(AdminCall::Evict { inode: ROOT }).await.expect("evicted");
+    let found = fs.read_file(b"f").await.expect("read back");
+    assert!(found == body.as_slice(), "after eviction");
+    assert_eq!(world.keys().await, ["f"]);
+    nodes.stop().await;
+    meta.stop().await;
+}
+
+/// A stranger replaces (or deletes) the object of a large file of which a part is dirty.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_dirty_of_a_file_without_its_base_is_stored_and_nothing_is_made_up() {
+    let world = World::new().await;
+    let meta = world.start(7, "meta").await;
+    let (nodes, c) = cluster(&world, &meta, 2).await;
+    let fs = fs(&meta.address).await;
+    let mut rng = StdRng::seed_from_u64(6);
+    for (name, gone) in [("replaced", false), ("deleted", true)] {
+        let body = bytes(&mut rng, 40 * MIB);
+        let attr = fs.write_file(name.as_bytes(), &body, 0o640, OWNER).await.expect("written");
+        c.settle().await;
+        c.admin(AdminCall::Evict { inode: ROOT }).await.expect("evicted");
+        // One range within a run, one over the border of two.
+        let mut pieces = Vec::new();
+        for (at, len) in [(5 * MIB, MIB), (32 * MIB - 4096, 8192)] {
+            let piece = bytes(&mut rng, len);
+            write_at(&fs, attr.inode, at as u64, &piece).await;
+            pieces.push((format!("{at}-{len}"), piece));
+        }
+        if gone {
+            world.bucket.delete(name, None).await.expect("deleted");
+        } else {
+            world.put(name, b"a stranger's").await;
+        }
+        c.settle().await;
+        if gone {
+            assert_eq!(c.lookup(ROOT, name).await, Err(FsError::NotFound));
+        } else {
+            check(&world, name, b"a stranger's").await;
+            let found = fs.read_file(name.as_bytes()).await.expect("read");
+            assert!(found == b"a stranger's"[..]);
+        }
+        let conflict = format!("{name}.conflict-{:x}", attr.inode.0);
+        let dir = c.lookup(ROOT, &conflict).await.expect("beside it");
+        assert_eq!(dir.kind, FileKind::Directory);
+        let mut names: Vec<String> = pieces.iter().map(|(name, _)| name.clone()).collect();
+        names.sort_unstable();
+        assert_eq!(c.names(dir.inode, 10).await, names);
+        for (range, piece) in &pieces {
+            let key = format!("{conflict}/{range}");
+            check(&world, &key, piece).await;
+            let found = fs.read_file(key.as_bytes()).await.expect("read");
+            assert!(found == piece.as_slice(), "{key} as a reader sees it");
+            let attr = c.lookup(dir.inode, range).await.expect("there");
+            assert_eq!((attr.mode, attr.uid, attr.dirty), (0o640, OWNER.uid, false));
+        }
+        assert_eq!(c.status().await.dirty_inodes, 0);
+    }
+    let prefix = ".ebb/rescue/".to_owned();
+    let request = ebb_s3::ListRequest { prefix, ..ebb_s3::ListRequest::default() };
+    let left = world.bucket.list(&request).await.expect("listed");
+    assert_eq!(left.objects, Vec::new());
+    fs.close().await.expect("closed");
+    c.shutdown().await;
+    nodes.stop().await;
+    meta.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

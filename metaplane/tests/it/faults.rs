@@ -1,8 +1,6 @@
 //! Lost replies, errors and kills: nothing acknowledged is lost, nothing is done twice (I1, I3, I7).
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::*;
 use ebb_s3::Operation;
@@ -10,12 +8,6 @@ use ebb_s3::fault::{Fault, FaultKind};
 use std::time::{Duration, Instant};
 
 const ROOT: InodeId = InodeId::ROOT;
-
-/// The server of the kill tests, when this program runs itself as one; otherwise nothing.
-#[test]
-fn server_process() {
-    serve_if_asked();
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_reply_of_put_copy_and_delete_is_resolved_by_looking() {
@@ -75,6 +67,116 @@ async fn a_name_made_anew_is_not_hit_by_the_delete_of_its_predecessor() {
         assert_eq!(world.keys().await, Vec::<String>::new());
         world.s3.faults().clear();
     }
+    meta.stop().await;
+}
+
+/// A metadata server that gives a lost request up at once, though it is valid for `valid_ms`.
+async fn hasty(world: &World, valid_ms: u64) -> Meta {
+    let mut config = world.config(7, "meta");
+    config.timings.resolve_after_ms = 50;
+    config.timings.request_valid_ms = valid_ms;
+    world.start_with(config).await
+}
+
+async fn tag_at(world: &World, key: &str) -> Option<u64> {
+    let info = world.head(key).await?;
+    ebb_s3::EbbTag::from_metadata(&info.metadata).map(|tag| tag.inode)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delete_that_arrives_late_does_not_hit_an_equal_file_made_anew() {
+    let world = World::new().await;
+    let meta = hasty(&world, 3_000).await;
+    let c = meta.session().await;
+    c.touch(ROOT, "f").await;
+    c.settle().await;
+    let late = Duration::from_millis(2_000);
+    let kind = FaultKind::Late { ms: late.as_millis() as u64 };
+    world.s3.faults().add(Fault::next(Operation::Delete, 1, kind).on_key("f"));
+    let sent = Instant::now();
+    c.unlink(ROOT, "f").await.expect("removed");
+    while world.head("f").await.is_some() {
+        assert!(sent.elapsed() < late, "the delete was not repeated in time");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // The same name, the same (no) content, so the same etag.
+    let again = c.touch(ROOT, "f").await;
+    let mut was_clean = false;
+    while sent.elapsed() < late + Duration::from_millis(500) {
+        c.flush().await;
+        let dirty = c.lookup(ROOT, "f").await.expect("named").dirty;
+        was_clean |= !dirty;
+        let there = tag_at(&world, "f").await == Some(again.0);
+        assert!(dirty || there, "{:?}: clean, and not in the bucket", sent.elapsed());
+    }
+    assert!(!was_clean, "the late delete had an object to hit");
+    // Other content has no such worry, and what was waited for ends.
+    c.settle().await;
+    assert_eq!(tag_at(&world, "f").await, Some(again.0));
+    meta.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_put_that_arrives_late_does_not_bring_a_removed_file_back() {
+    let world = World::new().await;
+    let meta = hasty(&world, 3_000).await;
+    let c = meta.session().await;
+    let late = Duration::from_millis(2_000);
+    let kind = FaultKind::Late { ms: late.as_millis() as u64 };
+    world.s3.faults().add(Fault::next(Operation::Put, 1, kind.clone()).on_key("f"));
+    let sent = Instant::now();
+    c.touch(ROOT, "f").await;
+    // Lost, looked up, stored again.
+    while c.lookup(ROOT, "f").await.expect("named").dirty {
+        c.flush().await;
+    }
+    assert!(sent.elapsed() < late, "the put was not repeated in time");
+    c.unlink(ROOT, "f").await.expect("removed");
+    // Never flushed before it was removed, and on its way all the same.
+    world.s3.faults().add(Fault::next(Operation::Put, 1, kind).on_key("g"));
+    c.touch(ROOT, "g").await;
+    let flush = Client::open(client(&meta.address), 2).await;
+    let flush = tokio::spawn(async move { flush.flush().await });
+    while world.s3.faults().struck() < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    c.unlink(ROOT, "g").await.expect("removed");
+    flush.await.expect("no panic");
+    let mut gone = false;
+    while sent.elapsed() < late + Duration::from_millis(500) {
+        let there = world.head("f").await.is_some();
+        assert!(!(gone && there), "{:?}: the removed file came back", sent.elapsed());
+        gone |= !there;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    c.settle().await;
+    assert_eq!(world.keys().await, Vec::<String>::new());
+    assert_eq!(c.names(ROOT, 10).await, Vec::<String>::new());
+    meta.stop().await;
+}
+
+/// Content of another length can't have the etag that a lost request names: nothing waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn other_content_does_not_wait_for_a_lost_request() {
+    let world = World::new().await;
+    let meta = hasty(&world, 60_000).await;
+    let c = meta.session().await;
+    c.touch(ROOT, "f").await;
+    c.settle().await;
+    world.s3.faults().add(Fault::next(Operation::Delete, 1, FaultKind::LostRequest).on_key("f"));
+    c.unlink(ROOT, "f").await.expect("removed");
+    let begun = Instant::now();
+    while world.head("f").await.is_some() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "the delete was not repeated");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    c.symlink(ROOT, "f", "somewhere else").await.expect("made");
+    c.touch(ROOT, "other").await;
+    let report = c.flush().await;
+    assert_eq!((report.remaining, &report.failed[..]), (0, &[][..]), "{report:?}");
+    assert_eq!(world.keys().await, ["f", "other"]);
+    // What does wait is named.
+    assert_eq!(c.status().await.pending_keys, 1);
     meta.stop().await;
 }
 

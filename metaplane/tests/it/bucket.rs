@@ -1,13 +1,14 @@
 //! An existing bucket: it appears page by page, with its attributes; changes from outside are seen at
 //! the next open; strangers' objects are never lost.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::op::OpenMode;
 use ebb_metaplane_protocol::*;
+use ebb_s3::Operation;
+use ebb_s3::fault::{Fault, FaultKind};
 use ebb_s3::server::EmbeddedServer;
+use std::time::{Duration, Instant};
 
 const ROOT: InodeId = InodeId::ROOT;
 
@@ -106,6 +107,79 @@ async fn a_change_from_outside_is_seen_at_the_next_open() {
     // Whoever has it open keeps the inode; the name is gone.
     let _ = open(&c, f).await;
     assert_eq!(c.lookup(ROOT, "f").await, Err(FsError::NotFound));
+    meta.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_make_and_remove_in_a_listed_directory_is_seen() {
+    let world = World::new().await;
+    world.put("d/old", b"1").await;
+    world.put("d/stays", b"2").await;
+    let mut config = world.config(7, "meta");
+    config.timings.relist_ms = 300;
+    let meta = world.start_with(config).await;
+    let c = meta.session().await;
+    let d = c.lookup(ROOT, "d").await.expect("there").inode;
+    assert_eq!(c.names(d, 10).await, ["old", "stays"]);
+    let pause = || tokio::time::sleep(Duration::from_millis(350));
+    // A name, asked for before anybody lists.
+    world.put("d/new", b"333").await;
+    world.put("d/sub/file", b"4").await;
+    pause().await;
+    seen(async || c.lookup(d, "new").await.is_ok_and(|a| a.size == 3)).await;
+    // A listing. What is dirty stays, what we removed doesn't come back.
+    world.bucket.delete("d/old", None).await.expect("deleted");
+    let dirty = c.touch(d, "dirty").await;
+    world.s3.faults().add(Fault::every(Operation::Delete, FaultKind::Delay { ms: 4_000 }));
+    c.unlink(d, "stays").await.expect("removed");
+    let left = ["dirty", "new", "sub"];
+    seen(async || c.names(d, 10).await == left).await;
+    assert_eq!(c.lookup(d, "stays").await, Err(FsError::NotFound));
+    assert!(world.head("d/stays").await.is_some(), "its delete is held up");
+    assert_eq!(c.lookup(d, "dirty").await.expect("kept").inode, dirty);
+    world.s3.faults().clear();
+    c.settle().await;
+    // Stored meanwhile, and still there.
+    pause().await;
+    assert_eq!(c.names(d, 10).await, ["dirty", "new", "sub"]);
+    assert_eq!(world.keys().await, ["d/", "d/dirty", "d/new", "d/sub/file"]);
+    // A directory made here is no different.
+    let own = c.mkdir(ROOT, "own").await.expect("made").inode;
+    world.put("own/theirs", b"5").await;
+    seen(async || c.names(own, 10).await == ["theirs"]).await;
+    meta.stop().await;
+}
+
+/// Within as long as a listing may rest.
+async fn seen(ask: impl AsyncFn() -> bool) {
+    let begun = Instant::now();
+    while !ask().await {
+        assert!(begun.elapsed() < Duration::from_secs(20), "never seen");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Names that nobody has cost a question to S3 once in a while, not each time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn looking_for_what_is_not_there_seldom_asks_s3() {
+    let world = World::new().await;
+    let mut config = world.config(7, "meta");
+    config.timings.relist_ms = 500;
+    let meta = world.start_with(config).await;
+    let c = meta.session().await;
+    let d = c.mkdir(ROOT, "d").await.expect("made").inode;
+    let before = lists(&c.status().await);
+    let begun = Instant::now();
+    let mut asked = 0u64;
+    while begun.elapsed() < Duration::from_millis(2_200) {
+        assert_eq!(c.lookup(d, &format!("n{asked}")).await, Err(FsError::NotFound));
+        asked += 1;
+    }
+    let lists = lists(&c.status().await) - before;
+    // Each time it is old: one listing, and one look below the name that was asked for.
+    let times = begun.elapsed().as_millis() as u64 / 500 + 1;
+    assert!((1..=times * 2).contains(&lists), "{lists} lists for {asked} names");
+    assert!(asked > 100, "{asked}");
     meta.stop().await;
 }
 

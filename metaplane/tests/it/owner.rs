@@ -1,8 +1,6 @@
 //! One owner per bucket, and the words for what is wrong at the start.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane::MetaError;
 use ebb_metaplane_protocol::*;

@@ -1,9 +1,7 @@
 //! Three voters: what one acknowledged the others know, when it is gone they go on, and one that was
 //! away catches up, by log or by snapshot.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane::MetaConfig;
 use ebb_metaplane_protocol::*;

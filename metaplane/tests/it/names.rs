@@ -1,9 +1,7 @@
 //! Names, attributes and empty bodies: what the metadata plane stores by itself, all the way to S3
 //! and back.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::{SetAttr, TimeChange};
 use ebb_metaplane_protocol::op::RENAME_EXCHANGE;
