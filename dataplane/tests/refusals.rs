@@ -357,7 +357,7 @@ async fn a_node_back_from_a_pause_serves_nothing_until_its_lease_is_new() {
     let file = File::new(1);
     assert_eq!(client.present(&file).await, Status::Ok);
     client.write(&file, 0, 0, b"old").await;
-    node.signal(nix::sys::signal::Signal::SIGSTOP);
+    node.pause().await;
     // Requests wait in the socket while the node is stopped, past its lease.
     let read = tokio::spawn({
         let (client, file) = (client.clone(), file.clone());

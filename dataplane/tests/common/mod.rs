@@ -307,6 +307,22 @@ impl Child9 {
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal).expect("signalled");
     }
+
+    /// Stops the process, and returns when each of its threads stands still: the signal alone says
+    /// nothing of a thread that runs on another core.
+    pub async fn pause(&self) {
+        self.signal(nix::sys::signal::Signal::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.pid());
+        eventually("every thread is stopped", || {
+            let mut threads = std::fs::read_dir(&tasks).expect("the process lives");
+            threads.all(|thread| {
+                let stat = thread.and_then(|t| std::fs::read_to_string(t.path().join("stat")));
+                // The state follows the name, which may hold anything but ends with the last ')'.
+                stat.is_ok_and(|s| s.rsplit(") ").next().is_some_and(|s| s.starts_with('T')))
+            })
+        })
+        .await;
+    }
 }
 
 impl Drop for Child9 {
