@@ -348,6 +348,49 @@ async fn maps_and_epochs_have_to_agree() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_comes_back_before_its_release_takes_writes() {
+    let world = World::new(64 * MIB, 1).await;
+    let node = world.start().await;
+    let meta = MetaPeer::new(&world, node.port()).await;
+    let mut client = Client::new(&world, node.port(), 5).await;
+    let mut file = File::new(1);
+    let pg = PgId::of_chunk(file.inode, ChunkIndex(0), PGS);
+    assert_eq!(client.present(&file).await, Status::Ok);
+    client.write(&file, 0, 0, b"one").await;
+    // It is given away in epoch 2, and nobody says so here: the release is on its way.
+    assert_eq!(meta.control(Control::Freeze(pg, PgEpoch(1))).await, ControlReply::Done);
+    assert_eq!(client.write_status(&file, 0, 0, b"two").await, Status::Frozen);
+    // In epoch 3 it is back.
+    world
+        .change_map(|m| {
+            let version = m.version;
+            let entry = &mut m.pgs[usize::from(pg.0)];
+            entry.epoch = PgEpoch(3);
+            entry.since_map_version = version;
+            client.map_version = version;
+        })
+        .await;
+    client.epoch = PgEpoch(3);
+    file.least_map = client.map_version;
+    file.alloc_limit *= 2;
+    assert_eq!(client.present(&file).await, Status::Ok);
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while client.write_status(&file, 0, 0, b"two").await != Status::Ok {
+        assert!(std::time::Instant::now() < deadline, "frozen for ever");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // The release of epoch 2 comes late, and takes nothing.
+    let late = meta.control(Control::ReleasePg(pg, PgEpoch(2))).await;
+    assert!(matches!(late, ControlReply::Refused(_)), "{late:?}");
+    assert_eq!(client.read(&file, 0, 0, 3).await, b"two");
+    // A freeze of the epoch it has now holds.
+    assert_eq!(meta.control(Control::Freeze(pg, PgEpoch(3))).await, ControlReply::Done);
+    world.beats(2).await;
+    assert_eq!(client.write_status(&file, 0, 0, b"six").await, Status::Frozen);
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_back_from_a_pause_serves_nothing_until_its_lease_is_new() {
     let world = World::new(64 * MIB, 1).await;
     world.meta().lease_ms = 1500;

@@ -243,6 +243,20 @@ impl<B: Buffer> ShardCore<B> {
             Event::Job(done) => self.job_done(done),
             Event::Placement { me, map, lease_until_ms } => {
                 self.placement.update(me, map, lease_until_ms);
+                self.thaw_returned();
+            }
+        }
+    }
+
+    /// A group that was given away and came back before the old primary, this core, was told to
+    /// release it: its freeze belongs to an epoch that is over. What cannot be lifted now is at the
+    /// next heartbeat.
+    fn thaw_returned(&mut self) {
+        for pg in (0..self.placement.pg_count()).map(PgId) {
+            let Some(frozen) = self.store.frozen(pg) else { continue };
+            if self.placement.own_epoch(pg).is_some_and(|own| own > frozen) {
+                // Nobody waits for it but writes, which ask again.
+                drop(self.store.thaw(pg, frozen));
             }
         }
     }

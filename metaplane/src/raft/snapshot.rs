@@ -2,7 +2,7 @@
 //! synced; the older one goes after that.
 //!
 //! ```text
-//! 0 "EBBSNAP1"  8 u32 bytes of the description  12 u32 its CRC-32C  16 description (JSON)
+//! 0 "EBBSNAP2"  8 u32 bytes of the description  12 u32 its CRC-32C  16 description (JSON)
 //! then pairs:   u32 key bytes, u32 value bytes, key, value
 //! then the end: u32 0xffff_ffff, u32 CRC-32C of all pairs, u64 number of pairs
 //! ```
@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-const MAGIC: &[u8; 8] = b"EBBSNAP1";
+const MAGIC: &[u8; 8] = b"EBBSNAP2";
 const END: u32 = u32::MAX;
 /// Longest key or value of the state machine; a longer claim is damage.
 const FIELD_BYTES_MAX: u32 = 64 << 20;

@@ -32,6 +32,9 @@ pub(super) const PAIRS: TableDefinition<'static, &[u8], &[u8]> = TableDefinition
 /// Raft's own record.
 const RAFT: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("raft");
 const APPLIED: &str = "applied";
+const FORMAT: &str = "format";
+/// Encoding of the pairs and of the log's commands; counts up when a type of either changes.
+const FORMAT_VERSION: u32 = 2;
 
 /// Entries of one transaction at most.
 const BATCH_ENTRIES_MAX: usize = 512;
@@ -155,6 +158,16 @@ fn set_position(txn: &WriteTransaction, position: &Position) -> io::Result<()> {
     Ok(())
 }
 
+fn another_format(dir: &Path) -> io::Error {
+    let text = format!(
+        "the metadata in {} is of another format than {FORMAT_VERSION}, the one this version of ebb \
+         writes: flush and stop the cluster with the version that wrote it, then start it anew from \
+         the bucket",
+        dir.display()
+    );
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
 fn closed() -> io::Error {
     io::Error::other("the metadata store is closed")
 }
@@ -238,10 +251,18 @@ impl StateStore {
         let txn = database.begin_write().map_err(failed)?;
         let position = {
             txn.open_table(PAIRS).map_err(failed)?;
-            let raft = txn.open_table(RAFT).map_err(failed)?;
-            let stored = raft.get(APPLIED).map_err(failed)?;
-            match stored {
-                Some(json) => serde_json::from_slice(json.value()).map_err(io::Error::other)?,
+            let mut raft = txn.open_table(RAFT).map_err(failed)?;
+            let known = raft.get(APPLIED).map_err(failed)?.map(|json| json.value().to_vec());
+            let format = raft.get(FORMAT).map_err(failed)?.map(|f| f.value().to_vec());
+            let current = FORMAT_VERSION.to_le_bytes();
+            if format.as_deref().is_some_and(|f| f != current)
+                || known.is_some() && format.is_none()
+            {
+                return Err(another_format(dir));
+            }
+            raft.insert(FORMAT, current.as_slice()).map_err(failed)?;
+            match known {
+                Some(json) => serde_json::from_slice(&json).map_err(io::Error::other)?,
                 None => Position::default(),
             }
         };
@@ -436,5 +457,28 @@ impl RaftStateMachine<TypeConfig> for StateStore {
     > {
         let Some(file) = snapshot::current(&self.shared.snapshots)? else { return Ok(None) };
         Ok(Some(Snapshot { meta: file.meta()?, snapshot: file }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_of_another_format_is_refused_with_the_reason() {
+        let dir = tempfile::tempdir().expect("directory");
+        let cache = 4 << 20;
+        drop(StateStore::open(dir.path(), cache).expect("new"));
+        drop(StateStore::open(dir.path(), cache).expect("its own"));
+        let database = Database::create(dir.path().join("state.redb")).expect("opens");
+        let txn = database.begin_write().expect("writes");
+        {
+            let mut raft = txn.open_table(RAFT).expect("table");
+            raft.insert(FORMAT, 1u32.to_le_bytes().as_slice()).expect("sets");
+        }
+        txn.commit().expect("commits");
+        drop(database);
+        let refused = StateStore::open(dir.path(), cache).expect_err("another format");
+        assert!(refused.to_string().contains("another format than 2"), "{refused}");
     }
 }

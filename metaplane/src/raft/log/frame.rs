@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! segment  header (64 bytes), then frames, then zeros
-//! header    0 "EBBRLOG1"   8 u64 segment number   16 u64 sequence of its first frame
+//! header    0 "EBBRLOG2"   8 u64 segment number   16 u64 sequence of its first frame
 //!          24 u64 purged index + 1 (0: nothing purged)  32 u64 term  40 u64 node of it
 //!          48 .. 60 zero   60 u32 CRC-32C of bytes 0..60
 //! frame     0 u32 magic "EBRF"   4 u32 CRC-32C of bytes 8..end   8 u64 sequence
@@ -29,7 +29,7 @@ pub(super) const OP_HEADER_BYTES: usize = 40;
 /// Largest payload of a frame; a longer claim is damage, not a reason to allocate.
 pub(super) const FRAME_PAYLOAD_BYTES_MAX: u32 = 64 << 20;
 
-const SEGMENT_MAGIC: &[u8; 8] = b"EBBRLOG1";
+const SEGMENT_MAGIC: &[u8; 8] = b"EBBRLOG2";
 const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"EBRF");
 
 /// Kinds of operations, as stored.
@@ -100,7 +100,9 @@ impl SegmentHeader {
             return Err(BadBytes(format!("a segment header of {} bytes", b.len())));
         }
         if &b[0..8] != SEGMENT_MAGIC {
-            return Err(BadBytes("not a log segment".into()));
+            let other = b.starts_with(&SEGMENT_MAGIC[..7]);
+            let what = if other { "a log of another version of ebb" } else { "not a log segment" };
+            return Err(BadBytes(what.into()));
         }
         if u32_at(b, 60) != crc32c(&b[0..60]) {
             return Err(BadBytes("segment header checksum mismatch".into()));
