@@ -30,7 +30,7 @@ use tokio::sync::{Notify, mpsc, watch};
 const FLUSH_BYTES: u64 = 48 << 20;
 /// Index memory of all cores of a node. With the bodies, and what the process itself takes, it stays
 /// below 256 MiB beside the arenas.
-const INDEX_BYTES: u64 = 144 << 20;
+const INDEX_BYTES: u64 = ebb_store::MEMORY_BYTES_DEFAULT;
 /// Least share of a core of either.
 const SHARE_MIN: u64 = 16 << 20;
 /// How often, and how far apart, a port in use is tried again.

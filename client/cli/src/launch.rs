@@ -89,6 +89,10 @@ fn s3_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Result<
     toml::to_string(&S3Config { ready_file: Some(ready), server }).map_err(|e| e.to_string())
 }
 
+/// For how long the embedded S3 server may still carry out a request whose reply was lost, unless it is
+/// stopped (SIGSTOP, a stalled disk) for longer than that.
+const EMBEDDED_REQUEST_VALID_MS: u64 = 15_000;
+
 fn meta_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Result<String, String> {
     let mut meta = ebb_metaplane::MetaConfig::new(
         layout.meta(),
@@ -101,6 +105,11 @@ fn meta_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Resul
     meta.s3_patience_s = S3_PATIENCE_S;
     meta.steal_bucket = config.steal_bucket;
     meta.timings.flush_after_ms = config.flush_after_ms;
+    if config.embedded_s3 {
+        // Nothing on the way to our own server holds a request back: what is not carried out soon
+        // after its connection broke never is.
+        meta.timings.request_valid_ms = EMBEDDED_REQUEST_VALID_MS;
+    }
     meta.to_toml().map_err(|e| e.to_string())
 }
 

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
 /// RAM the index may take unless [`Store::set_memory_limit`] says otherwise.
-pub const MEMORY_BYTES_DEFAULT: u64 = 192 << 20;
+pub const MEMORY_BYTES_DEFAULT: u64 = 144 << 20;
 /// While more than this waits to be written to a checkpoint, no batch is closed.
 const CAPTURE_BACKLOG_BYTES: usize = 8 << 20;
 
