@@ -18,7 +18,8 @@ pub(crate) enum Action {
     WaitThenMap(Duration),
     /// The nodes are full: wait while flushing progresses.
     WaitForSpace(Duration),
-    /// The object changed underneath: fresh grant and a few more tries, then EIO.
+    /// The object changed underneath: the metadata plane compares it with S3, then a fresh grant
+    /// (ESTALE if it was an outside change) and a few more tries, then EIO.
     BackingChanged,
     /// The payload was damaged on the way: send it again.
     SendAgain,

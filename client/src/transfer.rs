@@ -346,6 +346,9 @@ impl<'a> Transfer<'a> {
             }
             Action::WaitForSpace(pause) => self.wait_for_space(pause).await?,
             Action::BackingChanged => {
+                // An outside change ends this handle (`Stale`, at the next grant); a flush or a
+                // rename of ours has another view by now, or soon.
+                let _ = self.shared.query(Query::Compare(self.inode.id)).await;
                 self.bad = Some(grant);
                 self.few(why).await?;
             }

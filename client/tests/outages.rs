@@ -5,7 +5,9 @@ mod common;
 
 use common::{TestCluster, until};
 use ebb_client::{ClientError, InodeId, OpenFlags, Owner};
-use ebb_metaplane_protocol::{Request, SessionCall};
+use ebb_dataplane_protocol::ChunkIndex;
+use ebb_metaplane_protocol::{AdminCall, Request, SessionCall};
+use ebb_s3::{Bucket, Condition, Metadata};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
@@ -98,5 +100,34 @@ async fn a_client_outlives_its_session() {
     // The unlinked file went with the session that kept it.
     let read = fs.read(gone.handle, 0, 7).await;
     assert!(matches!(read, Err(ClientError::Stale)), "{read:?}");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_object_replaced_under_uncached_bytes_ends_the_handle_and_shows_at_once() {
+    let cluster = TestCluster::start(1).await;
+    let fs = cluster.fs("client").await;
+    let file = fs.create(InodeId::ROOT, b"f", 0o644, OWNER, WRITE).await.expect("a create");
+    let inode = file.attr.inode;
+    fs.write(file.handle, 0, b"ours").await.expect("a write");
+    fs.release(file.handle).await.expect("a release");
+    let admin = cluster.connect("admin").await;
+    let flush = AdminCall::Flush { inode, wait: true };
+    admin.admin(flush, Duration::from_secs(60)).await.expect("a flush");
+    // A group that comes back brings no clean bytes along.
+    let map = admin.refresh_map().await.expect("the map");
+    let (pg, entry) = map.pg_of(inode, ChunkIndex(0)).expect("a group");
+    let holder = entry.primary();
+    cluster.move_group(pg, None).await;
+    cluster.move_group(pg, holder).await;
+    // The metadata server has just compared the file with its object: it does not look again.
+    let before = fs.open(inode, OpenFlags::default()).await.expect("an open");
+    let bucket = Bucket::connect(cluster.s3.bucket_config("tide")).await;
+    let theirs = b"theirs, and longer".to_vec();
+    bucket.put("f", theirs, &Metadata::new(), &Condition::None).await.expect("a put");
+    let late = fs.read(before.handle, 0, 4).await;
+    assert!(matches!(late, Err(ClientError::Stale)), "{late:?}");
+    assert_eq!(fs.read_file(b"f").await.expect("the new object"), b"theirs, and longer".to_vec());
+    admin.close().await.expect("the session ends");
     cluster.stop().await;
 }

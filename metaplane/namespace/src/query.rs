@@ -31,7 +31,9 @@ impl Machine {
                 }
                 Ok(QueryReply::Attr(n.attr()))
             }
-            Query::GetAttr(inode) => Ok(QueryReply::Attr(r.inode(*inode)?.attr())),
+            Query::GetAttr(inode) | Query::Compare(inode) => {
+                Ok(QueryReply::Attr(r.inode(*inode)?.attr()))
+            }
             Query::ReadDir { inode, after, limit } => {
                 r.dir_inode(*inode)?;
                 let limit = (*limit).clamp(1, PAGE_ENTRIES_MAX) as usize;

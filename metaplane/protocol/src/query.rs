@@ -49,6 +49,9 @@ pub enum Query {
     },
     /// Space and counts. Reply [`QueryReply::StatFs`].
     StatFs,
+    /// Attributes, after the file was compared with S3 now: a core found other bytes at its key than
+    /// its view names (PROTOCOL §9, R35). Reply [`QueryReply::Attr`].
+    Compare(InodeId),
 }
 
 /// An entry of a directory page.

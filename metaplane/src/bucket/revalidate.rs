@@ -9,6 +9,7 @@ use crate::service::{Service, count, fs_error};
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::flush::Adopt;
 use ebb_metaplane_protocol::{Command, FsResult};
+use ebb_namespace::Revalidation;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -50,6 +51,20 @@ impl Service {
         {
             return Ok(());
         }
+        self.compare_with(inode, known).await
+    }
+
+    /// Compares a file with its object whether or not that is due: a core saw that they differ. Only
+    /// a file that has no S3 work of ours in flight is taken to be changed from outside (R35).
+    pub(crate) async fn compare(&self, inode: InodeId) -> FsResult<()> {
+        let known = self.voter.peek(|_, r| r.revalidation(inode)).map_err(fs_error)?;
+        match known {
+            Ok(Some(known)) => self.compare_with(inode, known).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn compare_with(&self, inode: InodeId, known: Revalidation) -> FsResult<()> {
         let asked = Instant::now();
         let limit = Duration::from_millis(self.config.timings.revalidate_timeout_ms);
         let info = match tokio::time::timeout(limit, self.head(&known.key)).await {

@@ -37,6 +37,10 @@ impl Service {
                 Ok(QueryReply::Attr(attr))
             }
             Query::GetAttr(inode) => Ok(QueryReply::Attr(self.attr(*inode).await?)),
+            Query::Compare(inode) => {
+                self.compare(*inode).await?;
+                Ok(QueryReply::Attr(self.attr(*inode).await?))
+            }
             Query::ReadDir { inode, after, limit } => self.read_dir(*inode, after, *limit).await,
             Query::ReadLink(inode) => {
                 self.attr(*inode).await?;
