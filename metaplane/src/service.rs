@@ -76,15 +76,8 @@ pub(crate) struct Wakes {
     pub(crate) moves: Notify,
     pub(crate) groups: Notify,
     pub(crate) owner: Notify,
-}
-
-impl Wakes {
-    /// After any command: whatever it left behind is found by looking.
-    pub(crate) fn applied(&self) {
-        for n in [&self.notices, &self.keys, &self.moves] {
-            n.notify_one();
-        }
-    }
+    /// A command was applied that may have left work to the loops.
+    pub(crate) stirred: Notify,
 }
 
 /// The shared parts.
@@ -130,7 +123,7 @@ impl Service {
     /// Commits a command and wakes the loops that may have to act on it.
     pub(crate) async fn submit(&self, command: Command) -> FsResult<CommandReply> {
         let reply = self.voter.submit(command).await.map_err(fs_error)?;
-        self.wakes.applied();
+        self.wakes.stirred.notify_one();
         Ok(reply)
     }
 

@@ -4,6 +4,7 @@ use crate::convert::{attr, errno, inode, kind, set_attr};
 use crate::directory::{DirStream, FIRST};
 use crate::known::Known;
 use crate::mount::MountConfig;
+use crate::request;
 use ebb_client::{Attr, FileHandle, FileKind, FileSystem, InodeId, OpenFlags, Owner, Result};
 use fuser::{
     BsdFileFlags, Errno, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
@@ -11,7 +12,6 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
     ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use futures::FutureExt;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::future::Future;
@@ -134,13 +134,8 @@ impl Shim {
         Arc::clone(&self.shared.notifier)
     }
 
-    /// Begins a request here and now; what has to wait goes on as a task.
     fn start<F: Future<Output = ()> + Send + 'static>(&self, f: impl FnOnce(Arc<Shared>) -> F) {
-        let _entered = self.runtime.enter();
-        let mut request = Box::pin(f(Arc::clone(&self.shared)));
-        if request.as_mut().now_or_never().is_none() {
-            self.runtime.spawn(request);
-        }
+        request::begin(&self.runtime, f(Arc::clone(&self.shared)));
     }
 }
 

@@ -99,9 +99,36 @@ fn start(service: &Arc<Service>, stop: Stop) {
     task!(run_moves);
     task!(run_groups);
     task!(run_stores);
+    task!(run_waker);
 }
 
+/// How long commands gather before the loops look at what they left behind. Who waits for a loop wakes
+/// it at once.
+const GATHER: Duration = Duration::from_millis(10);
+
 impl Service {
+    /// Wakes the loops that have something to do after commands, once for many of them: a look is a
+    /// scan, and costs a client's command its turn.
+    async fn run_waker(self: &Arc<Self>, stop: Stop) {
+        let tick = self.config.timings.tick();
+        while !stop.wait(&self.wakes.stirred, tick).await {
+            if stop.sleep(GATHER).await {
+                return;
+            }
+            let Ok(Ok(left)) = self.voter.peek(|_, r| r.counts()) else { continue };
+            let wakes = &self.wakes;
+            for (left, wake) in [
+                (left.notices, &wakes.notices),
+                (left.pending_keys, &wakes.keys),
+                (left.moves, &wakes.moves),
+            ] {
+                if left > 0 {
+                    wake.notify_one();
+                }
+            }
+        }
+    }
+
     /// What changes S3 starts after what the last leader left in doubt was noted.
     async fn run_stores(self: &Arc<Self>, stop: Stop) {
         while let Err(e) = self.recover().await {

@@ -292,7 +292,7 @@ impl StateStore {
     /// Applies a batch, then answers.
     fn apply_batch(&self, batch: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
         let mut answers = Vec::with_capacity(batch.len());
-        let due = {
+        let (bytes, entries) = {
             let mut guard = self.shared.write();
             let state = &mut *guard;
             state.usable()?;
@@ -315,7 +315,7 @@ impl StateStore {
                 state.broken = Some(e.to_string());
                 return Err(e);
             }
-            state.layers.recent_bytes()
+            (state.layers.recent_bytes(), state.entries)
         };
         for (responder, applied) in answers {
             if let Some(responder) = responder {
@@ -323,14 +323,14 @@ impl StateStore {
             }
         }
         self.shared.applied.notify_waiters();
-        self.persist_when_due(due)
+        self.persist_when_due(bytes, entries)
     }
 
-    fn persist_when_due(&self, bytes: usize) -> io::Result<()> {
+    fn persist_when_due(&self, bytes: usize, entries: u64) -> io::Result<()> {
         if bytes >= CHANGES_HARD_BYTES {
             return self.shared.persist();
         }
-        let due = bytes >= CHANGES_SOFT_BYTES || self.shared.read().entries >= ENTRIES_SOFT;
+        let due = bytes >= CHANGES_SOFT_BYTES || entries >= ENTRIES_SOFT;
         if due && !self.shared.writing_soon.swap(true, Ordering::AcqRel) {
             let shared = Arc::clone(&self.shared);
             tokio::task::spawn_blocking(move || {
