@@ -5,6 +5,7 @@ use crate::error::ClientError;
 use crate::fs::{FileSystem, Owner};
 use crate::inode::{OpenInode, Remote};
 use crate::readahead::Detector;
+use crate::writer::Unsent;
 use bytes::Bytes;
 use ebb_dataplane_protocol::{InodeId, Lineage};
 use ebb_metaplane_protocol::attr::{Attr, FileKind, SetAttr};
@@ -211,9 +212,14 @@ impl FileSystem {
         file.inode.read(&file.detector, offset, len).await
     }
 
-    /// Takes a write if that needs no waiting: a copy into the buffer. `Ok(false)`: nothing was
+    /// Takes a write if that needs no waiting: a copy into the buffer. `Ok(None)`: nothing was
     /// taken, use [`Self::write`]. Never blocks.
-    pub fn try_write(&self, handle: FileHandle, offset: u64, data: &[u8]) -> Result<bool> {
+    pub fn try_write(
+        &self,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<Option<Unsent>> {
         let file = self.file(handle)?;
         if !file.write {
             return Err(ClientError::BadHandle);

@@ -304,9 +304,12 @@ impl Shared {
     pub(crate) fn make_room(&self) {
         let open: Vec<_> = self.inodes().values().cloned().collect();
         for inode in open {
-            let mut state = inode.state();
-            state.buffer.make_due();
-            inode.pump(&mut state);
+            let ready = {
+                let mut state = inode.state();
+                state.buffer.make_due();
+                state.buffer.launch()
+            };
+            inode.send_all(ready);
         }
     }
 }
@@ -357,17 +360,16 @@ async fn look_after(shared: Weak<Shared>) {
         let open: Vec<_> = shared.inodes().values().cloned().collect();
         let config = &shared.cluster.config;
         for inode in open {
-            let commit_due = {
-                let mut state = inode.state();
-                if let Some(limit) = Instant::now().checked_sub(config.write_age_max) {
-                    if state.buffer.make_due_if_older(limit) {
-                        inode.pump(&mut state);
-                    }
-                    state.uncommitted_since.is_some_and(|since| since <= limit)
-                } else {
-                    false
+            let (commit_due, ready) = match Instant::now().checked_sub(config.write_age_max) {
+                None => (false, Vec::new()),
+                Some(limit) => {
+                    let mut state = inode.state();
+                    let due = state.buffer.make_due_if_older(limit);
+                    let ready = if due { state.buffer.launch() } else { Vec::new() };
+                    (state.uncommitted_since.is_some_and(|since| since <= limit), ready)
                 }
             };
+            inode.send_all(ready);
             if let Some(limit) = Instant::now().checked_sub(config.read_age_max) {
                 let freed = inode.state().blocks.expire(limit);
                 shared.read_budget.give(freed as usize);

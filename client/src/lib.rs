@@ -15,6 +15,7 @@
 //!
 //! What POSIX keeps and what it does not: `docs/SEMANTICS.md`.
 
+mod begin;
 mod budget;
 mod buffer;
 mod cluster;
@@ -36,6 +37,7 @@ mod status;
 mod transfer;
 mod writer;
 
+pub use begin::begin;
 pub use cluster::Cluster;
 pub use config::Config;
 pub use ebb_dataplane_protocol::InodeId;
@@ -45,6 +47,7 @@ pub use error::ClientError;
 pub use files::{FileHandle, OpenFlags, OpenedFile};
 pub use fs::{FileSystem, Owner};
 pub use path::WalkEntry;
+pub use writer::Unsent;
 
 /// Result of a file-system call.
 pub type Result<T> = std::result::Result<T, ClientError>;

@@ -1,30 +1,56 @@
 //! Writes: into the buffer, and from there to the nodes in the background.
 
 use crate::Result;
+use crate::begin::begin;
 use crate::buffer::SegmentId;
 use crate::error::ClientError;
 use crate::inode::{OpenInode, State};
 use crate::transfer;
 use bytes::Bytes;
 use ebb_dataplane_protocol::ids::FILE_BYTES_MAX;
-use futures::FutureExt;
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Largest segment that is put on the wire by the thread that wrote it.
+const SEND_HERE_MAX: usize = 64 << 10;
+
+/// Segments to be sent.
+pub(crate) type Ready = Vec<(u64, Bytes)>;
+
+/// What a write made ready: sent when this is dropped, so that the writer can be answered before.
+#[must_use]
+pub struct Unsent {
+    inode: Arc<OpenInode>,
+    ready: Ready,
+}
+
+impl std::fmt::Debug for Unsent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unsent").field("segments", &self.ready.len()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Unsent {
+    fn drop(&mut self) {
+        let ready = std::mem::take(&mut self.ready);
+        self.inode.send_all(ready);
+    }
+}
+
 impl OpenInode {
     /// Takes a write into the buffer if there is room and nothing to wait for. Never blocks, so a
-    /// FUSE thread may call it and answer at once. `Ok(false)`: use [`Self::write`].
-    pub(crate) fn try_write(self: &Arc<Self>, offset: u64, data: &[u8]) -> Result<bool> {
+    /// FUSE thread may call it and answer at once. `Ok(None)`: use [`Self::write`].
+    pub(crate) fn try_write(self: &Arc<Self>, offset: u64, data: &[u8]) -> Result<Option<Unsent>> {
         check_end(offset, data.len())?;
         let mut state = self.state();
         if state.stale {
             return Err(ClientError::Stale);
         }
         if state.barrier || !self.shared.write_budget.try_take(data.len()) {
-            return Ok(false);
+            return Ok(None);
         }
-        self.buffer_write(&mut state, offset, data);
-        Ok(true)
+        let ready = self.buffer_write(&mut state, offset, data);
+        Ok(Some(Unsent { inode: Arc::clone(self), ready }))
     }
 
     /// Takes a write into the buffer, waiting for room and for a truncate under way.
@@ -52,7 +78,9 @@ impl OpenInode {
                     return Err(ClientError::Stale);
                 }
                 if !state.barrier {
-                    self.buffer_write(&mut state, offset, data);
+                    let ready = self.buffer_write(&mut state, offset, data);
+                    drop(state);
+                    self.send_all(ready);
                     return Ok(());
                 }
             }
@@ -60,8 +88,8 @@ impl OpenInode {
         }
     }
 
-    /// The budget for `data` is taken already.
-    fn buffer_write(self: &Arc<Self>, state: &mut State, offset: u64, data: &[u8]) {
+    /// The budget for `data` is taken already. Gives what is to be sent now.
+    fn buffer_write(&self, state: &mut State, offset: u64, data: &[u8]) -> Ready {
         let grown = state.buffer.write(offset, data, Instant::now());
         state.mtime = Some(crate::now());
         // A write after utimes makes the time that was set obsolete.
@@ -70,14 +98,20 @@ impl OpenInode {
         if state.fresh {
             state.buffer.begin_early();
         }
-        self.pump(state);
         self.shared.write_budget.give(data.len() - grown);
+        state.buffer.launch()
     }
 
-    /// Sends what is full or due.
-    pub(crate) fn pump(self: &Arc<Self>, state: &mut State) {
-        for (start, data) in state.buffer.launch() {
-            self.shared.runtime.spawn(Arc::clone(self).send(start, data));
+    /// Sends what the buffer launched. Not under the state's lock: the answers need it.
+    pub(crate) fn send_all(self: &Arc<Self>, ready: Ready) {
+        for (start, data) in ready {
+            let len = data.len();
+            let sending = Arc::clone(self).send(start, data);
+            if len <= SEND_HERE_MAX {
+                begin(&self.shared.runtime, sending);
+            } else {
+                self.shared.runtime.spawn(sending);
+            }
         }
     }
 
@@ -88,7 +122,7 @@ impl OpenInode {
             let _permit = self.shared.window.acquire().await;
             transfer::write(&self, start, data).await
         };
-        let (landed, freed) = {
+        let (landed, freed, ready) = {
             let mut state = self.state();
             let landed = state.buffer.landed(start);
             // What was read ahead lacks these bytes, and the buffer no longer lays them over it.
@@ -104,9 +138,9 @@ impl OpenInode {
                     state.fail(e);
                 }
             }
-            self.pump(&mut state);
-            (landed, freed)
+            (landed, freed, state.buffer.launch())
         };
+        self.send_all(ready);
         self.shared.write_budget.give(landed);
         self.shared.read_budget.give(freed as usize);
         self.changed.notify_waiters();
@@ -118,13 +152,7 @@ impl OpenInode {
             let mut state = self.state();
             (state.buffer.make_due(), state.buffer.launch())
         };
-        for (start, data) in launched {
-            // The caller waits anyway: it may as well put the bytes on the wire itself.
-            let mut sending = Box::pin(Arc::clone(self).send(start, data));
-            if sending.as_mut().now_or_never().is_none() {
-                self.shared.runtime.spawn(sending);
-            }
-        }
+        self.send_all(launched);
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);

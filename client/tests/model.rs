@@ -168,8 +168,8 @@ impl Run {
         let byte: u8 = self.rng.random();
         let data: Vec<u8> = (0..len).map(|i| byte.wrapping_add((i % 251) as u8)).collect();
         match self.fs.try_write(handle, at, &data).expect("an open file") {
-            true => {}
-            false => self.fs.write(handle, at, &data).await.expect("a write"),
+            Some(unsent) => drop(unsent),
+            None => self.fs.write(handle, at, &data).await.expect("a write"),
         }
         let model = &mut self.model.files[file].data;
         let end = at as usize + len;

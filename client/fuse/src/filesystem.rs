@@ -4,7 +4,6 @@ use crate::convert::{attr, errno, inode, kind, set_attr};
 use crate::directory::{DirStream, FIRST};
 use crate::known::Known;
 use crate::mount::MountConfig;
-use crate::request;
 use ebb_client::{Attr, FileHandle, FileKind, FileSystem, InodeId, OpenFlags, Owner, Result};
 use fuser::{
     BsdFileFlags, Errno, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
@@ -135,7 +134,7 @@ impl Shim {
     }
 
     fn start<F: Future<Output = ()> + Send + 'static>(&self, f: impl FnOnce(Arc<Shared>) -> F) {
-        request::begin(&self.runtime, f(Arc::clone(&self.shared)));
+        ebb_client::begin(&self.runtime, f(Arc::clone(&self.shared)));
     }
 }
 
@@ -422,8 +421,12 @@ impl Filesystem for Shim {
         let len = data.len() as u32;
         // The buffer has room: one copy, and the answer goes out from this very thread.
         match self.shared.fs.try_write(handle, offset, data) {
-            Ok(true) => return reply.written(len),
-            Ok(false) => {}
+            Ok(Some(unsent)) => {
+                // The caller goes on while this thread puts the bytes on the wire.
+                reply.written(len);
+                return drop(unsent);
+            }
+            Ok(None) => {}
             Err(e) => return reply.error(errno("write", &e)),
         }
         let data = data.to_vec();

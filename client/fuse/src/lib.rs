@@ -13,6 +13,5 @@ mod filesystem;
 mod known;
 mod mount;
 mod mountinfo;
-mod request;
 
 pub use mount::{MountConfig, MountError, mount, stop_signal, unmount};

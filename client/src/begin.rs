@@ -1,8 +1,8 @@
-//! Requests that begin on the thread that took them from the kernel.
+//! Work that begins on the thread that asks for it, and goes on as a task of the runtime.
 //!
-//! Such a thread is not a worker of the runtime. Handing a request that has to wait for an answer to
-//! the runtime at once would wake a worker only to find that there is nothing to do yet. So it stays
-//! aside until it is woken, which happens on the worker that read the answer, and goes on there.
+//! A FUSE thread is not a worker of the runtime. Handing work that has to wait for an answer to the
+//! runtime at once would wake a worker only to find that there is nothing to do yet. So it stays aside
+//! until it is woken, which happens on the worker that read the answer, and goes on there.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use tokio::runtime::Handle;
 
-type Request = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 enum State {
     /// Being polled by the thread that began it.
@@ -18,7 +18,7 @@ enum State {
     /// Woken during that poll.
     Woken,
     /// Has to wait for a wake.
-    Aside(Request),
+    Aside(Work),
     /// Done, or a task of the runtime: that has wakers of its own.
     Gone,
 }
@@ -47,30 +47,30 @@ impl Wake for Begun {
             State::Beginning | State::Woken => State::Woken,
             State::Aside(_) | State::Gone => State::Gone,
         });
-        if let State::Aside(request) = was {
+        if let State::Aside(work) = was {
             // Its first poll there replaces every waker that it left behind.
-            self.runtime.spawn(request);
+            self.runtime.spawn(work);
         }
     }
 }
 
-/// Begins a request here and now; what has to wait goes on as a task of the runtime once it is woken.
-pub(crate) fn begin(runtime: &Handle, request: impl Future<Output = ()> + Send + 'static) {
+/// Polls `work` here and now; if it has to wait, it goes on as a task of the runtime once it is woken.
+pub fn begin(runtime: &Handle, work: impl Future<Output = ()> + Send + 'static) {
     let _entered = runtime.enter();
-    let mut request: Request = Box::pin(request);
+    let mut work: Work = Box::pin(work);
     let begun = Arc::new(Begun { runtime: runtime.clone(), state: Mutex::new(State::Beginning) });
     let waker = Waker::from(Arc::clone(&begun));
-    if let Poll::Ready(()) = request.as_mut().poll(&mut Context::from_waker(&waker)) {
+    if let Poll::Ready(()) = work.as_mut().poll(&mut Context::from_waker(&waker)) {
         begun.change(|_| State::Gone);
         return;
     }
-    let mut request = Some(request);
+    let mut work = Some(work);
     begun.change(|state| match state {
-        State::Beginning => request.take().map_or(State::Gone, State::Aside),
+        State::Beginning => work.take().map_or(State::Gone, State::Aside),
         _ => State::Gone,
     });
-    if let Some(request) = request {
-        runtime.spawn(request);
+    if let Some(work) = work {
+        runtime.spawn(work);
     }
 }
 
