@@ -4,6 +4,7 @@ use crate::Result;
 use crate::config::Config;
 use crate::error::ClientError;
 use crate::map::MapCache;
+use crate::names::Names;
 use crate::pool::Pool;
 use crate::sequence::Sequencer;
 use crate::session::{self, Session};
@@ -34,6 +35,8 @@ pub(crate) struct Shared {
     pub(crate) pool: Pool,
     meta_sequences: Sequencer,
     pub(crate) data_sequences: Sequencer,
+    /// Names that only this session adds.
+    pub(crate) names: Names,
     renewing: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -87,6 +90,7 @@ impl Cluster {
             pool: Pool::default(),
             meta_sequences: Sequencer::default(),
             data_sequences: Sequencer::default(),
+            names: Names::default(),
             renewing: std::sync::Mutex::default(),
         });
         let task = tokio::spawn(session::renew(Arc::downgrade(&shared)));

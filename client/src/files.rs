@@ -98,7 +98,12 @@ impl FileSystem {
             exclusive: flags.exclusive,
             open: OpenMode { write: flags.write, truncate: false },
         };
-        let mut file = self.opened(self.shared.cluster.mutate(op, None).await?, flags)?;
+        let sent = self.shared.cluster.names.adds(parent, name);
+        let (reply, epoch) = self.shared.cluster.mutate(op, None).await?;
+        if let OpReply::Opened(opened) = &reply {
+            self.shared.cluster.names.renewed(parent, epoch, sent, opened.names_ms);
+        }
+        let mut file = self.opened((reply, epoch), flags)?;
         if flags.truncate && !file.created && file.attr.size > 0 {
             // Which file it is was not known before, and this client's own writes to it have to go
             // before the truncate.

@@ -10,7 +10,7 @@ use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::{Attr, SetAttr};
 use ebb_metaplane_protocol::op::RELEASES_MAX;
 use ebb_metaplane_protocol::query::{DirEntry, StatFs};
-use ebb_metaplane_protocol::{Op, OpReply, Query, QueryReply};
+use ebb_metaplane_protocol::{FsError, Made, Op, OpReply, Query, QueryReply};
 use std::collections::HashMap;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -112,6 +112,10 @@ impl FileSystem {
 
     /// An entry of a directory.
     pub async fn lookup(&self, parent: InodeId, name: &[u8]) -> Result<Attr> {
+        let cluster = &self.shared.cluster;
+        if cluster.names.lacks(cluster.session.current().1, parent, name) {
+            return Err(FsError::NotFound.into());
+        }
         let query = Query::Lookup { parent, name: name.to_vec() };
         self.shared.attr_query(query).await
     }
@@ -185,7 +189,10 @@ impl FileSystem {
     ) -> Result<Attr> {
         let (uid, gid) = (owner.uid, owner.gid);
         let op = Op::Mkdir { parent, name: name.to_vec(), mode: mode & 0o7777, uid, gid };
-        self.shared.attr_op(op).await
+        let making = self.shared.cluster.names.making();
+        let (made, epoch) = self.shared.made(op, parent, name).await?;
+        making.made(made.attr.inode, epoch, made.own_names_ms);
+        Ok(made.attr)
     }
 
     /// Creates a symbolic link.
@@ -198,7 +205,7 @@ impl FileSystem {
     ) -> Result<Attr> {
         let (uid, gid) = (owner.uid, owner.gid);
         let op = Op::Symlink { parent, name: name.to_vec(), target: target.to_vec(), uid, gid };
-        self.shared.attr_op(op).await
+        Ok(self.shared.made(op, parent, name).await?.0.attr)
     }
 
     /// The target of a symbolic link.
@@ -228,6 +235,7 @@ impl FileSystem {
         new_name: &[u8],
         flags: u32,
     ) -> Result<()> {
+        self.shared.cluster.names.adds(new_parent, new_name);
         let (name, new_name) = (name.to_vec(), new_name.to_vec());
         self.shared.op(Op::Rename { parent, name, new_parent, new_name, flags }).await
     }
@@ -289,9 +297,14 @@ impl Shared {
         self.attr_query(Query::GetAttr(inode)).await
     }
 
-    async fn attr_op(&self, op: Op) -> Result<Attr> {
+    /// Mkdir or Symlink.
+    async fn made(&self, op: Op, parent: InodeId, name: &[u8]) -> Result<(Made, u64)> {
+        let sent = self.cluster.names.adds(parent, name);
         match self.cluster.mutate(op, None).await? {
-            (OpReply::Attr(attr), _) => Ok(attr),
+            (OpReply::Made(made), epoch) => {
+                self.cluster.names.renewed(parent, epoch, sent, made.names_ms);
+                Ok((*made, epoch))
+            }
             _ => Err(no_attr()),
         }
     }

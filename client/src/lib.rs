@@ -27,6 +27,7 @@ mod fs;
 mod grant;
 mod inode;
 mod map;
+mod names;
 pub mod path;
 mod pool;
 mod readahead;

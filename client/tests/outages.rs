@@ -6,7 +6,7 @@ mod common;
 use common::{TestCluster, until};
 use ebb_client::{ClientError, InodeId, OpenFlags, Owner};
 use ebb_dataplane_protocol::ChunkIndex;
-use ebb_metaplane_protocol::{AdminCall, Request, SessionCall};
+use ebb_metaplane_protocol::{AdminCall, FsError, Request, SessionCall};
 use ebb_s3::{Bucket, Condition, Metadata};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -129,5 +129,48 @@ async fn an_object_replaced_under_uncached_bytes_ends_the_handle_and_shows_at_on
     assert!(matches!(late, Err(ClientError::Stale)), "{late:?}");
     assert_eq!(fs.read_file(b"f").await.expect("the new object"), b"theirs, and longer".to_vec());
     admin.close().await.expect("the session ends");
+    cluster.stop().await;
+}
+
+/// The rule of docs/PROTOCOL.md R40, through real servers: what another client made is seen by who
+/// looks after it was made, also in a directory whose names were lent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_name_that_another_client_adds_to_my_directory_is_seen_at_once() {
+    let cluster = TestCluster::start(0).await;
+    let (mine, other) = (cluster.fs("mine").await, cluster.fs("other").await);
+    let absent = |found: Result<_, ClientError>| match found {
+        Ok(_) => false,
+        Err(ClientError::Fs(FsError::NotFound)) => true,
+        Err(e) => panic!("a look-up: {e}"),
+    };
+    for round in 0..20u32 {
+        let name = format!("d{round}");
+        let dir = mine.mkdir(InodeId::ROOT, name.as_bytes(), 0o755, OWNER).await;
+        let dir = dir.expect("a directory").inode;
+        mine.create(dir, b"a", 0o644, OWNER, WRITE).await.expect("a create");
+        mine.lookup(dir, b"a").await.expect("my own name");
+        assert!(absent(mine.lookup(dir, b"b").await));
+        let adding = {
+            let other = other.clone();
+            tokio::spawn(async move {
+                match round % 4 {
+                    0 => other.mkdir(dir, b"b", 0o755, OWNER).await.map(drop),
+                    1 => other.symlink(dir, b"b", b"a", OWNER).await.map(drop),
+                    2 => other.rename(dir, b"a", dir, b"b", 0).await,
+                    _ => other.create(dir, b"b", 0o644, OWNER, WRITE).await.map(drop),
+                }
+            })
+        };
+        // I go on asking and making names meanwhile.
+        let mut n = 0;
+        while !adding.is_finished() {
+            let _ = absent(mine.lookup(dir, b"b").await);
+            let made = format!("m{n}");
+            mine.symlink(dir, made.as_bytes(), b"a", OWNER).await.expect("a name");
+            n += 1;
+        }
+        adding.await.expect("no panic").expect("a name");
+        assert!(!absent(mine.lookup(dir, b"b").await), "round {round}: made, and not seen");
+    }
     cluster.stop().await;
 }

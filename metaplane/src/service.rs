@@ -109,6 +109,7 @@ pub(crate) struct Service {
     pub(crate) port: Arc<ebb_rpc::server::Counters>,
     pub(crate) flushes: crate::leader::flusher::FlushDesk,
     pub(crate) movers: crate::leader::mover::MoveDesk,
+    pub(crate) names: crate::server::names::Names,
 }
 
 /// As a client sees it.

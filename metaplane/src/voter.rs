@@ -122,6 +122,11 @@ impl Voter {
         self.proposer.submit(command).await
     }
 
+    /// The term in which this node leads, as Raft last published it.
+    pub(crate) fn leading_term(&self) -> Option<u64> {
+        self.reads.leading_term()
+    }
+
     /// Reads the state as of now, linearizably.
     pub(crate) async fn read<T>(
         &self,

@@ -101,7 +101,8 @@ impl<K: KvRead> Reader<'_, K> {
         }
     }
 
-    pub(crate) fn has_entries(&self, dir: InodeId) -> bool {
+    /// Whether any name is known in a directory.
+    pub fn has_entries(&self, dir: InodeId) -> bool {
         self.any_with_prefix(&key(ENTRY, &[&be(dir.0)]))
     }
 

@@ -12,6 +12,7 @@ pub mod error;
 pub mod flush;
 pub mod node;
 pub mod op;
+pub mod own;
 pub mod query;
 
 pub use admin::{AdminCall, AdminReply, ClusterStatus};
@@ -19,7 +20,7 @@ pub use attr::{Attr, FileKind, Time};
 pub use command::{Command, CommandReply, LogEntry};
 pub use error::{FsError, FsResult};
 pub use node::{NodeCall, NodeReply};
-pub use op::{Op, OpReply, Opened};
+pub use op::{Made, Op, OpReply, Opened};
 pub use query::{Query, QueryReply};
 
 use ebb_dataplane_protocol::{Sequence, SessionId};

@@ -78,7 +78,7 @@ pub enum Op {
         /// The changes.
         set: SetAttr,
     },
-    /// Creates a directory. Reply [`OpReply::Attr`].
+    /// Creates a directory. Reply [`OpReply::Made`].
     Mkdir {
         /// Directory.
         parent: InodeId,
@@ -91,7 +91,7 @@ pub enum Op {
         /// Group.
         gid: u32,
     },
-    /// Creates a symbolic link. Reply [`OpReply::Attr`].
+    /// Creates a symbolic link. Reply [`OpReply::Made`].
     Symlink {
         /// Directory.
         parent: InodeId,
@@ -173,6 +173,20 @@ pub struct Opened {
     /// After a create: the directory's attributes, as of the create or later. Whoever asked will ask
     /// for them next.
     pub parent: Option<Attr>,
+    /// After a create: for how long, from when it was asked, nobody else adds a name to the directory
+    /// ([`crate::own`]). 0: they may.
+    pub names_ms: u32,
+}
+
+/// What Mkdir or Symlink made.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Made {
+    /// Its attributes.
+    pub attr: Attr,
+    /// As in [`Opened::names_ms`].
+    pub names_ms: u32,
+    /// The same of the directory that was made, which is empty.
+    pub own_names_ms: u32,
 }
 
 /// Answers to mutations. The grant inside `Opened` is signed by the server after the state machine
@@ -185,4 +199,6 @@ pub enum OpReply {
     Attr(Attr),
     /// An opened file.
     Opened(Box<Opened>),
+    /// A directory or a symbolic link.
+    Made(Box<Made>),
 }

@@ -193,6 +193,12 @@ impl ReadIndex {
         Self { inner: Arc::new(inner) }
     }
 
+    /// The term in which this node leads.
+    pub fn leading_term(&self) -> Option<u64> {
+        let metrics = self.inner.metrics.borrow_watched();
+        (metrics.state == ServerState::Leader).then_some(metrics.vote.leader_id.term)
+    }
+
     /// The term in which this node leads and is the only voter.
     fn sole_leader_of(&self) -> Option<u64> {
         let metrics = self.inner.metrics.borrow_watched();

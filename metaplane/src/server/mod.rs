@@ -7,6 +7,7 @@
 
 mod admin;
 mod mutate;
+pub(crate) mod names;
 mod nodes;
 mod query;
 mod status;

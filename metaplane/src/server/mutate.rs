@@ -5,7 +5,9 @@ use crate::service::{Service, fs_error};
 use ebb_dataplane_protocol::{InodeId, Sequence, SessionId, SignedGrant};
 use ebb_metaplane_protocol::command::OpOutcome;
 use ebb_metaplane_protocol::op::Name;
-use ebb_metaplane_protocol::{Attr, Command, CommandReply, FsError, FsResult, Op, OpReply, Opened};
+use ebb_metaplane_protocol::{
+    Attr, Command, CommandReply, FsError, FsResult, Made, Op, OpReply, Opened,
+};
 use ebb_namespace::why;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +31,7 @@ impl Service {
         op: Op,
     ) -> FsResult<OpReply> {
         self.prepare(&op).await?;
+        let _adding = self.may_add_name(session, &op).await;
         let begun = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
@@ -40,7 +43,7 @@ impl Service {
             let why = match outcome {
                 Ok(outcome) => {
                     self.cut_everywhere(session, &op, &outcome).await?;
-                    return Ok(self.sign(&op, outcome));
+                    return Ok(self.sign(session, &op, outcome));
                 }
                 Err(FsError::Again { why, .. }) if begun.elapsed() < WAIT_MAX => why,
                 Err(e) => return Err(e),
@@ -97,18 +100,27 @@ impl Service {
         }
     }
 
-    fn sign(&self, op: &Op, outcome: OpOutcome) -> OpReply {
+    fn sign(&self, session: SessionId, op: &Op, outcome: OpOutcome) -> OpReply {
         match outcome {
             OpOutcome::Done => OpReply::Done,
-            OpOutcome::Attr(attr) => OpReply::Attr(attr),
+            OpOutcome::Attr(attr) => match op {
+                Op::Mkdir { parent, .. } | Op::Symlink { parent, .. } => {
+                    let names_ms = self.names_lent(session, *parent);
+                    let own_names_ms = self.own_names_lent(session, op, attr.inode);
+                    OpReply::Made(Box::new(Made { attr, names_ms, own_names_ms }))
+                }
+                _ => OpReply::Attr(attr),
+            },
             OpOutcome::Opened { attr, handle, grant, created } => {
                 let lineage = grant.view.lineage;
                 let grant = SignedGrant::sign(&grant, &self.key);
-                let parent = match op {
-                    Op::Create { parent, .. } => self.known_attr(*parent),
-                    _ => None,
+                let (parent, names_ms) = match op {
+                    Op::Create { parent, .. } => {
+                        (self.known_attr(*parent), self.names_lent(session, *parent))
+                    }
+                    _ => (None, 0),
                 };
-                let opened = Opened { attr, handle, grant, created, lineage, parent };
+                let opened = Opened { attr, handle, grant, created, lineage, parent, names_ms };
                 OpReply::Opened(Box::new(opened))
             }
         }

@@ -122,7 +122,7 @@ async fn a_repeated_request_takes_effect_once() {
     let op = Op::Mkdir { parent: ROOT, name: b"once".to_vec(), mode: 0o755, uid: 0, gid: 0 };
     let request = c.request(op);
     let first = c.meta.call(&request, PATIENCE).await.expect("an answer");
-    assert!(matches!(first, Response::Op(Ok(OpReply::Attr(_)))), "{first:?}");
+    assert!(matches!(first, Response::Op(Ok(OpReply::Made(_)))), "{first:?}");
     for _ in 0..3 {
         assert_eq!(c.meta.call(&request, PATIENCE).await.expect("an answer"), first);
     }

@@ -70,7 +70,7 @@ async fn a_majority_goes_on_and_who_was_away_catches_up() {
     running[0] = Some(world.start_with(configs[0].clone()).await);
     // The same request, with a majority again.
     let answer = c.meta.call(&request, PATIENCE).await;
-    assert!(matches!(answer, Ok(Response::Op(Ok(OpReply::Attr(_))))), "{answer:?}");
+    assert!(matches!(answer, Ok(Response::Op(Ok(OpReply::Made(_))))), "{answer:?}");
     for meta in running.into_iter().flatten() {
         meta.stop().await;
     }

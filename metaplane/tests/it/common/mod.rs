@@ -242,7 +242,7 @@ impl Client {
     pub async fn mkdir(&self, parent: InodeId, name: &str) -> FsResult<Attr> {
         let name = name.as_bytes().to_vec();
         match self.op(Op::Mkdir { parent, name, mode: 0o750, uid: 10, gid: 20 }).await? {
-            OpReply::Attr(attr) => Ok(attr),
+            OpReply::Made(made) => Ok(made.attr),
             other => panic!("not attributes: {other:?}"),
         }
     }
