@@ -31,6 +31,8 @@ def test_everyday_calls():
         check(os.pread(fd, 10, 0) == b"0123456789", "an unlinked open file lives on")
         os.write(fd, b"more")
         check(os.fstat(fd).st_size == 14, "and grows")
+        check(not os.isatty(fd), "no terminal")
+        check("ioctl" not in (c.dir / "log/mount.log").read_text(), "and nothing said about being asked")
         os.close(fd)
         expect(errno.ENOENT, lambda: os.stat(m / "x"), "it is gone")
         with open(m / "app", "ab") as f:
