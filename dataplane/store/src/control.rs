@@ -276,7 +276,7 @@ impl Store {
 
     // --- eviction -------------------------------------------------------------------------------------
 
-    /// Appends evictions of the oldest clean chunks, about `bytes` of them. The space is free once the
+    /// Appends evictions of clean chunks, those first that the cache needs least, about `bytes` of them. The space is free once the
     /// ticket is durable and readers are gone. `None`: nothing clean is left (or all of it is on its way).
     pub fn evict(&mut self, bytes: u64) -> Result<Option<(u64, Ticket)>, ControlError> {
         const CHUNKS_PER_CALL: usize = 256;
@@ -286,31 +286,25 @@ impl Store {
             if got >= want {
                 break;
             }
-            let Some(key) = self.index.fifo.front().copied() else { break };
-            let clean: u64 = self.index.chunks.get(&key).map_or(0, |c| {
-                c.extents
-                    .0
-                    .iter()
-                    .filter(|e| !e.origin.is_dirty())
-                    .map(|e| u64::from(e.blocks()))
-                    .sum()
-            });
-            if clean > 0 {
-                let record = Record::EvictChunk { inode: key.0, chunk: key.1 };
-                match self.control(record, true, |_| {}) {
-                    Ok(ticket) => {
-                        self.evicting.insert(ticket, clean);
-                        last = Some(ticket);
-                    }
-                    Err(e) if last.is_none() => return Err(e),
-                    Err(_) => break,
+            let (clean, chunks) = (self.index.counters.clean_blocks, &mut self.index.chunks);
+            let Some((key, blocks, place)) = self.index.cache.next(clean, chunks) else { break };
+            let record = Record::EvictChunk { inode: key.0, chunk: key.1 };
+            match self.control(record, true, |_| {}) {
+                Ok(ticket) => {
+                    self.evicting.insert(ticket, blocks.into());
+                    last = Some(ticket);
                 }
-                got += clean;
+                Err(e) => {
+                    if let Some(c) = self.index.chunks.get_mut(&key) {
+                        self.index.cache.put_back(key, place, &mut c.residency, blocks);
+                    }
+                    match last {
+                        None => return Err(e),
+                        Some(_) => break,
+                    }
+                }
             }
-            self.index.fifo.pop_front();
-            if let Some(c) = self.index.chunks.get_mut(&key) {
-                c.queued = false;
-            }
+            got += u64::from(blocks);
         }
         Ok(last.map(|t| (got * BLOCK as u64, t)))
     }

@@ -4,6 +4,7 @@
 //! counters, hand freed blocks to `released`, and save the old state for a checkpoint that has not
 //! reached the entry yet (so that a checkpoint is the exact state at one point of the journal).
 
+use crate::cache::{Cache, Chunks, Place, Residency};
 use crate::capture::Capture;
 use crate::extent::{Extent, ExtentList, Origin, Run, normalise, subtract, total};
 use crate::types::BLOCK;
@@ -12,15 +13,13 @@ use ebb_dataplane_protocol::{
     ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, SessionId,
     ViewVersion,
 };
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 pub(crate) type ChunkKey = (InodeId, ChunkIndex);
 
 /// Windows kept; past it the one that was idle longest goes (its inodes' generations were fenced).
 pub(crate) const SESSIONS_MAX: usize = 65_536;
-/// Stale entries of the eviction queue that are not worth a sweep.
-const FIFO_SLACK: usize = 4096;
 
 /// A sealed generation's extents in one chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,8 +35,8 @@ pub(crate) struct Chunk {
     pub(crate) pins: Vec<Pin>,
     /// Last checkpoint that has it.
     pub(crate) captured: u64,
-    /// In the eviction queue.
-    pub(crate) queued: bool,
+    /// What the cache keeps of it.
+    pub(crate) residency: Residency,
 }
 
 impl Chunk {
@@ -82,6 +81,15 @@ impl Chunk {
         s.encoded = if self.is_empty() { 0 } else { crate::capture::chunk_len(self) };
         s.heap = if self.is_empty() { 0 } else { crate::memory::chunk_heap(self) };
         s
+    }
+}
+
+impl Chunks for BTreeMap<ChunkKey, Chunk> {
+    fn entry(&mut self, key: &ChunkKey) -> Option<(&mut Residency, u32)> {
+        let chunk = self.get_mut(key)?;
+        let clean =
+            chunk.extents.0.iter().filter(|e| !e.origin.is_dirty()).map(Extent::blocks).sum();
+        Some((&mut chunk.residency, clean))
     }
 }
 
@@ -181,8 +189,8 @@ pub(crate) struct Index {
     pub(crate) pgs: Vec<Pg>,
     /// Live journal blocks and the chunk that holds each.
     pub(crate) inline: BTreeMap<u32, ChunkKey>,
-    /// Chunks with clean data, oldest first.
-    pub(crate) fifo: VecDeque<ChunkKey>,
+    /// Which clean data goes first.
+    pub(crate) cache: Cache,
     pub(crate) counters: Counters,
     /// Data blocks nobody refers to any more.
     pub(crate) released: Vec<Run>,
@@ -201,7 +209,7 @@ impl Index {
             sessions: BTreeMap::new(),
             pgs: vec![Pg::default(); usize::from(pg_count)],
             inline: BTreeMap::new(),
-            fifo: VecDeque::new(),
+            cache: Cache::default(),
             counters: Counters::default(),
             released: Vec::new(),
             capture: None,
@@ -321,12 +329,10 @@ impl Index {
             dropped = subtract(&dropped, &chunk.runs());
         }
         let after = chunk.summary();
-        if after.clean > 0 && !chunk.queued {
-            chunk.queued = true;
-            self.fifo.push_back(key);
-            if self.fifo.len() > 2 * self.chunks.len() + FIFO_SLACK {
-                self.sweep_fifo();
-            }
+        self.cache.changed(key, &mut chunk.residency, before.clean, after.clean);
+        if self.cache.is_stale(self.chunks.len()) {
+            let chunks = &self.chunks;
+            self.cache.sweep(|k| chunks.get(k).map_or(Place::Out, |c| c.residency.place));
         }
         let gone = self.chunks.get(&key).is_none_or(Chunk::is_empty);
         if gone {
@@ -350,8 +356,7 @@ impl Index {
         chunk.extents.tighten();
         let after = chunk.summary();
         if after.clean > 0 {
-            chunk.queued = true;
-            self.fifo.push_back(key);
+            self.cache.found(key, &mut chunk.residency);
         }
         for run in chunk.runs() {
             for b in run.start..run.end() {
@@ -364,13 +369,6 @@ impl Index {
         self.count(key, Summary::default(), after);
         self.inode_mut(key.0).chunks += 1;
         true
-    }
-
-    /// Chunks that went otherwise leave their entry in the queue behind: drop those (amortised, I9).
-    fn sweep_fifo(&mut self) {
-        let mut seen = std::collections::BTreeSet::new();
-        let chunks = &self.chunks;
-        self.fifo.retain(|k| chunks.get(k).is_some_and(|c| c.queued) && seen.insert(*k));
     }
 
     /// Forgets an inode of which nothing is left that could matter: no data, no floor, no seal.

@@ -12,6 +12,7 @@
 
 mod alloc;
 mod apply;
+mod cache;
 mod capture;
 mod checkpoint;
 mod codec;

@@ -70,6 +70,6 @@ impl Index {
             + self.sessions.len() as u64 * SESSION
             + self.counters.tallies * TALLY
             + self.inline.len() as u64 * INLINE
-            + block(self.fifo.capacity() * size_of::<ChunkKey>())
+            + self.cache.memory_bytes()
     }
 }

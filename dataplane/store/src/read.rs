@@ -16,8 +16,16 @@ impl Store {
         blocks: Range<u32>,
         base: BaseView,
     ) -> ReadPlan {
-        let pieces = match self.index.chunks.get(&(inode, chunk)) {
-            Some(c) => lay(&c.extents, None, chunk, blocks, base),
+        let pieces = match self.index.chunks.get_mut(&(inode, chunk)) {
+            Some(c) => {
+                let pieces = lay(&c.extents, None, chunk, blocks, base);
+                let found = |p: &&ReadPiece| matches!(p.source, PieceSource::Device { .. });
+                if let (Some(a), Some(b)) = (pieces.iter().find(found), pieces.iter().rfind(found))
+                {
+                    c.residency.read(a.blocks.start, b.blocks.end);
+                }
+                pieces
+            }
             None => lay(&ExtentList::default(), None, chunk, blocks, base),
         };
         self.guarded(pieces)
