@@ -17,4 +17,4 @@ pub use config::{ConfigError, NodeConfig};
 pub use heartbeat::HeartbeatError;
 pub use node::{NodeError, Ready, run, shutdown_signal};
 pub use reactor_glue::CoreError;
-pub use shards::ShardError;
+pub use shards::{ShardError, check};

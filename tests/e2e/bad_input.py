@@ -1,5 +1,7 @@
 """Mistakes people make, and strangers at the door: clear words, an exit code, nothing lost."""
 
+import json
+import mmap
 import os
 import socket
 import subprocess
@@ -128,3 +130,37 @@ def test_help_and_versions_are_there():
         q = subprocess.run([harness.EBB, command, "--help"], capture_output=True, text=True)
         check(q.returncode == 0 and "Usage" in q.stdout, f"ebb {command} --help")
     check(Path(harness.EBB).exists(), "the binary")
+
+
+def test_fsck_finds_what_is_damaged_on_a_device():
+    """A sound device, one that is in use, one with a flipped bit, one of another kind."""
+    with cluster(nodes=1) as c:
+        m = c.mount()
+        data = os.urandom(1 << 20)
+        (m / "f").write_bytes(data)
+        (m / "small").write_text("small")
+        device, = c.dir.glob("nodes/node-*/shard-0.ebb")
+        refused(c.ebb("fsck", "--device", device, ok=False), 1, "1 of 1 devices")
+        check("in use" in c.ebb("fsck", "--device", device, ok=False).stdout, "says why")
+        c.down("--keep")
+        check(c.ebb("fsck", "--device", device).stdout.rstrip().endswith("sound"), "nothing to report")
+        report, = json.loads(c.ebb("fsck", "--json", "--device", device).stdout)
+        check(report["bytes_compared"] > len(data) and report["bad_blocks"] == [], str(report))
+        with open(device, "r+b") as f:
+            with mmap.mmap(f.fileno(), 0) as all_of_it:
+                at = all_of_it.find(data[8192:12288])
+                check(at > 0 and at % 4096 == 0, "the block is on the device")
+                all_of_it[at + 77] ^= 1
+        p = c.ebb("fsck", "--device", device, ok=False)
+        refused(p, 1, "1 of 1 devices")
+        check(f"bad block at {at}:" in p.stdout and "DIRTY" in p.stdout, p.stdout)
+        with open(device, "r+b") as f:
+            f.seek(at + 77)
+            f.write(bytes([data[8192 + 77]]))
+        check(c.ebb("fsck", "--device", device).returncode == 0, "as it was")
+        c.up()
+        check((c.mount() / "f").read_bytes() == data, "and nothing was changed by looking")
+        c.down()
+        garbage = c.dir.parent / "garbage"
+        garbage.write_bytes(os.urandom(1 << 20))
+        refused(c.ebb("fsck", "--device", garbage, c.dir / "nothing", ok=False), 1, "2 of 2 devices")

@@ -59,6 +59,8 @@ pub(crate) enum Command {
     Evict(OnePath),
     /// Bring a subtree's data into the cache
     Warm(OnePath),
+    /// Check devices offline: every structure, every block's checksum; changes nothing
+    Fsck(Fsck),
     /// Print the environment for other S3 tools (`eval "$(ebb env)"`)
     Env,
     /// Measure
@@ -109,6 +111,14 @@ pub(crate) struct Up {
     /// Port of the embedded S3 server; default: any free one
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     pub s3_port: u16,
+}
+
+/// `ebb fsck`
+#[derive(Args, Debug)]
+pub(crate) struct Fsck {
+    /// Shard files or block devices (DIR/nodes/node-*/shard-*.ebb); their node must not run
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    pub device: Vec<PathBuf>,
 }
 
 /// `ebb down`

@@ -8,6 +8,7 @@ mod copy;
 mod exit;
 mod file_commands;
 mod find;
+mod fsck;
 mod launch;
 mod mount_commands;
 mod output;
@@ -72,6 +73,7 @@ async fn run(cli: &Cli) -> Result<(), CliError> {
         Command::Flush(a) => cluster_commands::flush(cli, a).await,
         Command::Evict(a) => cluster_commands::evict(cli, a).await,
         Command::Warm(a) => cluster_commands::warm(cli, a).await,
+        Command::Fsck(a) => fsck::fsck(cli, a).await,
         Command::Env => cluster_commands::env(cli),
         Command::Mount(a) => mount_commands::mount(cli, a).await,
         Command::Umount(a) => mount_commands::umount(a).await,
