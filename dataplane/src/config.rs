@@ -10,6 +10,11 @@ pub const CORES_MAX: u16 = 256;
 /// Least arena of a core: one buffer per class and pool, and room to work.
 pub const ARENA_BYTES_MIN: u64 = 48 << 20;
 
+/// Bytes that a core scrubs per second if nothing else is said: 1 TiB in three days.
+pub const SCRUB_BYTES_PER_S: u64 = 4 << 20;
+/// Rest between two passes if nothing else is said: a day.
+pub const SCRUB_REST_S: u64 = 24 * 3600;
+
 /// Configuration of a data node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,6 +48,12 @@ pub struct NodeConfig {
     pub key_file: PathBuf,
     /// Metadata servers, host:port.
     pub meta: Vec<String>,
+    /// Bytes that each core compares with their checksums per second, in the background; 0: none.
+    #[serde(default = "scrub_default")]
+    pub scrub_bytes_per_s: u64,
+    /// Seconds between two passes over a device.
+    #[serde(default = "scrub_rest_default")]
+    pub scrub_rest_s: u64,
     /// Written when the node serves: JSON with node, host, ports, pid.
     #[serde(default)]
     pub ready_file: Option<PathBuf>,
@@ -56,6 +67,12 @@ fn one() -> u16 {
 }
 fn capacity_default() -> u64 {
     10 << 30
+}
+fn scrub_default() -> u64 {
+    SCRUB_BYTES_PER_S
+}
+fn scrub_rest_default() -> u64 {
+    SCRUB_REST_S
 }
 fn arena_default() -> u64 {
     128 << 20

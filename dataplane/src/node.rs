@@ -185,6 +185,8 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
             core,
             cpu: config.cpus.get(i).copied(),
             arena_bytes: config.arena_bytes,
+            scrub_bytes_per_s: config.scrub_bytes_per_s,
+            scrub_rest_ms: config.scrub_rest_s.saturating_mul(1000),
             cores: u64::from(config.cores),
             node,
         };
@@ -203,6 +205,8 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
                 cluster,
                 limits: CoreLimits {
                     flush_bytes: (FLUSH_BYTES / start.cores).max(SHARE_MIN),
+                    scrub_bytes_per_s: start.scrub_bytes_per_s,
+                    scrub_rest_ms: start.scrub_rest_ms,
                     ..CoreLimits::default()
                 },
                 jobs,
@@ -280,6 +284,8 @@ struct Start {
     core: u16,
     cpu: Option<usize>,
     arena_bytes: u64,
+    scrub_bytes_per_s: u64,
+    scrub_rest_ms: u64,
     cores: u64,
     node: NodeId,
 }

@@ -415,3 +415,66 @@ async fn rotten_clean_blocks_come_back_from_s3_and_dirty_ones_are_eio() {
     assert!(client.read(&next, 0, 4096, 4096).await == [7; 4096]);
     node.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scrub_finds_rot_that_nobody_reads_and_drops_it_where_s3_has_the_bytes() {
+    let mut world = World::new(64 * MIB, 1).await;
+    let body = pattern(1, 300_000);
+    let none = ebb_s3::Condition::None;
+    let tag = world.bucket.put("k", body.clone(), &Default::default(), &none).await.expect("PUT");
+    let node = world.start().await;
+    world.beats(2).await;
+    let clean = File::backed(1, "k", tag.as_str(), 300_000);
+    let dirty = File::new(2);
+    let data = pattern(2, 200_000);
+    {
+        let client = Client::new(&world, node.port(), 5).await;
+        let meta = MetaPeer::new(&world, node.port()).await;
+        assert_eq!(client.present(&clean).await, Status::Ok);
+        assert_eq!(client.present(&dirty).await, Status::Ok);
+        client.read(&clean, 0, 0, 300_000).await;
+        client.write(&dirty, 0, 0, &data).await;
+        meta.eventually_clean(300_000).await;
+        let stats = meta.stats().await;
+        assert_eq!(stats.scrubbed_bytes, 0, "it is off");
+    }
+    node.shutdown().await;
+    let hit = rot(&world, &[&body[8192..12288], &data[4096..8192], &data[8192..12288]]);
+    assert_eq!(hit, 3);
+
+    world.config.scrub_bytes_per_s = 64 * MIB;
+    world.config.scrub_rest_s = 1;
+    let node = world.start().await;
+    world.beats(2).await;
+    let meta = MetaPeer::new(&world, node.port()).await;
+    // Nobody reads anything.
+    eventually_stats(&meta, "a pass", |s| s.scrub_passes >= 1).await;
+    let stats = meta.stats().await;
+    assert_eq!((stats.checksum_repairs, stats.damaged_blocks), (1, 2), "{stats:?}");
+    assert!(stats.scrubbed_bytes >= 500_000, "{stats:?}");
+    let client = Client::new(&world, node.port(), 6).await;
+    assert_eq!(client.present(&clean).await, Status::Ok);
+    assert_eq!(client.present(&dirty).await, Status::Ok);
+    let before = meta.stats().await.checksum_errors;
+    assert!(client.read(&clean, 0, 0, 300_000).await == body);
+    assert_eq!(meta.stats().await.checksum_errors, before, "it was gone before anybody read it");
+    assert_eq!(client.read_status(&dirty, 0, 4096, 10).await, Status::Io, "never wrong bytes");
+    // Written over, it is whole, and the next pass says so.
+    client.write(&dirty, 0, 4096, &[7; 8192]).await;
+    let passes = meta.stats().await.scrub_passes;
+    eventually_stats(&meta, "two more passes", |s| s.scrub_passes >= passes + 2).await;
+    assert_eq!(meta.stats().await.damaged_blocks, 0);
+    node.shutdown().await;
+}
+
+async fn eventually_stats(
+    meta: &MetaPeer,
+    what: &str,
+    done: impl Fn(&ebb_dataplane_protocol::control::CoreStats) -> bool,
+) {
+    let begun = std::time::Instant::now();
+    while !done(&meta.stats().await) {
+        assert!(begun.elapsed() < std::time::Duration::from_secs(60), "{what}: never");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}

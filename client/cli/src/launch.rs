@@ -132,6 +132,8 @@ fn data_config(
         cluster: config.cluster.0.to_string(),
         key_file: layout.key(),
         meta: vec![format!("{}:{}", config.host, config.meta_port)],
+        scrub_bytes_per_s: ebb_dataplane::config::SCRUB_BYTES_PER_S,
+        scrub_rest_s: ebb_dataplane::config::SCRUB_REST_S,
         ready_file: Some(ready),
     };
     toml::to_string(&node).map_err(|e| e.to_string())

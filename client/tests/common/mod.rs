@@ -159,6 +159,8 @@ impl TestCluster {
                 cluster: cluster.to_string(),
                 key_file: key_file.clone(),
                 meta: vec![address.clone()],
+                scrub_bytes_per_s: ebb_dataplane::config::SCRUB_BYTES_PER_S,
+                scrub_rest_s: ebb_dataplane::config::SCRUB_REST_S,
                 ready_file: None,
             }));
         }

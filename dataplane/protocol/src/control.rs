@@ -264,6 +264,12 @@ pub struct CoreStats {
     pub evicted_bytes: u64,
     /// Live connections.
     pub connections: u64,
+    /// Bytes compared with their checksums in the background.
+    pub scrubbed_bytes: u64,
+    /// Passes over the whole device.
+    pub scrub_passes: u64,
+    /// Blocks that are damaged and not in S3, as of the last pass and this one so far.
+    pub damaged_blocks: u64,
 }
 
 /// A reply to [`Control`].

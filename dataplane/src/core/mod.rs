@@ -25,6 +25,7 @@ mod lru;
 mod placement;
 mod present;
 mod read;
+mod scrub;
 mod space;
 mod upload;
 mod warm;
@@ -70,6 +71,10 @@ pub struct CoreLimits {
     pub grants: usize,
     /// Views remembered.
     pub views: usize,
+    /// Bytes compared with their checksums per second, in the background; 0: none.
+    pub scrub_bytes_per_s: u64,
+    /// Rest between two passes over the device.
+    pub scrub_rest_ms: u64,
 }
 
 impl Default for CoreLimits {
@@ -79,6 +84,8 @@ impl Default for CoreLimits {
             uploads: 16,
             grants: grants::GRANTS_MAX,
             views: grants::VIEWS_MAX,
+            scrub_bytes_per_s: crate::config::SCRUB_BYTES_PER_S,
+            scrub_rest_ms: crate::config::SCRUB_REST_S * 1000,
         }
     }
 }
@@ -120,6 +127,8 @@ enum Pending {
     Upload(UploadId),
     /// The journal, its sync, a checkpoint step.
     Journal(journal::Step),
+    /// Blocks that are compared with their checksums.
+    Scrub(ebb_store::ScrubPiece),
 }
 
 /// Who waits for a ticket.
@@ -182,6 +191,7 @@ pub struct ShardCore<B> {
     flush_bytes: u64,
     warms: HashMap<WarmId, WarmTask>,
     journal: journal::Driver,
+    scrub: scrub::Scrub,
 }
 
 impl<B: Buffer> ShardCore<B> {
@@ -230,6 +240,7 @@ impl<B: Buffer> ShardCore<B> {
             flush_bytes: 0,
             warms: HashMap::new(),
             journal: journal::Driver::default(),
+            scrub: scrub::Scrub::default(),
         }
     }
 
@@ -269,6 +280,7 @@ impl<B: Buffer> ShardCore<B> {
         self.retry_controls();
         self.start_uploads();
         self.keep_space();
+        self.keep_scrubbing();
         self.drive_journal();
         self.expire();
     }
@@ -443,6 +455,7 @@ impl<B: Buffer> ShardCore<B> {
             Some(Pending::Temporary(id, piece)) => self.temporary_read(id, piece, buf, ok),
             Some(Pending::Edge(key, edge)) => self.edge_read(key, edge, buf, ok),
             Some(Pending::Journal(step)) => self.journal_read(step, buf, ok),
+            Some(Pending::Scrub(piece)) => self.scrub_read(piece, &buf, ok),
             other => debug_assert!(false, "a read completion for {other:?}"),
         }
     }

@@ -309,6 +309,18 @@ impl Store {
         Ok(last.map(|t| (got * BLOCK as u64, t)))
     }
 
+    /// Drops the clean data of one chunk.
+    pub fn evict_chunk(
+        &mut self,
+        inode: InodeId,
+        chunk: ChunkIndex,
+    ) -> Result<Option<Ticket>, ControlError> {
+        if !self.index.chunks.contains_key(&(inode, chunk)) {
+            return Ok(None);
+        }
+        self.control(Record::EvictChunk { inode, chunk }, true, |_| {}).map(Some)
+    }
+
     /// Drops clean data of inodes, or (empty) of all.
     pub fn evict_clean(&mut self, inodes: &[InodeId]) -> Result<Option<Ticket>, ControlError> {
         if inodes.is_empty() {

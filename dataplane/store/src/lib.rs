@@ -37,6 +37,7 @@ mod write;
 pub use device::{AlignedBuf, DeviceWrite, OpenDevice};
 pub use error::*;
 pub use geometry::{Geometry, Identity};
+pub use read::{ScrubAt, ScrubPiece};
 pub use recovery::{format, format_device, identify};
 pub use store::{MEMORY_BYTES_DEFAULT, Store};
 pub use types::*;

@@ -1,10 +1,39 @@
 //! Reads: where each block of a range is, of durable state only (I4, I10).
 
 use crate::extent::{Extent, ExtentList, Origin};
+use crate::index::ChunkKey;
 use crate::store::Store;
 use crate::types::*;
 use ebb_dataplane_protocol::{ChunkIndex, Generation, InodeId};
 use std::ops::Range;
+
+/// Where a scrub stands; the default is the beginning.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ScrubAt {
+    key: ChunkKey,
+    /// Extent of the chunk, and blocks of it that are done.
+    extent: usize,
+    block: u32,
+}
+
+/// Blocks that lie behind each other on the device, and what they should be.
+#[derive(Debug)]
+pub struct ScrubPiece {
+    /// The inode.
+    pub inode: InodeId,
+    /// The chunk.
+    pub chunk: ChunkIndex,
+    /// Device offset, bytes.
+    pub offset: u64,
+    /// CRC-32C of each block.
+    pub crcs: Vec<u32>,
+    /// Not in S3.
+    pub dirty: bool,
+    /// What comes after it.
+    pub next: ScrubAt,
+    /// Keeps the blocks from being written anew.
+    pub guard: ReadGuard,
+}
 
 impl Store {
     /// Plans a read of blocks of a chunk; sees durable mutations only. Blocks past the chunk's end are
@@ -53,6 +82,28 @@ impl Store {
             None => lay(&empty, None, chunk, blocks, base),
         };
         Some(self.guarded(pieces))
+    }
+
+    /// The next blocks to compare with their checksums, at most `blocks` of them, in the order of the
+    /// index. `None`: that was all. Release the guard when they are read.
+    pub fn plan_scrub(&mut self, at: ScrubAt, blocks: u32) -> Option<ScrubPiece> {
+        let (inode, chunk, extent, piece) =
+            self.index.chunks.range(at.key..).find_map(|(key, c)| {
+                let (skip, from) = if *key == at.key { (at.extent, at.block) } else { (0, 0) };
+                let found = c.all_extents().enumerate().skip(skip).find_map(|(n, e)| {
+                    let first = if n == skip { from } else { 0 };
+                    let end = e.blocks().min(first.saturating_add(blocks));
+                    (first < end).then(|| {
+                        let crcs = e.crcs[first as usize..end as usize].to_vec();
+                        let offset = u64::from(e.location + first) * BLOCK as u64;
+                        (n, (offset, crcs, e.origin.is_dirty(), end))
+                    })
+                })?;
+                Some((key.0, key.1, found.0, found.1))
+            })?;
+        let (offset, crcs, dirty, block) = piece;
+        let next = ScrubAt { key: (inode, chunk), extent, block };
+        Some(ScrubPiece { inode, chunk, offset, crcs, dirty, next, guard: self.guard() })
     }
 
     fn guarded(&mut self, pieces: Vec<ReadPiece>) -> ReadPlan {

@@ -175,6 +175,9 @@ impl World {
             cluster: format!("{CLUSTER}"),
             key_file,
             meta: vec![address],
+            // Only where a test is about it: it would find what others are about.
+            scrub_bytes_per_s: 0,
+            scrub_rest_s: 0,
             ready_file: Some(dir.path().join("ready.json")),
         };
         Self { dir, s3, bucket, meta, config, stop }

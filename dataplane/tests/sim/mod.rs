@@ -400,6 +400,13 @@ fn open(device: &mut Device, memory: &Memory) -> ShardCore<Slot> {
     let store = Store::open(device, CLUSTER).expect("recovers");
     let buffers = Box::new(memory.clone());
     // Small tables, so that forgetting is exercised.
-    let limits = CoreLimits { flush_bytes: 8 << 20, uploads: 4, grants: 6, views: 3 };
+    let limits = CoreLimits {
+        flush_bytes: 8 << 20,
+        uploads: 4,
+        grants: 6,
+        views: 3,
+        scrub_bytes_per_s: 64 << 20,
+        scrub_rest_ms: 10,
+    };
     ShardCore::new(store, key(), CLUSTER, limits, buffers)
 }

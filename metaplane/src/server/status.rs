@@ -2,6 +2,7 @@
 
 use crate::raft::propose::now;
 use crate::service::{Service, fs_error};
+use ebb_metaplane_protocol::admin::NodeStatus;
 use ebb_metaplane_protocol::{ClusterStatus, FsResult};
 use std::sync::atomic::Ordering;
 
@@ -37,7 +38,17 @@ impl Service {
         if !self.owns_bucket() {
             warnings.push("the bucket is asleep or not owned: nothing is written to it".into());
         }
-        let nodes = map.nodes.iter().map(|n| self.liveness.status(n.id)).collect();
+        let nodes: Vec<NodeStatus> = map.nodes.iter().map(|n| self.liveness.status(n.id)).collect();
+        for n in &nodes {
+            let damaged: u64 = n.cores.iter().map(|c| c.damaged_blocks).sum();
+            if damaged > 0 {
+                warnings.push(format!(
+                    "node {}: {damaged} blocks of 4 KiB are damaged and not in S3; its log names the \
+                     files. Reading them is an error; writing them again heals them",
+                    n.node
+                ));
+            }
+        }
         let mut counters = self.counts.named();
         let port = &self.port;
         for (name, value) in [
