@@ -37,6 +37,7 @@ impl<K: Kv> Ctx<'_, K> {
         let new = self.conflict_name(parent, &old, id)?;
         self.delete_entry(parent, &old);
         self.put_entry(parent, &new, id);
+        self.brought(parent)?;
         self.note_depth(parent, new.len() + RANGE_NAME_BYTES)?;
         let now = self.now;
         self.update(id, |n| {

@@ -37,6 +37,8 @@ pub(crate) enum Counter {
     Formatted = 21,
     Notices = 22,
     Moves = 23,
+    /// Names that came into completely listed directories by another way than a client's operation.
+    NamesBrought = 24,
 }
 
 impl<K: KvRead> Reader<'_, K> {

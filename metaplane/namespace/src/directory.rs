@@ -4,6 +4,7 @@
 //! far its prefix was listed ([`Origin`]); one made by mkdir is complete from the start.
 
 use crate::Reader;
+use crate::counters::Counter;
 use crate::inode::Loaded;
 use crate::kv::{Kv, KvRead};
 use crate::limits::KEY_BYTES_MAX;
@@ -43,6 +44,9 @@ pub(crate) struct Directory {
 impl Directory {
     pub(crate) fn complete(now: Time) -> Self {
         Self { origin: Origin::Complete, listed: now, incomplete: 0, deepest: 0 }
+    }
+    fn is_complete(&self) -> bool {
+        matches!(self.origin, Origin::Complete)
     }
     pub(crate) fn listing() -> Self {
         let origin = Origin::Listing { continuation: String::new() };
@@ -101,8 +105,20 @@ impl<K: KvRead> Reader<'_, K> {
         }
     }
 
-    /// Whether any name is known in a directory.
-    pub fn has_entries(&self, dir: InodeId) -> bool {
+    /// Whether a directory is completely listed and has no name: who made it knows all of it (R40).
+    pub fn is_empty_for_sure(&self, dir: InodeId) -> FsResult<bool> {
+        let n = self.find_inode(dir)?;
+        let complete = n.is_some_and(|n| n.dir.as_ref().is_some_and(Directory::is_complete));
+        Ok(complete && !self.has_entries(dir))
+    }
+
+    /// How often a name came into a completely listed directory by another way than a client's
+    /// operation: from the bucket, or as the other half of a conflict.
+    pub fn names_brought(&self) -> FsResult<u64> {
+        self.counter(Counter::NamesBrought)
+    }
+
+    pub(crate) fn has_entries(&self, dir: InodeId) -> bool {
         self.any_with_prefix(&key(ENTRY, &[&be(dir.0)]))
     }
 
@@ -267,6 +283,15 @@ impl<K: KvRead> Reader<'_, K> {
 }
 
 impl<K: Kv> Ctx<'_, K> {
+    /// A name came by another way than a client's operation.
+    pub(crate) fn brought(&mut self, dir: InodeId) -> FsResult<()> {
+        let n = self.read().inode(dir)?;
+        if n.dir.as_ref().is_some_and(Directory::is_complete) {
+            self.add(Counter::NamesBrought, 1)?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn put_entry(&mut self, dir: InodeId, name: &[u8], inode: InodeId) {
         self.kv.put(&key(ENTRY, &[&be(dir.0), name]), &be(inode.0));
     }

@@ -156,6 +156,7 @@ impl<K: Kv> Ctx<'_, K> {
             }
         }
         self.put_entry(parent, name, id);
+        self.brought(parent)?;
         self.note_depth(parent, name.len() + usize::from(is_dir))?;
         if is_dir {
             let mut p = self.read().inode(parent)?;

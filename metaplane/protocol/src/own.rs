@@ -41,6 +41,8 @@ pub struct Owners {
     /// Raft's term of the leadership: what began in an earlier one is none of this one's.
     term: u64,
     led_since: Option<Instant>,
+    /// Names that came by another way than a session's operation, as counted by the state machine.
+    brought: u64,
 }
 
 /// An operation that adds a name to a directory, until [`Owners::done`].
@@ -96,10 +98,15 @@ impl Owners {
         }
     }
 
-    /// Names come in from outside: nobody owns the directory any more.
-    pub fn disown(&mut self, dir: InodeId) {
-        if let Some(d) = self.dirs.get_mut(&dir) {
-            d.owner = None;
+    /// The state machine has counted so many names that came by another way than a session's operation
+    /// (from the bucket, conflicts). Comes before what is lent: a further one ends every ownership, since
+    /// nobody knows whose directory it is in, and they are rare.
+    pub fn brought(&mut self, names: u64) {
+        if self.brought != names {
+            self.brought = names;
+            for d in self.dirs.values_mut() {
+                d.owner = None;
+            }
         }
     }
 

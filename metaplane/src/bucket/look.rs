@@ -55,7 +55,6 @@ impl Service {
             (None, false) => return Ok(false),
         };
         let entries = vec![entry];
-        self.names.disown(dir);
         match self.submit_internal(Command::Ingest { dir, listed_at, entries, page: None }).await {
             Ok(_) => Ok(true),
             // Overtaken by a delete: look at the state again.

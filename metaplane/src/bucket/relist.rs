@@ -198,7 +198,6 @@ impl Service {
         if new.is_empty() {
             return Ok(());
         }
-        self.names.disown(dir);
         let ingest = Command::Ingest { dir, listed_at, entries: new, page: None };
         match self.submit_internal(ingest).await {
             // Overtaken by deletes that are forgotten already: the next listing sees more.

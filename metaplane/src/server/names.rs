@@ -15,11 +15,6 @@ impl Names {
     fn owners(&self) -> MutexGuard<'_, Owners> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Names come in from the bucket.
-    pub(crate) fn disown(&self, dir: InodeId) {
-        self.owners().disown(dir);
-    }
 }
 
 /// A name is being added; its end is this one's.
@@ -73,21 +68,26 @@ impl Service {
 
     /// For how long the names of a directory are lent to who just added one; ms.
     pub(super) fn names_lent(&self, session: SessionId, dir: InodeId) -> u32 {
-        let Some(term) = self.voter.leading_term() else { return 0 };
-        let now = Instant::now();
-        let mut owners = self.names.owners();
-        owners.lead(term, now);
-        ms(owners.renew(dir, session, now))
+        self.lend(|owners, now| owners.renew(dir, session, now))
     }
 
     /// The same of a directory that was just made.
     pub(super) fn own_names_lent(&self, session: SessionId, op: &Op, dir: InodeId) -> u32 {
-        let (Op::Mkdir { .. }, Some(term)) = (op, self.voter.leading_term()) else { return 0 };
+        let Op::Mkdir { .. } = op else { return 0 };
+        self.lend(|owners, now| {
+            // Under the lock: nobody's intent falls between the look and the adoption.
+            let empty = self.voter.peek(|_, r| r.is_empty_for_sure(dir));
+            owners.adopt(dir, session, now, matches!(empty, Ok(Ok(true))))
+        })
+    }
+
+    fn lend(&self, lend: impl FnOnce(&mut Owners, Instant) -> Duration) -> u32 {
+        let Some(term) = self.voter.leading_term() else { return 0 };
         let now = Instant::now();
-        // Nobody's intent falls between the look and the adoption.
         let mut owners = self.names.owners();
         owners.lead(term, now);
-        let is_empty = matches!(self.voter.peek(|_, r| r.has_entries(dir)), Ok(false));
-        ms(owners.adopt(dir, session, now, is_empty))
+        let Ok(Ok(brought)) = self.voter.peek(|_, r| r.names_brought()) else { return 0 };
+        owners.brought(brought);
+        ms(lend(&mut owners, now))
     }
 }

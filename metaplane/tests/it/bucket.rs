@@ -144,9 +144,22 @@ async fn what_others_make_and_remove_in_a_listed_directory_is_seen() {
     assert_eq!(c.names(d, 10).await, ["dirty", "new", "sub"]);
     assert_eq!(world.keys().await, ["d/", "d/dirty", "d/new", "d/sub/file"]);
     // A directory made here is no different.
-    let own = c.mkdir(ROOT, "own").await.expect("made").inode;
+    let mkdir = Op::Mkdir { parent: ROOT, name: b"own".to_vec(), mode: 0, uid: 0, gid: 0 };
+    let own = match c.op(mkdir).await.expect("made") {
+        OpReply::Made(made) => {
+            assert!(made.own_names_ms > 0, "who made it knows that it is empty");
+            made.attr.inode
+        }
+        other => panic!("not made: {other:?}"),
+    };
+    assert!(c.create(own, "mine").await.expect("made").names_ms > 0);
     world.put("own/theirs", b"5").await;
-    seen(async || c.names(own, 10).await == ["theirs"]).await;
+    seen(async || c.names(own, 10).await == ["mine", "theirs"]).await;
+    assert_eq!(
+        c.create(own, "mine too").await.expect("made").names_ms,
+        0,
+        "names come from outside"
+    );
     meta.stop().await;
 }
 
