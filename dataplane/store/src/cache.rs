@@ -83,7 +83,10 @@ impl Cache {
     pub(crate) fn changed(&mut self, key: ChunkKey, r: &mut Residency, before: u32, after: u32) {
         if r.place == Place::Out && after > 0 {
             let again = self.ghost.contains_key(&self.hasher.hash_one(key));
-            *r = Residency { place: if again { Place::Main } else { Place::Small }, ..*r };
+            // It came because its beginning was read, or written: from there on it is a further use.
+            let (place, read_to) =
+                (if again { Place::Main } else { Place::Small }, r.read_to.max(1));
+            *r = Residency { place, read_to, ..*r };
             match r.place {
                 Place::Main => self.main.push_back(key),
                 _ => self.small.push_back(key),
@@ -273,8 +276,8 @@ mod tests {
                 used -= u64::from(n);
             }
             let mut r = Residency::default();
+            // The read that missed is answered by the fill: the store hears of the next one.
             cache.changed(key, &mut r, 0, blocks);
-            r.read(0, blocks);
             all.insert(key, (r, blocks));
             used += u64::from(blocks);
             let small = all.values().filter(|(r, _)| r.place == Place::Small);
@@ -335,6 +338,21 @@ mod tests {
                 assert!(s3_scanned > lru_scanned * 1.05 && s3_scanned > fifo_scanned * 1.1);
             }
         }
+    }
+
+    #[test]
+    fn the_first_hit_after_a_miss_is_the_second_use_and_going_on_is_the_same_one() {
+        let (mut cache, mut r) = (Cache::default(), Residency::default());
+        cache.changed(key(1), &mut r, 0, 1024);
+        r.read(256, 512);
+        r.read(512, 1024);
+        assert_eq!(r.turns, 0, "the reader that missed goes on");
+        r.read(0, 256);
+        assert_eq!(r.turns, 1, "somebody begins anew");
+        let mut small = Residency::default();
+        cache.changed(key(2), &mut small, 0, 2);
+        small.read(0, 2);
+        assert_eq!(small.turns, 1);
     }
 
     #[test]
