@@ -162,7 +162,7 @@ pub async fn mount(
         .name("ebb-fuse".to_owned())
         .spawn(move || {
             // Nobody may be waiting any more; then nobody needs to know.
-            let _ = tx.send(session.run());
+            let _ = tx.send(end_of(session.run()));
         })
         .map_err(mount_error)?;
     raise_read_ahead(&path, config.read_ahead_kib);
@@ -196,6 +196,16 @@ pub async fn mount(
     }
     sync(&fs).await;
     Ok(())
+}
+
+/// What the end of a session means. A thread that is just taking a request while the last reference
+/// to the mount goes gets ECONNABORTED for it, its neighbours ENODEV at their next read: both say
+/// that the kernel ended the connection, which isn't a failure of ours.
+fn end_of(run: io::Result<()>) -> io::Result<()> {
+    match run {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ECONNABORTED | libc::ENODEV)) => Ok(()),
+        other => other,
+    }
 }
 
 async fn sync(fs: &FileSystem) {

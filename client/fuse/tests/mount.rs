@@ -385,3 +385,27 @@ async fn mounts_end_cleanly_and_bad_mount_points_are_named() {
     mounted.served.await.expect("no panic").expect("a clean end");
     cluster.stop().await;
 }
+
+/// The last close of a mount that was already detached ends the connection while its RELEASE is on
+/// the way: a thread that takes a request in that moment is told ECONNABORTED. A clean end, always.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_last_close_after_an_unmount_is_a_clean_end() {
+    if !can_mount() {
+        return;
+    }
+    let cluster = TestCluster::start(1).await;
+    for round in 0..60 {
+        let mounted = Mounted::new(&cluster, &format!("m{round}")).await;
+        let path = mounted.path.clone();
+        let open = blocking(move || {
+            let create = |n| File::create(path.join(format!("{round}-{n}"))).expect("create");
+            let files: Vec<File> = (0..8).map(create).collect();
+            ebb_fuse::unmount(&path).expect("unmount");
+            files
+        })
+        .await;
+        blocking(move || drop(open)).await;
+        mounted.served.await.expect("no panic").expect("a clean end");
+    }
+    cluster.stop().await;
+}
