@@ -16,8 +16,9 @@ async fn object(bucket: &Bucket, key: &str) -> Vec<u8> {
 }
 
 async fn seal(meta: &MetaPeer, file: &File) -> SealedItem {
-    let item = SealItem { inode: file.inode, generation: file.generation };
-    match meta.control(Control::Seal(vec![item])).await {
+    let item =
+        SealItem { inode: file.inode, generation: file.generation, alloc_limit: file.alloc_limit };
+    match meta.control(Control::Seal(MapVersion(1), vec![item])).await {
         ControlReply::Sealed(mut v) => v.pop().expect("one"),
         other => panic!("{other:?}"),
     }

@@ -73,8 +73,10 @@ async fn forged_and_stale_grants_are_refused_and_counted() {
     content.view.content = ContentId(77);
     assert_eq!(client.read_status(&content, 0, 0, 10).await, Status::StaleView);
     // Sealed.
-    let seal =
-        |generation| Control::Seal(vec![control::SealItem { inode: InodeId(3), generation }]);
+    let seal = |generation| {
+        let item = control::SealItem { inode: InodeId(3), generation, alloc_limit: 1 };
+        Control::Seal(MapVersion(1), vec![item])
+    };
     assert!(matches!(meta.control(seal(Generation(4))).await, ControlReply::Sealed(_)));
     assert_eq!(client.write_status(&newer, 0, 0, b"x").await, Status::StaleGeneration);
     // Control is for the metadata plane only.

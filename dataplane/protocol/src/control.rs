@@ -15,8 +15,9 @@ pub const WINDOW_PAGE: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
 pub enum Control {
     /// Ends a generation of each inode (PROTOCOL §3): journals floor = g+1, refuses tags ≤ g, pins g.
-    /// Repeating a seal answers the same pins. Reply [`ControlReply::Sealed`].
-    Seal(Vec<SealItem>),
+    /// Repeating a seal answers the same pins. Done in every group that the core holds in this map or a
+    /// newer one, below each inode's limit. Reply [`ControlReply::Sealed`].
+    Seal(MapVersion, Vec<SealItem>),
     /// Uploads one file (at most one run, wholly on this core) as one object. Batched small files.
     /// Reply [`ControlReply::Stored`], one result per item.
     PutObjects(Vec<PutObject>),
@@ -67,6 +68,8 @@ pub struct SealItem {
     pub inode: InodeId,
     /// The generation that ends.
     pub generation: Generation,
+    /// The inode's allocation limit, bytes: nothing at or past it was ever granted.
+    pub alloc_limit: u64,
 }
 
 /// What a core holds of a sealed inode.

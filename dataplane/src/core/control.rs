@@ -8,14 +8,14 @@
 use super::placement::Refusal;
 use super::upload::PutTask;
 use super::write::waits_for_batch;
-use super::{Buffer, Owed, RETRY_BUSY_MS, ShardCore, Waiter};
+use super::{Buffer, Command, Owed, PATIENCE_MS, PeerInfo, RETRY_BUSY_MS, ShardCore, Waiter};
 use ebb_dataplane_protocol::control::{
     BATCH_MAX, Control, ControlReply, FlushDone, SealItem, SealedItem, WindowEntry,
 };
 use ebb_dataplane_protocol::{
-    FileView, Generation, Grant, InodeId, PgEpoch, PgId, SignedGrant, Status, codec,
+    FileView, Generation, Grant, InodeId, MapVersion, PgEpoch, PgId, SignedGrant, Status, codec,
 };
-use ebb_store::{ControlError, Ticket, ViewUpdate};
+use ebb_store::{ControlError, Scope, Ticket, ViewUpdate};
 use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -24,13 +24,15 @@ pub(crate) struct ControlId(u64);
 /// One thing to journal, or to do between two of them.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
-    Seal(SealItem),
-    FlushDone(FlushDone),
-    FlushAborted(InodeId, Generation),
+    Seal(Scope, Generation),
+    FlushDone(PgId, FlushDone),
+    FlushAborted(Scope, Generation),
     View(ViewUpdate),
     /// The view serves from here on; runs when everything before it is durable.
     Install(InodeId, Arc<FileView>),
-    Drop(InodeId),
+    /// The inode is gone: no grant and no view of it serves any more.
+    Forget(InodeId),
+    Drop(Scope),
     EvictClean(Vec<InodeId>),
     TakeWindows(PgId, PgEpoch, Vec<WindowEntry>),
     Freeze(PgId, PgEpoch),
@@ -59,13 +61,24 @@ pub(crate) struct ControlTask {
     durable: bool,
 }
 
+/// A request that waits for a newer map.
+#[derive(Debug)]
+pub(crate) struct AwaitsMap {
+    version: MapVersion,
+    owed: Owed,
+    /// Of a grant that is presented; `None`: a control request.
+    peer: Option<PeerInfo>,
+    body: Vec<u8>,
+    since_ms: u64,
+}
+
 impl<B: Buffer> ShardCore<B> {
     pub(crate) fn control(&mut self, owed: Owed, body: &[u8]) {
         let Ok(control) = codec::decode::<Control>(body) else {
             return self.refuse(owed, Refusal::of(Status::BadRequest));
         };
         let count = match &control {
-            Control::Seal(v) => v.len(),
+            Control::Seal(_, v) => v.len(),
             Control::PutObjects(v) => v.len(),
             Control::FlushDone(v) => v.len(),
             Control::FlushAborted(v) => v.len(),
@@ -77,24 +90,43 @@ impl<B: Buffer> ShardCore<B> {
             return self.refuse(owed, Refusal::of(Status::BadRequest));
         }
         match control {
-            Control::Seal(items) => {
-                let steps = items.iter().copied().map(Step::Seal).collect();
+            Control::Seal(map_version, items) => {
+                if self.placement.version() < map_version {
+                    return self.await_map(map_version, owed, None, body);
+                }
+                let mut steps = Vec::with_capacity(items.len());
+                for item in &items {
+                    let scopes = self.scopes_below(item.inode, item.alloc_limit);
+                    steps.extend(scopes.into_iter().map(|s| Step::Seal(s, item.generation)));
+                }
                 self.run_control(owed, steps, Finish::Sealed(items));
             }
             Control::PutObjects(items) => self.put_objects(PutTask::new(owed, items)),
             Control::UploadPart(part) => self.upload_part(owed, part),
             Control::CopyPart(part) => self.copy_part(owed, part),
             Control::FlushDone(items) => {
-                let steps = items.into_iter().map(Step::FlushDone).collect();
+                let steps = items.into_iter().flat_map(|done| {
+                    let scopes = self.store.scopes(done.inode);
+                    scopes.into_iter().map(move |s| Step::FlushDone(s.pg, done))
+                });
+                let steps = steps.collect();
                 self.run_control(owed, steps, Finish::Done);
             }
             Control::FlushAborted(items) => {
-                let steps = items.into_iter().map(|(i, g)| Step::FlushAborted(i, g)).collect();
+                let steps = items.into_iter().flat_map(|(inode, g)| {
+                    let scopes = self.store.scopes(inode);
+                    scopes.into_iter().map(move |s| Step::FlushAborted(s, g))
+                });
+                let steps = steps.collect();
                 self.run_control(owed, steps, Finish::Done);
             }
-            Control::ApplyViews(grants) => self.apply_views(owed, &grants),
+            Control::ApplyViews(grants) => self.apply_views(owed, &grants, body),
             Control::DropInodes(inodes) => {
-                let steps = inodes.into_iter().map(Step::Drop).collect();
+                let steps = inodes.into_iter().flat_map(|inode| {
+                    let scopes = self.store.scopes(inode).into_iter().map(Step::Drop);
+                    std::iter::once(Step::Forget(inode)).chain(scopes)
+                });
+                let steps = steps.collect();
                 self.run_control(owed, steps, Finish::Done);
             }
             Control::EvictClean(inodes) => {
@@ -128,7 +160,10 @@ impl<B: Buffer> ShardCore<B> {
                 let Some(grant) = self.open_meta_grant(&grant, None) else {
                     return self.refuse(owed, Refusal::of(Status::Forbidden));
                 };
-                match self.view_steps(grant.inode, Arc::new(grant.view.clone())) {
+                if self.placement.version() < grant.least_map_version {
+                    return self.await_map(grant.least_map_version, owed, None, body);
+                }
+                match self.view_steps(&grant) {
                     Err(refusal) => self.refuse(owed, refusal),
                     Ok(steps) => {
                         self.run_control(owed, steps, Finish::Warm(Box::new(grant), range));
@@ -142,14 +177,17 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
-    fn apply_views(&mut self, owed: Owed, grants: &[SignedGrant]) {
+    fn apply_views(&mut self, owed: Owed, grants: &[SignedGrant], body: &[u8]) {
         let mut steps = Vec::with_capacity(grants.len());
         for signed in grants {
             let Some(grant) = self.open_meta_grant(signed, None) else {
                 return self.refuse(owed, Refusal::of(Status::Forbidden));
             };
+            if self.placement.version() < grant.least_map_version {
+                return self.await_map(grant.least_map_version, owed, None, body);
+            }
             // A view that is not newer, or of an inode that is gone, has nothing left to apply.
-            if let Ok(more) = self.view_steps(grant.inode, Arc::new(grant.view)) {
+            if let Ok(more) = self.view_steps(&grant) {
                 steps.extend(more);
             }
         }
@@ -240,17 +278,17 @@ impl<B: Buffer> ShardCore<B> {
 
     fn take_step(&mut self, step: &Step) -> Result<Option<Ticket>, ControlError> {
         match step {
-            Step::Seal(item) => self.store.seal(item.inode, item.generation),
-            Step::FlushDone(done) => self.store.flush_done(done),
-            Step::FlushAborted(inode, g) => self.store.flush_aborted(*inode, *g),
+            Step::Seal(scope, g) => self.store.seal(*scope, *g),
+            Step::FlushDone(pg, done) => self.store.flush_done(*pg, done),
+            Step::FlushAborted(scope, g) => self.store.flush_aborted(*scope, *g),
             Step::View(update) => self.store.apply_view(update),
             Step::Install(..) => Ok(None),
-            Step::Drop(inode) => {
-                let ticket = self.store.drop_inode(*inode)?;
+            Step::Forget(inode) => {
                 self.dropped.insert(*inode, ());
                 self.grants.forget(*inode);
-                Ok(ticket)
+                Ok(None)
             }
+            Step::Drop(scope) => self.store.drop_inode(*scope),
             Step::EvictClean(inodes) => self.store.evict_clean(inodes),
             Step::TakeWindows(pg, epoch, entries) => self.store.take_windows(*pg, *epoch, entries),
             Step::Freeze(pg, epoch) => self.store.freeze(*pg, *epoch),
@@ -280,10 +318,64 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
+    /// Where a fence of an inode has to be journaled: every group held here in which something below
+    /// `limit` may come, and those of which something is known.
+    pub(crate) fn scopes_below(&self, inode: InodeId, limit: u64) -> Vec<Scope> {
+        let mut scopes = self.store.scopes(inode);
+        let held = self.placement.groups_below(inode, limit);
+        scopes.extend(held.into_iter().map(|pg| Scope { inode, pg }));
+        scopes.sort_unstable();
+        scopes.dedup();
+        scopes
+    }
+
+    /// The metadata plane speaks of a map that this core doesn't have: which groups it means is known
+    /// once that is here.
+    pub(crate) fn await_map(
+        &mut self,
+        version: MapVersion,
+        owed: Owed,
+        peer: Option<PeerInfo>,
+        body: &[u8],
+    ) {
+        self.out.push(Command::RefreshMap);
+        let (since_ms, body) = (self.now_ms, body.to_vec());
+        self.await_map.push_back(AwaitsMap { version, owed, peer, body, since_ms });
+    }
+
+    /// A map came: those that waited for it go on.
+    pub(crate) fn map_came(&mut self) {
+        for waiting in std::mem::take(&mut self.await_map) {
+            if self.placement.version() < waiting.version {
+                self.await_map.push_back(waiting);
+                continue;
+            }
+            match waiting.peer {
+                Some(peer) => self.present(waiting.owed, peer, &waiting.body),
+                None => self.control(waiting.owed, &waiting.body),
+            }
+        }
+    }
+
+    pub(crate) fn expire_map_waiters(&mut self) {
+        while let Some(first) = self.await_map.front()
+            && self.now_ms >= first.since_ms.saturating_add(PATIENCE_MS)
+        {
+            let owed = first.owed;
+            self.await_map.pop_front();
+            self.refuse(owed, Refusal::after(Status::Busy, RETRY_BUSY_MS));
+        }
+    }
+
     fn sealed_item(&self, item: &SealItem) -> SealedItem {
         // The seal may be gone again: the leader repeated it after FlushDone. Then nothing is dirty.
-        let found = self.store.sealed(item.inode, item.generation);
-        let (extents, high_water) = found.map_or((Vec::new(), 0), |s| (s.extents, s.high_water));
+        let scopes = self.store.scopes(item.inode).into_iter();
+        let (mut extents, mut high_water) = (Vec::new(), 0);
+        for sealed in scopes.filter_map(|scope| self.store.sealed(scope, item.generation)) {
+            extents.extend(sealed.extents);
+            high_water = high_water.max(sealed.high_water);
+        }
+        extents.sort_unstable_by_key(|e| e.start);
         SealedItem { inode: item.inode, generation: item.generation, extents, high_water }
     }
 

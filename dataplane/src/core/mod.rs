@@ -184,6 +184,7 @@ pub struct ShardCore<B> {
     read_ahead: fill::ReadAhead,
     controls: HashMap<ControlId, ControlTask>,
     parked_controls: VecDeque<ControlId>,
+    await_map: VecDeque<control::AwaitsMap>,
     puts: HashMap<u64, PutTask>,
     uploads: HashMap<UploadId, Upload<B>>,
     upload_queue: VecDeque<UploadId>,
@@ -233,6 +234,7 @@ impl<B: Buffer> ShardCore<B> {
             read_ahead: fill::ReadAhead::default(),
             controls: HashMap::new(),
             parked_controls: VecDeque::new(),
+            await_map: VecDeque::new(),
             puts: HashMap::new(),
             uploads: HashMap::new(),
             upload_queue: VecDeque::new(),
@@ -255,6 +257,7 @@ impl<B: Buffer> ShardCore<B> {
             Event::Placement { me, map, lease_until_ms } => {
                 self.placement.update(me, map, lease_until_ms);
                 self.thaw_returned();
+                self.map_came();
             }
         }
     }
@@ -292,7 +295,10 @@ impl<B: Buffer> ShardCore<B> {
 
     /// Whether something waits that no completion will wake: take a turn soon.
     pub fn wants_turn(&self) -> bool {
-        !self.starved.is_empty() || !self.waiting.is_empty() || !self.parked_controls.is_empty()
+        !self.starved.is_empty()
+            || !self.waiting.is_empty()
+            || !self.parked_controls.is_empty()
+            || !self.await_map.is_empty()
     }
 
     /// Whether a write that waited may go on now: take a turn without sleeping.
@@ -544,6 +550,7 @@ impl<B: Buffer> ShardCore<B> {
             }
         }
         self.expire_writes();
+        self.expire_map_waiters();
     }
 
     fn give_up(&mut self, who: Starved) -> bool {

@@ -5,7 +5,7 @@
 //! that a core whose map is late serves nothing of a group it gave away.
 
 use ebb_dataplane_protocol::{
-    ChunkIndex, ClusterMap, InodeId, MapVersion, PgEpoch, PgId, ShardRef, Status,
+    ChunkIndex, ClusterMap, InodeId, MapVersion, PgEpoch, PgId, RunIndex, ShardRef, Status,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -73,6 +73,23 @@ impl Placement {
 
     pub(crate) fn pg_count(&self) -> u16 {
         self.map.as_ref().map_or(0, |m| m.pg_count())
+    }
+
+    /// The groups held here, by the map, in which bytes of an inode below `limit` are placed.
+    pub(crate) fn groups_below(&self, inode: InodeId, limit: u64) -> Vec<PgId> {
+        let Some(map) = &self.map else { return Vec::new() };
+        let own = |pg: &PgId| self.own_epoch(*pg).is_some();
+        let runs = RunIndex::count_for(limit);
+        let many = map.pgs.len() * 4;
+        // Past so many runs nearly every group was met: all of them, which is correct too.
+        if runs as usize > many {
+            return (0..map.pg_count()).map(PgId).filter(own).collect();
+        }
+        let groups = (0..runs).map(|run| PgId::of(inode, RunIndex(run), map.pg_count()));
+        let mut held: Vec<PgId> = groups.filter(own).collect();
+        held.sort_unstable();
+        held.dedup();
+        held
     }
 
     pub(crate) fn lease_lives(&self, now_ms: u64) -> bool {

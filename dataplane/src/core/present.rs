@@ -13,7 +13,7 @@ use ebb_dataplane_protocol::grant::CUTS_MAX;
 use ebb_dataplane_protocol::{
     ContentId, FileView, Grant, GrantMode, InodeId, Lineage, SignedGrant, Status, codec,
 };
-use ebb_store::ViewUpdate;
+use ebb_store::{Scope, ViewUpdate};
 use std::sync::Arc;
 
 impl<B: Buffer> ShardCore<B> {
@@ -28,7 +28,10 @@ impl<B: Buffer> ShardCore<B> {
                 return self.refuse(owed, Refusal::of(Status::Forbidden));
             }
         };
-        match self.view_steps(grant.inode, Arc::new(grant.view.clone())) {
+        if self.placement.version() < grant.least_map_version {
+            return self.await_map(grant.least_map_version, owed, Some(peer), body);
+        }
+        match self.view_steps(&grant) {
             Err(refusal) => self.refuse(owed, refusal),
             Ok(steps) => self.run_control(owed, steps, Finish::Present(Box::new(grant))),
         }
@@ -62,38 +65,39 @@ impl<B: Buffer> ShardCore<B> {
         self.store.content(inode) <= view.content
     }
 
-    /// What must be journaled before `view` serves.
-    pub(crate) fn view_steps(
-        &self,
-        inode: InodeId,
-        view: Arc<FileView>,
-    ) -> Result<Vec<Step>, Refusal> {
+    /// What must be journaled before a grant's view serves, in every group held here.
+    pub(crate) fn view_steps(&self, grant: &Grant) -> Result<Vec<Step>, Refusal> {
+        let (inode, view) = (grant.inode, &grant.view);
         if self.dropped.peek(&inode).is_some() {
             return Err(Refusal::of(Status::StaleView));
         }
-        let (stored, durable) = self.store.view_version(inode);
+        let known = self.store.scopes(inode);
+        let stored = known.iter().map(|s| self.store.view_version(*s).0).max().unwrap_or_default();
         let lineage = match self.grants.freshness(inode, view.version) {
             Freshness::Stale => return Err(Refusal::of(Status::StaleView)),
             Freshness::Same => return Ok(Vec::new()),
             Freshness::Newer { lineage } => lineage,
         };
-        if stored > view.version || !self.is_current(inode, &view) {
+        if stored > view.version || !self.is_current(inode, view) {
             return Err(Refusal::of(Status::StaleView));
         }
         let mut steps = Vec::new();
-        if let Some(step) = self.superseded_dirt(inode, &view, lineage) {
-            steps.push(step);
+        steps.extend(known.iter().filter_map(|s| self.superseded_dirt(*s, view, lineage)));
+        // A cut fences also groups of which nothing is known yet: a write may be on its way there.
+        let all =
+            if view.cuts.is_empty() { known } else { self.scopes_below(inode, grant.alloc_limit) };
+        for scope in all {
+            let (stored, durable) = self.store.view_version(scope);
+            if !view.cuts.is_empty() || stored.0 > 0 || !durable {
+                steps.push(Step::View(ViewUpdate {
+                    scope,
+                    version: view.version,
+                    base: base_of(view),
+                    cuts: view.cuts.clone(),
+                }));
+            }
         }
-        if !view.cuts.is_empty() || stored.0 > 0 || !durable {
-            let update = ViewUpdate {
-                inode,
-                version: view.version,
-                base: base_of(&view),
-                cuts: view.cuts.clone(),
-            };
-            steps.push(Step::View(update));
-        }
-        steps.push(Step::Install(inode, view));
+        steps.push(Step::Install(inode, Arc::new(view.clone())));
         Ok(steps)
     }
 
@@ -102,22 +106,23 @@ impl<B: Buffer> ShardCore<B> {
     /// when the lineage it was written under is no longer known, it must not cover the new object.
     fn superseded_dirt(
         &self,
-        inode: InodeId,
+        scope: Scope,
         view: &FileView,
         lineage: Option<Lineage>,
     ) -> Option<Step> {
         let g = view.clean_generation;
-        if lineage == Some(view.lineage) || self.store.sealed(inode, g).is_none() {
+        if lineage == Some(view.lineage) || self.store.sealed(scope, g).is_none() {
             return None;
         }
-        Some(Step::FlushDone(FlushDone {
-            inode,
+        let done = FlushDone {
+            inode: scope.inode,
             generation: g,
             content: view.content,
             // No content has this id: nothing clean is carried over, and the dirt is clipped at 0.
             old_content: ContentId(u64::MAX),
             valid_bytes: 0,
             old_valid_bytes: 0,
-        }))
+        };
+        Some(Step::FlushDone(scope.pg, done))
     }
 }

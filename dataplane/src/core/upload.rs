@@ -171,7 +171,8 @@ impl<B: Buffer> ShardCore<B> {
         let Some(grant) = self.open_meta_grant(&signed, Some(inode)) else {
             return self.end_upload(id, StoreOutcome::Failed("the grant is refused".into()));
         };
-        if self.store.sealed(inode, generation).is_none() {
+        let scope = self.store.scope_of(inode, ChunkIndex::of_offset(start));
+        if self.store.sealed(scope, generation).is_none() {
             return self.end_upload(id, StoreOutcome::NotSealed);
         }
         let view = std::sync::Arc::new(grant.view);

@@ -4,7 +4,7 @@
 use crate::extent::{Extent, ExtentList, Origin, Run};
 use crate::index::{Chunk, Index, Pin};
 use crate::record::{FillRecord, Move, Record, WriteRecord};
-use crate::types::{BLOCK, SEALS_MAX};
+use crate::types::{BLOCK, SEALS_MAX, Scope};
 use crate::window::Applied;
 use ebb_dataplane_protocol::control::FlushDone;
 use ebb_dataplane_protocol::{
@@ -17,17 +17,17 @@ impl Index {
         match record {
             Record::Write(w) => self.apply_write(w, sequence),
             Record::Fill(f) => self.apply_fill(f),
-            Record::Seal { inode, generation } => self.apply_seal(*inode, *generation),
-            Record::FlushDone(d) => self.apply_flush_done(d),
-            Record::FlushAborted { inode, generation } => self.unpin(*inode, *generation),
-            Record::View { inode, version, content, valid_bytes, cuts } => {
-                self.apply_view(*inode, *version, *content, *valid_bytes, cuts);
+            Record::Seal { scope, generation } => self.apply_seal(*scope, *generation),
+            Record::FlushDone { pg, done } => self.apply_flush_done(*pg, done),
+            Record::FlushAborted { scope, generation } => self.unpin(*scope, *generation),
+            Record::View { scope, version, content, valid_bytes, cuts } => {
+                self.apply_view(*scope, *version, *content, *valid_bytes, cuts);
             }
-            Record::Floor { inode, floor } => self.raise_floor(*inode, *floor),
-            Record::DropInode { inode } => self.apply_drop(*inode),
+            Record::Floor { scope, floor } => self.raise_floor(*scope, *floor),
+            Record::DropInode { scope } => self.apply_drop(*scope),
             Record::EvictChunk { inode, chunk } => self.drop_clean((*inode, *chunk)),
             Record::EvictInode { inode } => {
-                self.chunk_keys(*inode).into_iter().for_each(|k| self.drop_clean(k));
+                self.chunk_keys_of_inode(*inode).into_iter().for_each(|k| self.drop_clean(k));
             }
             Record::EvictAll => self.drop_clean_where(|_| true),
             Record::Freeze { pg, epoch } => self.set_frozen(*pg, Some(*epoch)),
@@ -81,7 +81,7 @@ impl Index {
             chunk.extents.coalesce();
         });
         let end = w.chunk.start() + u64::from(w.offset) + u64::from(w.len);
-        self.with_extra(w.inode, |x| {
+        self.with_extra(self.scope_of(key), |x| {
             match x.marks.binary_search_by_key(&w.generation, |m| m.0) {
                 Ok(i) => x.marks[i].1 = x.marks[i].1.max(end),
                 Err(i) => x.marks.insert(i, (w.generation, end)),
@@ -103,7 +103,8 @@ impl Index {
 
     /// Fills gaps and older clean data; never touches dirty data or newer content.
     fn apply_fill(&mut self, f: &FillRecord) {
-        let stale = self.inodes.get(&f.inode).is_some_and(|i| i.content > f.content);
+        let scope = self.scope_of((f.inode, f.chunk));
+        let stale = self.inodes.get(&scope).is_some_and(|i| i.content > f.content);
         let origin = Origin::Clean(f.content);
         let extents = Self::extents_of(f.first_block, &f.runs, &f.crcs, origin, f.tail);
         self.mutate((f.inode, f.chunk), |chunk, dropped| {
@@ -135,17 +136,17 @@ impl Index {
         });
     }
 
-    pub(crate) fn raise_floor(&mut self, inode: InodeId, floor: Generation) {
-        let i = self.inode_mut(inode);
+    pub(crate) fn raise_floor(&mut self, scope: Scope, floor: Generation) {
+        let i = self.inode_mut(scope);
         i.floor = i.floor.max(floor);
     }
 
-    fn apply_seal(&mut self, inode: InodeId, g: Generation) {
-        self.raise_floor(inode, g.next());
-        if self.inodes.get(&inode).is_some_and(|i| i.seals().iter().any(|s| s.0 == g)) {
+    fn apply_seal(&mut self, scope: Scope, g: Generation) {
+        self.raise_floor(scope, g.next());
+        if self.inodes.get(&scope).is_some_and(|i| i.seals().iter().any(|s| s.0 == g)) {
             return;
         }
-        for key in self.chunk_keys(inode) {
+        for key in self.chunk_keys(scope) {
             let pinned: Vec<Extent> = self.chunks[&key]
                 .extents
                 .0
@@ -159,7 +160,7 @@ impl Index {
                 });
             }
         }
-        self.with_extra(inode, |x| {
+        self.with_extra(scope, |x| {
             let high = x.marks.iter().filter(|m| m.0 <= g).map(|m| m.1).max().unwrap_or(0);
             let at = x.seals.partition_point(|s| s.0 < g);
             x.seals.insert(at, (g, high));
@@ -168,24 +169,25 @@ impl Index {
     }
 
     /// Pins and seals of generations up to `g` go.
-    fn unpin(&mut self, inode: InodeId, g: Generation) {
-        if self.inodes.get(&inode).is_none_or(|i| !i.seals().iter().any(|s| s.0 <= g)) {
+    fn unpin(&mut self, scope: Scope, g: Generation) {
+        if self.inodes.get(&scope).is_none_or(|i| !i.seals().iter().any(|s| s.0 <= g)) {
             return;
         }
-        for key in self.chunk_keys(inode) {
+        for key in self.chunk_keys(scope) {
             if self.chunks[&key].pins.iter().any(|p| p.generation <= g) {
                 self.mutate(key, |chunk, dropped| unpin_chunk(chunk, g, dropped));
             }
         }
-        self.with_extra(inode, |x| x.seals.retain(|s| s.0 > g));
+        self.with_extra(scope, |x| x.seals.retain(|s| s.0 > g));
     }
 
-    fn apply_flush_done(&mut self, d: &FlushDone) {
-        let Some(inode) = self.inodes.get(&d.inode) else { return };
+    fn apply_flush_done(&mut self, pg: PgId, d: &FlushDone) {
+        let scope = Scope { inode: d.inode, pg };
+        let Some(inode) = self.inodes.get(&scope) else { return };
         // Only what was sealed here is in the object: a tag at or above the floor never was.
         let flushed = |e: Generation, floor: Generation| e <= d.generation && e < floor;
         let floor = inode.floor;
-        for key in self.chunk_keys(d.inode) {
+        for key in self.chunk_keys(scope) {
             let start = key.1.start();
             self.mutate(key, |chunk, dropped| {
                 unpin_chunk(chunk, d.generation, dropped);
@@ -212,9 +214,9 @@ impl Index {
                 chunk.extents.coalesce();
             });
         }
-        let inode = self.inode_mut(d.inode);
+        let inode = self.inode_mut(scope);
         inode.content = inode.content.max(d.content);
-        self.with_extra(d.inode, |x| {
+        self.with_extra(scope, |x| {
             x.seals.retain(|s| s.0 > d.generation);
             x.marks.retain(|m| !flushed(m.0, floor));
         });
@@ -222,13 +224,13 @@ impl Index {
 
     fn apply_view(
         &mut self,
-        id: InodeId,
+        scope: Scope,
         version: ViewVersion,
         content: ContentId,
         valid_bytes: u64,
         cuts: &[Cut],
     ) {
-        let inode = self.inode_mut(id);
+        let inode = self.inode_mut(scope);
         if version <= inode.view {
             return;
         }
@@ -237,14 +239,14 @@ impl Index {
         for cut in cuts {
             inode.floor = inode.floor.max(cut.generation.next());
         }
-        self.with_extra(id, |x| {
+        self.with_extra(scope, |x| {
             for m in &mut x.marks {
                 for cut in cuts.iter().filter(|c| m.0 <= c.generation) {
                     m.1 = m.1.min(cut.at);
                 }
             }
         });
-        for key in self.chunk_keys(id) {
+        for key in self.chunk_keys(scope) {
             let start = key.1.start();
             self.mutate(key, |chunk, dropped| {
                 for cut in cuts {
@@ -263,14 +265,14 @@ impl Index {
         }
     }
 
-    fn apply_drop(&mut self, inode: InodeId) {
-        for key in self.chunk_keys(inode) {
+    fn apply_drop(&mut self, scope: Scope) {
+        for key in self.chunk_keys(scope) {
             self.mutate(key, |chunk, dropped| {
                 chunk.extents.retain(dropped, |_| false);
                 unpin_chunk(chunk, Generation(u64::MAX), dropped);
             });
         }
-        self.remove_inode(inode);
+        self.remove_inode(scope);
     }
 
     fn drop_clean(&mut self, key: (InodeId, ChunkIndex)) {
@@ -278,7 +280,7 @@ impl Index {
             self.mutate(key, |chunk, dropped| {
                 chunk.extents.retain(dropped, |e| e.origin.is_dirty());
             });
-            self.tidy_inode(key.0);
+            self.tidy_inode(self.scope_of(key));
         }
     }
     fn drop_clean_where(&mut self, which: impl Fn(&(InodeId, ChunkIndex)) -> bool) {

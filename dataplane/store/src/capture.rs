@@ -9,7 +9,7 @@ use crate::device::AlignedBuf;
 use crate::extent::{Extent, ExtentList};
 use crate::geometry::FORMAT_VERSION;
 use crate::index::{Chunk, ChunkKey, Index, Inode, InodeExtra, Pin};
-use crate::types::BLOCK;
+use crate::types::{BLOCK, Scope};
 use crate::window::{Applied, Window};
 use ebb_dataplane_protocol::{
     ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
@@ -51,7 +51,7 @@ pub(crate) fn capacity(bytes: u64, pgs: usize) -> u64 {
 
 #[derive(Clone, Copy, Debug)]
 enum Cursor {
-    Inodes(Option<InodeId>),
+    Inodes(Option<Scope>),
     Chunks(Option<ChunkKey>),
     Sessions(Option<SessionId>),
     End,
@@ -74,14 +74,14 @@ impl Capture {
         Self { number, store, cursor, out, page: 0, pages_per_write }
     }
 
-    pub(crate) fn inode(&mut self, id: InodeId, i: &Inode) {
+    pub(crate) fn inode(&mut self, id: Scope, i: &Inode) {
         let o = &mut self.out;
         o.u8(1);
         o.u8(i.seals().len() as u8);
         o.u8(i.marks().len() as u8);
         o.u8(0);
-        o.u32(0);
-        o.u64(id.0);
+        o.u32(u32::from(id.pg.0));
+        o.u64(id.inode.0);
         o.u64(i.floor.0);
         o.u64(i.view.0);
         o.u64(i.content.0);
@@ -276,8 +276,10 @@ impl Index {
         match r.u8()? {
             1 => {
                 let (seals, marks) = (r.u8()?, r.u8()?);
-                (r.u8()? == 0 && r.u32()? == 0).then_some(())?;
-                let id = InodeId(r.u64()?);
+                (r.u8()? == 0).then_some(())?;
+                let pg = PgId(u16::try_from(r.u32()?).ok()?);
+                (usize::from(pg.0) < self.pgs.len()).then_some(())?;
+                let id = Scope { inode: InodeId(r.u64()?), pg };
                 let (floor, view, content) =
                     (Generation(r.u64()?), ViewVersion(r.u64()?), ContentId(r.u64()?));
                 let mut list = |n: u8| -> Option<Vec<(Generation, u64)>> {

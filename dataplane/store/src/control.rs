@@ -24,25 +24,47 @@ impl Store {
 
     /// Least tag that may write, of everything appended (durable or not): past every seal and cut, and
     /// not below any tag that was taken (R7).
-    pub fn floor(&self, inode: InodeId) -> Generation {
-        let durable = self.index.inodes.get(&inode).map_or(Generation(0), Inode::tag);
-        let appended = self.tags.get(&inode).map_or(Generation(0), |t| t.highest);
-        self.fenced_below(inode).max(durable).max(appended)
+    pub fn floor(&self, scope: Scope) -> Generation {
+        let durable = self.index.inodes.get(&scope).map_or(Generation(0), Inode::tag);
+        let appended = self.tags.get(&scope).map_or(Generation(0), |t| t.highest);
+        self.fenced_below(scope).max(durable).max(appended)
     }
     /// The part of the floor that seals, cuts and fences raised: what is below it and dirty was sealed.
-    fn fenced_below(&self, inode: InodeId) -> Generation {
-        let durable = self.index.inodes.get(&inode).map_or(Generation(0), |i| i.floor);
-        self.heads.get(&inode).map_or(durable, |h| h.floor)
+    fn fenced_below(&self, scope: Scope) -> Generation {
+        let durable = self.index.inodes.get(&scope).map_or(Generation(0), |i| i.floor);
+        self.heads.get(&scope).map_or(durable, |h| h.floor)
     }
-    /// The newest content that a durable view or flush named: a view of an older one no longer says which
+    /// Groups in which the store knows something of an inode, ascending: durable, appended, or of a plan.
+    pub fn scopes(&self, inode: InodeId) -> Vec<Scope> {
+        let all = Scope { inode, pg: PgId(0) }..=Scope { inode, pg: PgId(u16::MAX) };
+        let heads = self.heads.range(all).map(|(scope, _)| *scope);
+        let plans = self.writes.values().map(|w| w.scope);
+        let fills = self.fills.values().map(|f| f.scope);
+        let in_flight = plans.chain(fills).filter(|scope| scope.inode == inode);
+        let mut known: Vec<Scope> =
+            self.index.scopes(inode).chain(heads).chain(in_flight).collect();
+        known.sort_unstable();
+        known.dedup();
+        known
+    }
+    /// The scope of a chunk.
+    pub fn scope_of(&self, inode: InodeId, chunk: ChunkIndex) -> Scope {
+        self.index.scope_of((inode, chunk))
+    }
+    /// The newest content that a durable view or flush named, in any group: a view of an older one no longer says which
     /// bytes are holes, since what was dirty under it may be clean under this one.
     pub fn content(&self, inode: InodeId) -> ContentId {
-        self.index.inodes.get(&inode).map_or(ContentId(0), |i| i.content)
+        self.index
+            .scopes(inode)
+            .filter_map(|scope| self.index.inodes.get(&scope))
+            .map(|i| i.content)
+            .max()
+            .unwrap_or_default()
     }
     /// Version of the newest view appended (durable or not), and whether it is durable.
-    pub fn view_version(&self, inode: InodeId) -> (ViewVersion, bool) {
-        let durable = self.index.inodes.get(&inode).map_or(ViewVersion(0), |i| i.view);
-        match self.heads.get(&inode) {
+    pub fn view_version(&self, scope: Scope) -> (ViewVersion, bool) {
+        let durable = self.index.inodes.get(&scope).map_or(ViewVersion(0), |i| i.view);
+        match self.heads.get(&scope) {
             Some(h) => (h.view, h.view <= durable),
             None => (durable, true),
         }
@@ -52,36 +74,36 @@ impl Store {
     ///
     /// The newest view's cuts must have been appended before (`apply_view`): a cut that comes after the seal
     /// shortens the current data but not the pins, and `flush_done` would then call the two the same.
-    pub fn seal(&mut self, inode: InodeId, g: Generation) -> Result<Option<Ticket>, ControlError> {
-        let seals = self.index.inodes.get(&inode).map_or(&[][..], |i| i.seals());
+    pub fn seal(&mut self, scope: Scope, g: Generation) -> Result<Option<Ticket>, ControlError> {
+        self.check_pg(scope.pg)?;
+        let seals = self.index.inodes.get(&scope).map_or(&[][..], |i| i.seals());
         let known = seals.iter().any(|s| s.0 == g);
-        let pending = self.heads.get(&inode).map(|h| (h.pending, h.last));
+        let pending = self.heads.get(&scope).map(|h| (h.pending, h.last));
         match (known, pending) {
             (true, None) => return Ok(None),
             (false, _) if seals.len() + pending.map_or(0, |p| p.0 as usize) >= SEALS_MAX => {
                 return if pending.is_some() {
                     Err(ControlError::Wait(WaitFor::Control))
                 } else {
-                    Err(ControlError::TooManySeals { inode })
+                    Err(ControlError::TooManySeals { inode: scope.inode })
                 };
             }
             _ => {}
         }
-        self.control(Record::Seal { inode, generation: g }, true, |h| {
+        self.control(Record::Seal { scope, generation: g }, true, |h| {
             h.floor = h.floor.max(g.next());
         })
         .map(Some)
     }
 
     /// What the (durable) seal of `g` found; `None` if `g` is not sealed here.
-    pub fn sealed(&self, inode: InodeId, g: Generation) -> Option<Sealed> {
-        let known = self.index.inodes.get(&inode)?;
+    pub fn sealed(&self, scope: Scope, g: Generation) -> Option<Sealed> {
+        let known = self.index.inodes.get(&scope)?;
         let high_water = known.seals().iter().find(|s| s.0 == g)?.1;
         let mut extents: Vec<ByteRange> = Vec::new();
-        let range = (inode, ChunkIndex(0))..=(inode, ChunkIndex(u32::MAX));
-        for ((_, chunk), c) in self.index.chunks.range(range) {
-            for e in c.pin(g).map_or(&[][..], |l| &l.0) {
-                let r = byte_range(*chunk, e);
+        for key in self.index.chunk_keys(scope) {
+            for e in self.index.chunks[&key].pin(g).map_or(&[][..], |l| &l.0) {
+                let r = byte_range(key.1, e);
                 match extents.last_mut() {
                     Some(last) if last.end == r.start => last.end = r.end,
                     _ => extents.push(r),
@@ -93,40 +115,42 @@ impl Store {
 
     /// The flush of `g` committed: Dirty(<= g) becomes clean under the new content, clean data of the
     /// old content too (below `old_valid_bytes`), other clean data goes, and so do the pins of <= g.
-    pub fn flush_done(&mut self, done: &FlushDone) -> Result<Option<Ticket>, ControlError> {
-        let inode = done.inode;
-        if !self.index.inodes.contains_key(&inode) && !self.heads.contains_key(&inode) {
+    pub fn flush_done(
+        &mut self,
+        pg: PgId,
+        done: &FlushDone,
+    ) -> Result<Option<Ticket>, ControlError> {
+        let scope = Scope { inode: done.inode, pg };
+        if !self.index.inodes.contains_key(&scope) && !self.heads.contains_key(&scope) {
             return Ok(None);
         }
-        if self.fenced_below(inode) <= done.generation
-            && self.has_dirty_up_to(inode, done.generation)
+        if self.fenced_below(scope) <= done.generation
+            && self.has_dirty_up_to(scope, done.generation)
         {
-            return Err(ControlError::NotSealed { inode, generation: done.generation });
+            let (inode, generation) = (done.inode, done.generation);
+            return Err(ControlError::NotSealed { inode, generation });
         }
-        self.control(Record::FlushDone(*done), true, |_| {}).map(Some)
+        self.control(Record::FlushDone { pg, done: *done }, true, |_| {}).map(Some)
     }
 
-    fn has_dirty_up_to(&self, inode: InodeId, g: Generation) -> bool {
-        let range = (inode, ChunkIndex(0))..=(inode, ChunkIndex(u32::MAX));
-        self.index
-            .chunks
-            .range(range)
-            .any(|(_, c)| c.extents.0.iter().any(|e| e.origin.dirty_up_to(g)))
-            || self.writes.values().any(|w| w.op.inode == inode && w.op.generation <= g)
+    fn has_dirty_up_to(&self, scope: Scope, g: Generation) -> bool {
+        let dirty = |key| self.index.chunks[key].extents.0.iter().any(|e| e.origin.dirty_up_to(g));
+        self.index.chunk_keys(scope).iter().any(dirty)
+            || self.writes.values().any(|w| w.scope == scope && w.op.generation <= g)
     }
 
     /// The flush of `g` was given up: pins of <= g go; the data stays dirty, the floor stays.
     pub fn flush_aborted(
         &mut self,
-        inode: InodeId,
+        scope: Scope,
         g: Generation,
     ) -> Result<Option<Ticket>, ControlError> {
         let sealed =
-            self.index.inodes.get(&inode).is_some_and(|i| i.seals().iter().any(|s| s.0 <= g));
-        if !sealed && !self.heads.contains_key(&inode) {
+            self.index.inodes.get(&scope).is_some_and(|i| i.seals().iter().any(|s| s.0 <= g));
+        if !sealed && !self.heads.contains_key(&scope) {
             return Ok(None);
         }
-        self.control(Record::FlushAborted { inode, generation: g }, true, |_| {}).map(Some)
+        self.control(Record::FlushAborted { scope, generation: g }, true, |_| {}).map(Some)
     }
 
     /// Installs a newer view: its cuts (each raises the floor past its generation), then clean data
@@ -136,19 +160,21 @@ impl Store {
         if view.cuts.len() > CUTS_MAX {
             return Err(ControlError::Malformed("more cuts than a view has"));
         }
-        let known = self.index.inodes.contains_key(&view.inode);
-        if let Some(head) = self.heads.get(&view.inode) {
+        let scope = view.scope;
+        self.check_pg(scope.pg)?;
+        let known = self.index.inodes.contains_key(&scope);
+        if let Some(head) = self.heads.get(&scope) {
             if view.version <= head.view {
                 return Ok(Some(head.last));
             }
-        } else if view.version <= self.view_version(view.inode).0
-            || (!known && view.cuts.is_empty() && !self.writes_of(view.inode))
+        } else if view.version <= self.view_version(scope).0
+            || (!known && view.cuts.is_empty() && !self.writes_of(scope))
         {
             return Ok(None);
         }
         let floor = view.cuts.iter().map(|c| c.generation.next()).max().unwrap_or_default();
         let record = Record::View {
-            inode: view.inode,
+            scope,
             version: view.version,
             content: view.base.content,
             valid_bytes: view.base.valid_bytes,
@@ -161,32 +187,34 @@ impl Store {
         .map(Some)
     }
 
-    fn writes_of(&self, inode: InodeId) -> bool {
-        self.writes.values().any(|w| w.op.inode == inode)
+    fn writes_of(&self, scope: Scope) -> bool {
+        self.writes.values().any(|w| w.scope == scope)
     }
 
-    /// Raises the floor of an inode (fences).
+    /// Raises the floor of a scope (fences).
     pub fn set_floor(
         &mut self,
-        inode: InodeId,
+        scope: Scope,
         floor: Generation,
     ) -> Result<Option<Ticket>, ControlError> {
-        if self.fenced_below(inode) >= floor {
-            return Ok(self.heads.get(&inode).map(|h| h.last));
+        self.check_pg(scope.pg)?;
+        if self.fenced_below(scope) >= floor {
+            return Ok(self.heads.get(&scope).map(|h| h.last));
         }
-        self.control(Record::Floor { inode, floor }, true, |h| h.floor = h.floor.max(floor))
+        self.control(Record::Floor { scope, floor }, true, |h| h.floor = h.floor.max(floor))
             .map(Some)
     }
 
-    /// The inode is gone: everything of it goes; writes and fills in flight are refused at commit.
-    pub fn drop_inode(&mut self, inode: InodeId) -> Result<Option<Ticket>, ControlError> {
-        let busy = self.writes_of(inode) || self.fills.values().any(|f| f.op.inode == inode);
-        if !busy && !self.index.inodes.contains_key(&inode) && !self.heads.contains_key(&inode) {
+    /// The inode is gone: everything of the scope goes; its writes and fills in flight are refused at
+    /// commit.
+    pub fn drop_inode(&mut self, scope: Scope) -> Result<Option<Ticket>, ControlError> {
+        let busy = self.writes_of(scope) || self.fills.values().any(|f| f.scope == scope);
+        if !busy && !self.index.inodes.contains_key(&scope) && !self.heads.contains_key(&scope) {
             return Ok(None);
         }
-        let ticket = self.control(Record::DropInode { inode }, true, |_| {})?;
-        self.writes.values_mut().filter(|w| w.op.inode == inode).for_each(|w| w.dropped = true);
-        self.fills.values_mut().filter(|f| f.op.inode == inode).for_each(|f| f.dropped = true);
+        let ticket = self.control(Record::DropInode { scope }, true, |_| {})?;
+        self.writes.values_mut().filter(|w| w.scope == scope).for_each(|w| w.dropped = true);
+        self.fills.values_mut().filter(|f| f.scope == scope).for_each(|f| f.dropped = true);
         Ok(Some(ticket))
     }
 
@@ -240,8 +268,7 @@ impl Store {
     pub fn release_pg(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
         self.check_pg(pg)?;
         let state = &self.index.pgs[usize::from(pg.0)];
-        let busy =
-            self.writes.values().filter(|w| self.index.pg_of((w.op.inode, w.op.chunk)) == pg);
+        let busy = self.writes.values().filter(|w| w.scope.pg == pg);
         let pins = (state.pinned.len() + busy.count()) as u64;
         let dirty_bytes = state.dirty_blocks * BLOCK as u64;
         if dirty_bytes > 0 || pins > 0 {
@@ -250,11 +277,7 @@ impl Store {
         let ticket = self.control(Record::Release { pg, epoch }, true, |_| {})?;
         self.frozen[usize::from(pg.0)] = Some(epoch);
         self.pg_pending[usize::from(pg.0)] += 1;
-        let index = &self.index;
-        self.fills
-            .values_mut()
-            .filter(|f| index.pg_of((f.op.inode, f.op.chunk)) == pg)
-            .for_each(|f| f.dropped = true);
+        self.fills.values_mut().filter(|f| f.scope.pg == pg).for_each(|f| f.dropped = true);
         Ok(Some(ticket))
     }
     /// Epoch of the freeze, if the group is frozen (durable or not).
@@ -327,8 +350,11 @@ impl Store {
             return self.control(Record::EvictAll, true, |_| {}).map(Some);
         }
         let mut last = None;
-        for inode in
-            inodes.iter().filter(|i| self.index.inodes.contains_key(i)).copied().collect::<Vec<_>>()
+        for inode in inodes
+            .iter()
+            .filter(|i| self.index.scopes(**i).next().is_some())
+            .copied()
+            .collect::<Vec<_>>()
         {
             last = Some(self.control(Record::EvictInode { inode }, true, |_| {})?);
         }

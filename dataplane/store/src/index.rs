@@ -7,7 +7,7 @@
 use crate::cache::{Cache, Chunks, Place, Residency};
 use crate::capture::Capture;
 use crate::extent::{Extent, ExtentList, Origin, Run, normalise, subtract, total};
-use crate::types::BLOCK;
+use crate::types::{BLOCK, Scope};
 use crate::window::Window;
 use ebb_dataplane_protocol::{
     ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, SessionId,
@@ -106,7 +106,7 @@ struct Summary {
     heap: u64,
 }
 
-/// Rare state of an inode.
+/// Rare state of a scope.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct InodeExtra {
     /// Sealed generations and their high-water marks, ascending.
@@ -115,7 +115,7 @@ pub(crate) struct InodeExtra {
     pub(crate) marks: Vec<(Generation, u64)>,
 }
 
-/// An inode: what outlives its chunks.
+/// An inode in one group: what outlives its chunks there.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Inode {
     pub(crate) floor: Generation,
@@ -184,7 +184,7 @@ pub(crate) struct Index {
     /// Grants older than this map version are refused: floors below were forgotten.
     pub(crate) horizon: MapVersion,
     pub(crate) chunks: BTreeMap<ChunkKey, Chunk>,
-    pub(crate) inodes: BTreeMap<InodeId, Inode>,
+    pub(crate) inodes: BTreeMap<Scope, Inode>,
     pub(crate) sessions: BTreeMap<SessionId, Window>,
     pub(crate) pgs: Vec<Pg>,
     /// Live journal blocks and the chunk that holds each.
@@ -220,18 +220,40 @@ impl Index {
     pub(crate) fn pg_of(&self, key: ChunkKey) -> PgId {
         PgId::of_chunk(key.0, key.1, self.pgs.len() as u16)
     }
+    pub(crate) fn scope_of(&self, key: ChunkKey) -> Scope {
+        Scope { inode: key.0, pg: self.pg_of(key) }
+    }
     fn captured(&self) -> u64 {
         self.capture.as_ref().map_or(0, |c| c.number)
     }
-    pub(crate) fn chunk_keys(&self, inode: InodeId) -> Vec<ChunkKey> {
+    pub(crate) fn chunk_keys_of_inode(&self, inode: InodeId) -> Vec<ChunkKey> {
         self.chunks
             .range((inode, ChunkIndex(0))..=(inode, ChunkIndex(u32::MAX)))
             .map(|(k, _)| *k)
             .collect()
     }
+    /// Chunks of a scope. A run is placed as a whole: one hash for all of its chunks.
+    pub(crate) fn chunk_keys(&self, scope: Scope) -> Vec<ChunkKey> {
+        let all = (scope.inode, ChunkIndex(0))..=(scope.inode, ChunkIndex(u32::MAX));
+        let mut last = None;
+        let mut inside = |key: &ChunkKey| match last {
+            Some((run, inside)) if run == key.1.run() => inside,
+            _ => {
+                let inside = self.pg_of(*key) == scope.pg;
+                last = Some((key.1.run(), inside));
+                inside
+            }
+        };
+        self.chunks.range(all).map(|(k, _)| *k).filter(|k| inside(k)).collect()
+    }
+    /// Groups in which something is known of an inode.
+    pub(crate) fn scopes(&self, inode: InodeId) -> impl Iterator<Item = Scope> {
+        let all = Scope { inode, pg: PgId(0) }..=Scope { inode, pg: PgId(u16::MAX) };
+        self.inodes.range(all).map(|(scope, _)| *scope)
+    }
 
-    /// The inode's entry, made if need be.
-    pub(crate) fn inode_mut(&mut self, id: InodeId) -> &mut Inode {
+    /// The scope's entry, made if need be.
+    pub(crate) fn inode_mut(&mut self, id: Scope) -> &mut Inode {
         let number = self.captured();
         if let Some(inode) = self.inodes.get_mut(&id) {
             if let Some(capture) = &mut self.capture
@@ -245,8 +267,8 @@ impl Index {
         }
         self.inodes.entry(id).or_insert_with(|| Inode { captured: number, ..Inode::default() })
     }
-    /// Changes seals and marks of an inode, keeping the size counter.
-    pub(crate) fn with_extra(&mut self, id: InodeId, f: impl FnOnce(&mut InodeExtra)) {
+    /// Changes seals and marks of a scope, keeping the size counter.
+    pub(crate) fn with_extra(&mut self, id: Scope, f: impl FnOnce(&mut InodeExtra)) {
         let inode = self.inode_mut(id);
         let before = inode.seals().len() + inode.marks().len();
         let heap_before = crate::memory::inode_heap(inode);
@@ -257,7 +279,7 @@ impl Index {
         self.counters.heap = self.counters.heap + heap_after - heap_before;
         self.counters.encoded = self.counters.encoded + 16 * after as u64 - 16 * before as u64;
     }
-    pub(crate) fn remove_inode(&mut self, id: InodeId) {
+    pub(crate) fn remove_inode(&mut self, id: Scope) {
         if self.inodes.contains_key(&id) {
             self.with_extra(id, |e| *e = InodeExtra::default());
             let inode = self.inodes.remove(&id);
@@ -343,7 +365,7 @@ impl Index {
         }
         self.count(key, before, after);
         if fresh != gone {
-            let inode = self.inode_mut(key.0);
+            let inode = self.inode_mut(self.scope_of(key));
             inode.chunks = if fresh { inode.chunks + 1 } else { inode.chunks - 1 };
         }
     }
@@ -367,12 +389,12 @@ impl Index {
         }
         self.chunks.insert(key, chunk);
         self.count(key, Summary::default(), after);
-        self.inode_mut(key.0).chunks += 1;
+        self.inode_mut(self.scope_of(key)).chunks += 1;
         true
     }
 
     /// Forgets an inode of which nothing is left that could matter: no data, no floor, no seal.
-    pub(crate) fn tidy_inode(&mut self, id: InodeId) {
+    pub(crate) fn tidy_inode(&mut self, id: Scope) {
         let idle = |i: &Inode| i.chunks == 0 && i.floor == Generation(0) && i.extra.is_none();
         if self.inodes.get(&id).is_some_and(idle) {
             self.remove_inode(id);

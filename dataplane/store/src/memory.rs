@@ -6,6 +6,7 @@
 
 use crate::extent::{Extent, ExtentList};
 use crate::index::{Chunk, ChunkKey, Index, Inode, Pin};
+use crate::types::Scope;
 use crate::window::{Applied, Window};
 use ebb_dataplane_protocol::{InodeId, SessionId};
 use std::mem::size_of;
@@ -28,7 +29,7 @@ const fn tree(entry: usize) -> u64 {
 }
 
 const CHUNK: u64 = tree(size_of::<(ChunkKey, Chunk)>());
-const INODE: u64 = tree(size_of::<(InodeId, Inode)>());
+const INODE: u64 = tree(size_of::<(Scope, Inode)>());
 const SESSION: u64 = tree(size_of::<(SessionId, Window)>());
 const TALLY: u64 = tree(size_of::<InodeId>() + size_of::<u32>());
 // Live journal blocks come and go in runs: nodes are emptier than in a tree that only grows.
@@ -46,7 +47,7 @@ pub(crate) fn chunk_heap(c: &Chunk) -> u64 {
         + c.pins.iter().map(|p| list(&p.extents)).sum::<u64>()
 }
 
-/// Heap of an inode.
+/// Heap of a scope.
 pub(crate) fn inode_heap(i: &Inode) -> u64 {
     let each = size_of::<(ebb_dataplane_protocol::Generation, u64)>();
     i.extra.as_ref().map_or(0, |x| {

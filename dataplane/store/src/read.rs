@@ -70,7 +70,7 @@ impl Store {
         blocks: Range<u32>,
         base: BaseView,
     ) -> Option<ReadPlan> {
-        let known = self.index.inodes.get(&inode)?;
+        let known = self.index.inodes.get(&self.index.scope_of((inode, chunk)))?;
         known.seals().iter().find(|s| s.0 == generation)?;
         let empty = ExtentList::default();
         let pieces = match self.index.chunks.get(&(inode, chunk)) {

@@ -5,7 +5,7 @@
 
 use crate::codec::{Put, Reader};
 use crate::extent::Run;
-use crate::types::{CHUNK_BLOCKS, WINDOW_PAGE};
+use crate::types::{CHUNK_BLOCKS, Scope, WINDOW_PAGE};
 use ebb_dataplane_protocol::control::{FlushDone, WindowEntry};
 use ebb_dataplane_protocol::grant::CUTS_MAX;
 use ebb_dataplane_protocol::{
@@ -61,27 +61,30 @@ pub(crate) enum Record {
     Write(WriteRecord),
     Fill(FillRecord),
     Seal {
-        inode: InodeId,
+        scope: Scope,
         generation: Generation,
     },
-    FlushDone(FlushDone),
+    FlushDone {
+        pg: PgId,
+        done: FlushDone,
+    },
     FlushAborted {
-        inode: InodeId,
+        scope: Scope,
         generation: Generation,
     },
     View {
-        inode: InodeId,
+        scope: Scope,
         version: ViewVersion,
         content: ContentId,
         valid_bytes: u64,
         cuts: Vec<Cut>,
     },
     Floor {
-        inode: InodeId,
+        scope: Scope,
         floor: Generation,
     },
     DropInode {
-        inode: InodeId,
+        scope: Scope,
     },
     EvictChunk {
         inode: InodeId,
@@ -140,6 +143,16 @@ fn put_runs(out: &mut Vec<u8>, runs: &[Run], crcs: &[u32]) {
     }
 }
 
+fn put_scope(out: &mut Vec<u8>, scope: Scope) {
+    out.u64(scope.inode.0);
+    out.u64(u64::from(scope.pg.0));
+}
+
+fn get_scope(r: &mut Reader<'_>) -> Option<Scope> {
+    let inode = InodeId(r.u64()?);
+    Some(Scope { inode, pg: PgId(u16::try_from(r.u64()?).ok()?) })
+}
+
 fn get_runs(r: &mut Reader<'_>) -> Option<(Vec<Run>, Box<[u32]>)> {
     let (n, blocks) = (r.u16()?, r.u16()?);
     if u32::from(blocks) > CHUNK_BLOCKS || blocks == 0 || n == 0 || n > blocks {
@@ -164,7 +177,7 @@ impl Record {
             Record::Write(_) => 1,
             Record::Fill(_) => 2,
             Record::Seal { .. } => 3,
-            Record::FlushDone(_) => 4,
+            Record::FlushDone { .. } => 4,
             Record::FlushAborted { .. } => 5,
             Record::View { .. } => 6,
             Record::Floor { .. } => 7,
@@ -219,17 +232,17 @@ impl Record {
                 out.u64(f.content.0);
                 put_runs(out, &f.runs, &f.crcs);
             }
-            Record::Seal { inode, generation } | Record::FlushAborted { inode, generation } => {
-                out.u64(inode.0);
+            Record::Seal { scope, generation } | Record::FlushAborted { scope, generation } => {
+                put_scope(out, *scope);
                 out.u64(generation.0);
             }
-            Record::Floor { inode, floor } => {
-                out.u64(inode.0);
+            Record::Floor { scope, floor } => {
+                put_scope(out, *scope);
                 out.u64(floor.0);
             }
-            Record::FlushDone(d) => {
+            Record::FlushDone { pg, done: d } => {
+                put_scope(out, Scope { inode: d.inode, pg: *pg });
                 let fields = [
-                    d.inode.0,
                     d.generation.0,
                     d.content.0,
                     d.old_content.0,
@@ -238,8 +251,8 @@ impl Record {
                 ];
                 fields.iter().for_each(|v| out.u64(*v));
             }
-            Record::View { inode, version, content, valid_bytes, cuts } => {
-                out.u64(inode.0);
+            Record::View { scope, version, content, valid_bytes, cuts } => {
+                put_scope(out, *scope);
                 out.u64(version.0);
                 out.u64(content.0);
                 out.u64(*valid_bytes);
@@ -249,7 +262,8 @@ impl Record {
                     out.u64(c.at);
                 }
             }
-            Record::DropInode { inode } | Record::EvictInode { inode } => out.u64(inode.0),
+            Record::DropInode { scope } => put_scope(out, *scope),
+            Record::EvictInode { inode } => out.u64(inode.0),
             Record::EvictChunk { inode, chunk } => {
                 out.u64(inode.0);
                 out.u32(chunk.0);
@@ -349,18 +363,22 @@ impl Record {
                 }
                 Record::Fill(FillRecord { inode, chunk, first_block, content, tail, runs, crcs })
             }
-            3 => Record::Seal { inode: inode(r)?, generation: generation(r)? },
-            4 => Record::FlushDone(FlushDone {
-                inode: inode(r)?,
-                generation: generation(r)?,
-                content: ContentId(r.u64()?),
-                old_content: ContentId(r.u64()?),
-                valid_bytes: r.u64()?,
-                old_valid_bytes: r.u64()?,
-            }),
-            5 => Record::FlushAborted { inode: inode(r)?, generation: generation(r)? },
+            3 => Record::Seal { scope: get_scope(r)?, generation: generation(r)? },
+            4 => {
+                let Scope { inode, pg } = get_scope(r)?;
+                let done = FlushDone {
+                    inode,
+                    generation: generation(r)?,
+                    content: ContentId(r.u64()?),
+                    old_content: ContentId(r.u64()?),
+                    valid_bytes: r.u64()?,
+                    old_valid_bytes: r.u64()?,
+                };
+                Record::FlushDone { pg, done }
+            }
+            5 => Record::FlushAborted { scope: get_scope(r)?, generation: generation(r)? },
             6 => {
-                let (inode, version) = (inode(r)?, ViewVersion(r.u64()?));
+                let (scope, version) = (get_scope(r)?, ViewVersion(r.u64()?));
                 let (content, valid_bytes) = (ContentId(r.u64()?), r.u64()?);
                 let n = r.u64()?;
                 if n > CUTS_MAX as u64 {
@@ -370,10 +388,10 @@ impl Record {
                 for _ in 0..n {
                     cuts.push(Cut { generation: generation(r)?, at: r.u64()? });
                 }
-                Record::View { inode, version, content, valid_bytes, cuts }
+                Record::View { scope, version, content, valid_bytes, cuts }
             }
-            7 => Record::Floor { inode: inode(r)?, floor: generation(r)? },
-            8 => Record::DropInode { inode: inode(r)? },
+            7 => Record::Floor { scope: get_scope(r)?, floor: generation(r)? },
+            8 => Record::DropInode { scope: get_scope(r)? },
             9 => Record::EvictChunk { inode: inode(r)?, chunk: ChunkIndex(r.u32()?) },
             10 => Record::EvictInode { inode: inode(r)? },
             11 => Record::EvictAll,
@@ -430,6 +448,7 @@ mod tests {
     #[test]
     fn every_record_round_trips_and_no_truncation_decodes() {
         let (inode, chunk, generation) = (InodeId(7), ChunkIndex(3), Generation(5));
+        let (pg, scope) = (PgId(6), Scope { inode, pg: PgId(6) });
         let runs = vec![Run { start: 9, blocks: 2 }, Run { start: 90, blocks: 1 }];
         let crcs: Box<[u32]> = [1, 2, 3].into();
         let all = vec![
@@ -455,25 +474,28 @@ mod tests {
                 runs,
                 crcs,
             }),
-            Record::Seal { inode, generation },
-            Record::FlushDone(FlushDone {
-                inode,
-                generation,
-                content: ContentId(1),
-                old_content: ContentId(2),
-                valid_bytes: 3,
-                old_valid_bytes: 4,
-            }),
-            Record::FlushAborted { inode, generation },
+            Record::Seal { scope, generation },
+            Record::FlushDone {
+                pg,
+                done: FlushDone {
+                    inode,
+                    generation,
+                    content: ContentId(1),
+                    old_content: ContentId(2),
+                    valid_bytes: 3,
+                    old_valid_bytes: 4,
+                },
+            },
+            Record::FlushAborted { scope, generation },
             Record::View {
-                inode,
+                scope,
                 version: ViewVersion(1),
                 content: ContentId(2),
                 valid_bytes: 3,
                 cuts: vec![Cut { generation, at: 5 }],
             },
-            Record::Floor { inode, floor: generation },
-            Record::DropInode { inode },
+            Record::Floor { scope, floor: generation },
+            Record::DropInode { scope },
             Record::EvictChunk { inode, chunk },
             Record::EvictInode { inode },
             Record::EvictAll,

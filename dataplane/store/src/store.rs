@@ -23,6 +23,7 @@ const CAPTURE_BACKLOG_BYTES: usize = 8 << 20;
 #[derive(Debug)]
 pub(crate) struct InFlightWrite {
     pub(crate) op: WriteOp,
+    pub(crate) scope: Scope,
     pub(crate) blocks: Range<u32>,
     pub(crate) runs: Vec<Run>,
     pub(crate) inline: bool,
@@ -37,12 +38,13 @@ pub(crate) struct InFlightWrite {
 #[derive(Debug)]
 pub(crate) struct InFlightFill {
     pub(crate) op: FillOp,
+    pub(crate) scope: Scope,
     pub(crate) runs: Vec<Run>,
     pub(crate) dropped: bool,
     pub(crate) index_bytes: u64,
 }
 
-/// What appended but not yet durable control records say of an inode.
+/// What appended but not yet durable control records say of a scope.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Head {
     pub(crate) floor: Generation,
@@ -51,7 +53,7 @@ pub(crate) struct Head {
     pub(crate) last: Ticket,
 }
 
-/// Tags of an inode's appended writes that are not durable yet.
+/// Tags of a scope's appended writes that are not durable yet.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tags {
     /// The highest of those taken while any was pending.
@@ -91,8 +93,8 @@ pub struct Store {
     pub(crate) sequences: BTreeSet<(SessionId, Sequence)>,
     /// Committed writes by ticket.
     pub(crate) committed: BTreeMap<Ticket, WriteId>,
-    pub(crate) heads: BTreeMap<InodeId, Head>,
-    pub(crate) tags: BTreeMap<InodeId, Tags>,
+    pub(crate) heads: BTreeMap<Scope, Head>,
+    pub(crate) tags: BTreeMap<Scope, Tags>,
     /// Freezes as of everything appended.
     pub(crate) frozen: Vec<Option<PgEpoch>>,
     /// Freeze, thaw and release records that are not durable yet, per group.
@@ -269,10 +271,11 @@ impl Store {
         match record {
             Record::Write(w) => {
                 // From here on the index says it.
-                if let Some(tags) = self.tags.get_mut(&w.inode) {
+                let scope = self.index.scope_of((w.inode, w.chunk));
+                if let Some(tags) = self.tags.get_mut(&scope) {
                     tags.pending -= 1;
                     if tags.pending == 0 {
-                        self.tags.remove(&w.inode);
+                        self.tags.remove(&scope);
                     }
                 }
                 if let Some(id) = self.committed.remove(&ticket) {
@@ -291,12 +294,12 @@ impl Store {
             }
             _ => {}
         }
-        if let Some(inode) = head_inode(record)
-            && let Some(head) = self.heads.get_mut(&inode)
+        if let Some(scope) = head_scope(record)
+            && let Some(head) = self.heads.get_mut(&scope)
         {
             head.pending -= 1;
             if head.pending == 0 {
-                self.heads.remove(&inode);
+                self.heads.remove(&scope);
             }
         }
     }
@@ -375,16 +378,16 @@ impl Store {
         if self.journal.backlogged() {
             return Err(ControlError::Wait(WaitFor::Backlog));
         }
-        let inode = head_inode(&record);
+        let scope = head_scope(&record);
         let ticket = self.journal.append(record, Vec::new(), urgent, false);
-        if let Some(inode) = inode {
+        if let Some(scope) = scope {
             let (floor, view) = self
                 .index
                 .inodes
-                .get(&inode)
+                .get(&scope)
                 .map_or((Generation(0), ViewVersion(0)), |i| (i.floor, i.view));
             let entry =
-                self.heads.entry(inode).or_insert(Head { floor, view, pending: 0, last: ticket });
+                self.heads.entry(scope).or_insert(Head { floor, view, pending: 0, last: ticket });
             entry.pending += 1;
             entry.last = ticket;
             head(entry);
@@ -406,15 +409,15 @@ impl Store {
     }
 }
 
-/// The inode whose head a record holds until it is durable.
-fn head_inode(record: &Record) -> Option<InodeId> {
+/// The scope whose head a record holds until it is durable.
+fn head_scope(record: &Record) -> Option<Scope> {
     match record {
-        Record::Seal { inode, .. }
-        | Record::FlushAborted { inode, .. }
-        | Record::View { inode, .. }
-        | Record::Floor { inode, .. }
-        | Record::DropInode { inode } => Some(*inode),
-        Record::FlushDone(d) => Some(d.inode),
+        Record::Seal { scope, .. }
+        | Record::FlushAborted { scope, .. }
+        | Record::View { scope, .. }
+        | Record::Floor { scope, .. }
+        | Record::DropInode { scope } => Some(*scope),
+        Record::FlushDone { pg, done } => Some(Scope { inode: done.inode, pg: *pg }),
         _ => None,
     }
 }

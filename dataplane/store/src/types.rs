@@ -2,7 +2,8 @@
 
 use crate::device::AlignedBuf;
 use ebb_dataplane_protocol::{
-    ByteRange, ChunkIndex, ContentId, Cut, Generation, InodeId, Sequence, SessionId, ViewVersion,
+    ByteRange, ChunkIndex, ContentId, Cut, Generation, InodeId, PgId, Sequence, SessionId,
+    ViewVersion,
 };
 use std::ops::Range;
 
@@ -19,8 +20,32 @@ pub const BLOCK: usize = ebb_dataplane_protocol::BLOCK_BYTES as usize;
 pub const WINDOW_MAX: usize = 4096;
 /// Entries of windows in one page of a hand-over, and in its record: the least journal's batch takes it.
 pub const WINDOW_PAGE: usize = ebb_dataplane_protocol::control::WINDOW_PAGE;
-/// Sealed generations of one inode at once.
+/// Sealed generations of one scope at once.
 pub const SEALS_MAX: usize = 4;
+
+/// An inode's part in one placement group: what floors, tags, views, seals and pins belong to. Groups
+/// change hands one by one, and a core may hold one as primary and another as backup, so what one of
+/// them was told says nothing about the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Scope {
+    /// The inode.
+    pub inode: InodeId,
+    /// The group.
+    pub pg: PgId,
+}
+
+impl Scope {
+    /// That of a chunk, in a cluster of `pg_count` groups.
+    pub const fn of(inode: InodeId, chunk: ChunkIndex, pg_count: u16) -> Self {
+        Self { inode, pg: PgId::of_chunk(inode, chunk, pg_count) }
+    }
+}
+
+impl std::fmt::Display for Scope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "inode {} in group {}", self.inode, self.pg)
+    }
+}
 
 /// A mutation's number, in journal order. It takes effect, and may be acked, when
 /// `batch_durable` returns it.
@@ -228,8 +253,8 @@ pub struct ReadGuard(pub(crate) u64);
 /// A newer view of an inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ViewUpdate {
-    /// The inode.
-    pub inode: InodeId,
+    /// Whose.
+    pub scope: Scope,
     /// Version of the view.
     pub version: ViewVersion,
     /// Its content and valid bytes.

@@ -8,7 +8,7 @@ use crate::extent::{Origin, Run, total};
 use crate::record::{FillRecord, Record, WriteRecord};
 use crate::store::{InFlightFill, InFlightWrite, Store};
 use crate::types::*;
-use ebb_dataplane_protocol::{Generation, InodeId, PgId, Sequence, crc32c};
+use ebb_dataplane_protocol::{Generation, Sequence, crc32c};
 
 /// Journal pages a record without inline data takes at most (1024 checksums and runs).
 const RECORD_PAGES: u32 = 4;
@@ -22,6 +22,7 @@ impl Store {
             .ok_or(WriteError::Malformed("range is empty or past the end of the chunk"))?;
         let n = blocks.len() as u32;
         let key = (op.inode, op.chunk);
+        let scope = self.index.scope_of(key);
         match self.seen(op.session, op.sequence) {
             Seen::New => {}
             Seen::Applied(generation) => return Err(WriteError::Duplicate { generation }),
@@ -30,9 +31,9 @@ impl Store {
         if self.sequences.contains(&(op.session, op.sequence)) {
             return Err(WriteError::Wait(WaitFor::Overlap));
         }
-        self.may_write(op.inode, self.index.pg_of(key), op.generation)?;
+        self.may_write(scope, op.generation)?;
         self.window_has_room(op)?;
-        if self.heads.contains_key(&op.inode) {
+        if self.heads.contains_key(&scope) {
             return Err(WriteError::Wait(WaitFor::Control));
         }
         let overlaps = |r: &std::ops::Range<u32>| r.start < blocks.end && blocks.start < r.end;
@@ -71,6 +72,7 @@ impl Store {
             id,
             InFlightWrite {
                 op: *op,
+                scope,
                 blocks,
                 runs,
                 inline,
@@ -85,11 +87,12 @@ impl Store {
         Ok(WritePlan { id, first_block, blocks: n, head, inline, writes, edges })
     }
 
-    fn may_write(&self, inode: InodeId, pg: PgId, g: Generation) -> Result<(), WriteError> {
+    fn may_write(&self, scope: Scope, g: Generation) -> Result<(), WriteError> {
+        let pg = scope.pg;
         if let Some(epoch) = self.frozen[usize::from(pg.0)] {
             return Err(WriteError::Frozen { pg, epoch });
         }
-        let floor = self.floor(inode);
+        let floor = self.floor(scope);
         if g < floor {
             return Err(WriteError::StaleGeneration { floor });
         }
@@ -196,7 +199,7 @@ impl Store {
         }
         let Some(w) = self.writes.get_mut(&id) else { return Err(WriteError::UnknownWrite(id)) };
         w.committed = true;
-        let op = w.op;
+        let (scope, generation) = (w.scope, w.op.generation);
         self.reserved_pages -= w.journal_pages;
         let record = Record::Write(WriteRecord {
             inode: w.op.inode,
@@ -221,7 +224,7 @@ impl Store {
             self.release(guard);
         }
         let ticket = self.journal.append(record, inline.to_vec(), true, needs_sync);
-        self.tags.entry(op.inode).or_default().take(op.generation);
+        self.tags.entry(scope).or_default().take(generation);
         self.committed.insert(ticket, id);
         Ok(ticket)
     }
@@ -242,7 +245,7 @@ impl Store {
             return Err(WriteError::Malformed("inline bytes do not match the plan"));
         }
         // A seal, cut, freeze or later tag appended since the plan was made wins.
-        self.may_write(w.op.inode, self.index.pg_of((w.op.inode, w.op.chunk)), w.op.generation)?;
+        self.may_write(w.scope, w.op.generation)?;
         for (i, block) in inline.chunks(BLOCK).enumerate() {
             if crc32c(block) != crcs[i] {
                 return Err(WriteError::Corrupt { block: w.blocks.start + i as u32 });
@@ -272,7 +275,8 @@ impl Store {
         if op.blocks == 0 || end.is_none() || !(1..=BLOCK as u32).contains(&op.tail_valid) {
             return Err(WriteError::Malformed("range is empty or past the end of the chunk"));
         }
-        let pg = self.index.pg_of((op.inode, op.chunk));
+        let scope = self.index.scope_of((op.inode, op.chunk));
+        let pg = scope.pg;
         if let Some(epoch) = self.frozen[usize::from(pg.0)] {
             return Err(WriteError::Frozen { pg, epoch });
         }
@@ -289,7 +293,7 @@ impl Store {
         let writes = planned(&runs);
         self.reserved_pages += RECORD_PAGES;
         self.reserved_index += index_bytes;
-        self.fills.insert(id, InFlightFill { op: *op, runs, dropped: false, index_bytes });
+        self.fills.insert(id, InFlightFill { op: *op, scope, runs, dropped: false, index_bytes });
         Ok(FillPlan { id, first_block: op.first_block, blocks: op.blocks, writes })
     }
 

@@ -202,7 +202,7 @@ impl World {
         let i = self.rng.random_range(0..self.owed.len());
         let (donor, pg, epoch) = self.owed.swap_remove(i);
         // Its dirt was flushed: here it just goes.
-        let t = self.cores[donor].store.drop_inode(INODE);
+        let t = self.cores[donor].store.drop_inode(Scope { inode: INODE, pg });
         self.cores[donor].done(t);
         let t = self.cores[donor].store.release_pg(pg, epoch);
         self.cores[donor].done(t);

@@ -29,11 +29,11 @@ fn rig() -> Rig {
 fn a_write_during_a_flush_survives_its_flush_done() {
     let mut r = rig();
     r.write(0, 8192, 1, b'a', NONE);
-    let t = r.store.seal(INODE, Generation(1));
+    let t = r.store.seal(SCOPE, Generation(1));
     r.done(t);
     r.write(0, 4096, 2, b'b', NONE);
     assert_eq!(r.read_pinned(1, 0..2, NONE), vec![b'a'; 8192], "the pin is the old version");
-    let t = r.store.flush_done(&flushed(1, 1, 0, 8192, 0));
+    let t = r.store.flush_done(SCOPE.pg, &flushed(1, 1, 0, 8192, 0));
     r.done(t);
     let mut want = vec![b'b'; 4096];
     want.extend(vec![b'a'; 4096]);
@@ -49,10 +49,10 @@ fn a_write_during_a_flush_survives_its_flush_done() {
 fn a_cut_during_a_flush_leaves_the_pins_whole() {
     let mut r = rig();
     r.write(0, 10_000, 1, b'a', NONE);
-    let t = r.store.seal(INODE, Generation(1));
+    let t = r.store.seal(SCOPE, Generation(1));
     r.done(t);
     let cut = ViewUpdate {
-        inode: INODE,
+        scope: SCOPE,
         version: ViewVersion(2),
         base: NONE,
         cuts: vec![Cut { generation: Generation(2), at: 5000 }],
@@ -68,7 +68,7 @@ fn a_cut_during_a_flush_leaves_the_pins_whole() {
         "cut is a fence"
     );
     // Committed with the new limit: nothing past the cut comes back, also after an extension.
-    let t = r.store.flush_done(&flushed(1, 1, 0, 5000, 0));
+    let t = r.store.flush_done(SCOPE.pg, &flushed(1, 1, 0, 5000, 0));
     r.done(t);
     r.write(9000, 10, 3, b'c', base(1, 5000));
     let now = r.read(0..3, base(1, 5000));
@@ -80,9 +80,9 @@ fn the_clean_base_is_clipped_where_the_old_object_stopped_counting() {
     let mut r = rig();
     r.fill(0, 3, 1, b'o', 4096);
     r.write(40_960, 10, 1, b'n', base(1, 6000));
-    let t = r.store.seal(INODE, Generation(1));
+    let t = r.store.seal(SCOPE, Generation(1));
     r.done(t);
-    let t = r.store.flush_done(&flushed(1, 2, 1, 40_970, 6000));
+    let t = r.store.flush_done(SCOPE.pg, &flushed(1, 2, 1, 40_970, 6000));
     r.done(t);
     let now = r.read(0..2, base(2, 40_970));
     assert!(now[..6000].iter().all(|b| *b == b'o') && now[6000..].iter().all(|b| *b == 0));
@@ -95,24 +95,24 @@ fn the_clean_base_is_clipped_where_the_old_object_stopped_counting() {
 fn a_second_seal_merges_what_the_first_could_not_flush() {
     let mut r = rig();
     r.write(0, 4096, 1, b'a', NONE);
-    let t = r.store.seal(INODE, Generation(1));
+    let t = r.store.seal(SCOPE, Generation(1));
     r.done(t);
     r.write(8192, 4096, 2, b'b', NONE);
-    let t = r.store.seal(INODE, Generation(2));
+    let t = r.store.seal(SCOPE, Generation(2));
     r.done(t);
-    let one = r.store.sealed(INODE, Generation(1)).expect("still pinned");
+    let one = r.store.sealed(SCOPE, Generation(1)).expect("still pinned");
     assert_eq!((one.extents, one.high_water), (vec![ByteRange { start: 0, end: 4096 }], 4096));
-    let two = r.store.sealed(INODE, Generation(2)).expect("pinned");
+    let two = r.store.sealed(SCOPE, Generation(2)).expect("pinned");
     assert_eq!(two.extents.len(), 2);
     assert_eq!(two.high_water, 12_288);
-    let t = r.store.flush_aborted(INODE, Generation(1));
+    let t = r.store.flush_aborted(SCOPE, Generation(1));
     r.done(t);
-    assert!(r.store.sealed(INODE, Generation(1)).is_none());
+    assert!(r.store.sealed(SCOPE, Generation(1)).is_none());
     assert_eq!(r.read_pinned(2, 0..1, NONE), vec![b'a'; 4096]);
     r.checkpoint();
     r.reopen();
-    assert_eq!(r.store.sealed(INODE, Generation(2)).expect("kept").high_water, 12_288);
-    let t = r.store.flush_done(&flushed(2, 1, 0, 12_288, 0));
+    assert_eq!(r.store.sealed(SCOPE, Generation(2)).expect("kept").high_water, 12_288);
+    let t = r.store.flush_done(SCOPE.pg, &flushed(2, 1, 0, 12_288, 0));
     r.done(t);
     assert_eq!(r.store.stats().dirty_bytes, 0);
 }
@@ -123,7 +123,7 @@ fn a_seal_answers_the_same_when_repeated_and_refuses_older_tags() {
     r.write(100, 50, 1, b'a', NONE);
     let begun = r.op(8192, 4, 1, NONE);
     let plan = r.store.begin_write(&begun).expect("accepted");
-    let t = r.store.seal(INODE, Generation(1));
+    let t = r.store.seal(SCOPE, Generation(1));
     assert!(
         matches!(
             r.store.commit_write(plan.id, &[crc32c(&[0; 4096])], &[0; 4096]),
@@ -132,12 +132,12 @@ fn a_seal_answers_the_same_when_repeated_and_refuses_older_tags() {
         "a write that was begun before the seal and committed after it"
     );
     r.done(t);
-    let first = r.store.sealed(INODE, Generation(1));
+    let first = r.store.sealed(SCOPE, Generation(1));
     assert_eq!(first.as_ref().expect("sealed").high_water, 150);
-    assert_eq!(r.store.seal(INODE, Generation(1)), Ok(None));
+    assert_eq!(r.store.seal(SCOPE, Generation(1)), Ok(None));
     r.reopen();
-    assert_eq!(r.store.seal(INODE, Generation(1)), Ok(None));
-    assert_eq!(r.store.sealed(INODE, Generation(1)), first);
+    assert_eq!(r.store.seal(SCOPE, Generation(1)), Ok(None));
+    assert_eq!(r.store.sealed(SCOPE, Generation(1)), first);
 }
 
 #[test]
@@ -145,8 +145,8 @@ fn flush_done_never_cleans_what_was_not_sealed_here() {
     let mut r = rig();
     r.write(0, 4096, 3, b'a', NONE);
     let early = flushed(3, 1, 0, 4096, 0);
-    assert!(matches!(r.store.flush_done(&early), Err(ControlError::NotSealed { .. })));
-    let t = r.store.flush_done(&flushed(2, 1, 0, 4096, 0));
+    assert!(matches!(r.store.flush_done(SCOPE.pg, &early), Err(ControlError::NotSealed { .. })));
+    let t = r.store.flush_done(SCOPE.pg, &flushed(2, 1, 0, 4096, 0));
     r.done(t);
     assert_eq!(r.store.stats().dirty_bytes, 4096);
 }
@@ -185,7 +185,7 @@ fn a_frozen_group_refuses_begun_writes_and_only_its_epoch_thaws() {
     r.done(t);
     r.write(0, 4096, 1, b'a', NONE);
     assert!(matches!(r.store.release_pg(pg, PgEpoch(6)), Err(ControlError::StillDirty { .. })));
-    let t = r.store.drop_inode(INODE);
+    let t = r.store.drop_inode(SCOPE);
     r.done(t);
     let t = r.store.release_pg(pg, PgEpoch(6));
     r.done(t);
@@ -200,7 +200,7 @@ fn a_repeated_write_is_answered_under_its_first_tag_whatever_came_between() {
     r.settle();
     // Its reply is lost; somebody truncates, somebody writes.
     let cut = ViewUpdate {
-        inode: INODE,
+        scope: SCOPE,
         version: ViewVersion(2),
         base: NONE,
         cuts: vec![Cut { generation: Generation(1), at: 100 }],
@@ -244,7 +244,7 @@ fn a_tag_below_one_that_was_taken_is_refused() {
         let stale = Err(WriteError::StaleGeneration { floor: Generation(2) });
         assert_eq!(r.store.begin_write(&old).map(|_| ()), stale);
         // What was never sealed here is no flush's: the floor of tags is not that of seals.
-        let done = r.store.flush_done(&flushed(2, 1, 0, 0, 0));
+        let done = r.store.flush_done(SCOPE.pg, &flushed(2, 1, 0, 0, 0));
         assert!(matches!(done, Err(ControlError::NotSealed { .. })), "{done:?}");
         r.checkpoint();
         r.reopen();
@@ -320,10 +320,12 @@ fn a_full_device_evicts_checkpoints_and_takes_writes_again() {
     // Full of dirty data: a checkpoint still finds room for what is inline.
     r.checkpoint();
     assert_eq!(r.store.stats().inline_bytes, 0);
-    let t = r.store.seal(INODE, Generation(g));
-    r.done(t);
-    let t = r.store.flush_done(&flushed(g, 2, 1, 1 << 30, 0));
-    r.done(t);
+    for scope in r.store.scopes(INODE) {
+        let t = r.store.seal(scope, Generation(g));
+        r.done(t);
+        let t = r.store.flush_done(scope.pg, &flushed(g, 2, 1, 1 << 30, 0));
+        r.done(t);
+    }
     g += 1;
     r.store.evict(1 << 20).expect("journals").expect("clean now");
     r.settle();
@@ -352,6 +354,52 @@ fn a_failed_device_takes_nothing_more() {
     r.store.fail();
     let op = r.op(0, 1, 1, NONE);
     assert_eq!(r.store.begin_write(&op), Err(WriteError::Failed));
-    assert_eq!(r.store.seal(INODE, Generation(1)), Err(ControlError::Failed));
+    assert_eq!(r.store.seal(SCOPE, Generation(1)), Err(ControlError::Failed));
     assert!(r.store.take_batch().is_none());
+}
+
+/// Groups change hands one by one, and a core may be primary of one and backup of another: what was
+/// said of an inode in one of them says nothing about its part in the others.
+#[test]
+fn what_ends_in_one_group_goes_on_in_another() {
+    let mut r = rig();
+    let far = (1..)
+        .map(|run| ChunkIndex(run * 4))
+        .find(|chunk| Scope::of(INODE, *chunk, 8) != SCOPE)
+        .expect("another group");
+    let other = Scope::of(INODE, far, 8);
+    r.write(0, 4096, 1, b'a', NONE);
+    let t = r.store.seal(SCOPE, Generation(1));
+    r.done(t);
+    // Sealed here, not there: a write of the same generation is taken, and is no part of the pins.
+    let late = r.op(0, 10, 1, NONE);
+    assert!(matches!(r.write_op(&late, b'x'), Err(WriteError::StaleGeneration { .. })));
+    let op = WriteOp { chunk: far, ..r.op(0, 4096, 1, NONE) };
+    r.write_op(&op, b'b').expect("another group's floor is its own");
+    r.settle();
+    for _ in 0..2 {
+        assert_eq!(r.store.scopes(INODE).len(), 2);
+        assert_eq!(r.store.floor(SCOPE), Generation(2));
+        assert_eq!(r.store.floor(other), Generation(1));
+        assert!(r.store.sealed(other, Generation(1)).is_none(), "nobody sealed it");
+        let sealed = r.store.sealed(SCOPE, Generation(1)).expect("sealed");
+        assert_eq!(sealed.extents, vec![ByteRange { start: 0, end: 4096 }]);
+        r.checkpoint();
+        r.reopen();
+    }
+    // Its own seal pins it; the flush of one ends nothing in the other.
+    let t = r.store.seal(other, Generation(1));
+    r.done(t);
+    let start = far.start();
+    let sealed = r.store.sealed(other, Generation(1)).expect("sealed");
+    assert_eq!(sealed.extents, vec![ByteRange { start, end: start + 4096 }]);
+    let t = r.store.flush_done(SCOPE.pg, &flushed(1, 1, 0, start + 4096, 0));
+    r.done(t);
+    assert_eq!(r.store.stats().dirty_bytes, 4096);
+    assert!(r.store.sealed(other, Generation(1)).is_some());
+    let t = r.store.drop_inode(SCOPE);
+    r.done(t);
+    assert_eq!(r.store.scopes(INODE), vec![other]);
+    let held = r.store.pg_status(other.pg);
+    assert_eq!((held.dirty_bytes, held.pins), (4096, 1));
 }

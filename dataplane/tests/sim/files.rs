@@ -226,10 +226,14 @@ impl File {
             session: SessionId(0),
             view: self.view.clone(),
             least_map_version: MapVersion(1),
-            alloc_limit: 0,
+            alloc_limit: FILE_MAX,
         };
         SignedGrant::sign(&grant, &key())
     }
+}
+
+fn seal_item(inode: InodeId, generation: Generation) -> SealItem {
+    SealItem { inode, generation, alloc_limit: FILE_MAX }
 }
 
 /// The tag that a write's answer names.
@@ -435,8 +439,8 @@ impl Sim {
                 // No write of g may be acked once the seal is answered; the model is frozen then.
                 f.flush = Flush::Sealing;
                 f.sealed = f.generation;
-                let items = vec![SealItem { inode: f.inode, generation: f.generation }];
-                self.control(&Control::Seal(items), What::Seal(file));
+                let items = vec![seal_item(f.inode, f.generation)];
+                self.control(&Control::Seal(MapVersion(1), items), What::Seal(file));
             }
             Flush::Sealed(bytes) if !f.quiet => {
                 if self.rng.random_bool(0.2) {
@@ -530,8 +534,8 @@ impl Sim {
             What::Present | What::Evict | What::OldRead { .. } => {}
             What::Seal(file) => {
                 let f = &self.files.all[file];
-                let items = vec![SealItem { inode: f.inode, generation: f.sealed }];
-                self.control(&Control::Seal(items), What::Seal(file));
+                let items = vec![seal_item(f.inode, f.sealed)];
+                self.control(&Control::Seal(MapVersion(1), items), What::Seal(file));
             }
             What::Put { file } => self.files.all[file].quiet = false,
             What::FlushDone(file) => {

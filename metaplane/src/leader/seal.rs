@@ -42,7 +42,11 @@ impl Service {
         for item in items {
             found.insert(item.inode, Ok(Sealed::default()));
             for core in cores::primaries(&map, item.inode, item.alloc_limit) {
-                let seal = SealItem { inode: item.inode, generation: item.generation };
+                let seal = SealItem {
+                    inode: item.inode,
+                    generation: item.generation,
+                    alloc_limit: item.alloc_limit,
+                };
                 by_core.entry(core).or_default().push(seal);
             }
         }
@@ -53,7 +57,7 @@ impl Service {
                 .chunks(BATCH_MAX)
                 .map(<[SealItem]>::to_vec)
                 .map(|batch| async move {
-                    let request = Control::Seal(batch.clone());
+                    let request = Control::Seal(map.version, batch.clone());
                     let reply = self.cores.call(map, core, &request, timeout).await;
                     let sealed = reply.and_then(|reply| match reply {
                         ControlReply::Sealed(items) => Ok(items),

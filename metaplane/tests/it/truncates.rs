@@ -29,7 +29,7 @@ struct Core {
 impl Handler for Core {
     async fn handle(&self, _peer: Peer, frame: Frame) -> Frame {
         let reply = match codec::decode::<Control>(&frame.body).expect("a control request") {
-            Control::Seal(items) => {
+            Control::Seal(_, items) => {
                 let empty = |i: control::SealItem| SealedItem {
                     inode: i.inode,
                     generation: i.generation,

@@ -404,10 +404,11 @@ impl World {
                 for _ in 0..3 {
                     let inode = InodeId::new(9, Incarnation(1), self.rng.random_range(0..300));
                     let floor = Generation(self.rng.random_range(1..1000));
-                    let known = self.head.inodes.get(&inode).map_or(Generation(0), |i| i.floor);
-                    let r = self.store.set_floor(inode, floor);
+                    let scope = Scope::of(inode, ChunkIndex(0), PGS);
+                    let known = self.head.inodes.get(&scope).map_or(Generation(0), |i| i.floor);
+                    let r = self.store.set_floor(scope, floor);
                     if known < floor {
-                        self.control(r, Op::Floor(inode, floor))?;
+                        self.control(r, Op::Floor(scope, floor))?;
                     }
                 }
                 self.step = Some((token, None));

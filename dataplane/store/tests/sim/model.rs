@@ -2,7 +2,7 @@
 
 use ebb_dataplane_protocol::control::FlushDone;
 use ebb_dataplane_protocol::*;
-use ebb_store::{Seen, ViewUpdate};
+use ebb_store::{Scope, Seen, ViewUpdate};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -22,12 +22,12 @@ pub enum Op {
         sequence: u64,
         below: u64,
     },
-    Seal(InodeId, Generation),
-    FlushDone(FlushDone),
-    Aborted(InodeId, Generation),
+    Seal(Scope, Generation),
+    FlushDone(PgId, FlushDone),
+    Aborted(Scope, Generation),
     View(ViewUpdate),
-    Floor(InodeId, Generation),
-    Drop(InodeId),
+    Floor(Scope, Generation),
+    Drop(Scope),
     Frozen(u16, PgEpoch),
     Released(u16),
     Thaw(u16, PgEpoch),
@@ -61,7 +61,7 @@ pub struct Applied {
 
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    pub inodes: BTreeMap<InodeId, Inode>,
+    pub inodes: BTreeMap<Scope, Inode>,
     pub windows: BTreeMap<SessionId, (u64, BTreeMap<u64, Applied>)>,
     pub frozen: BTreeMap<u16, PgEpoch>,
     pub node: NodeId,
@@ -81,7 +81,8 @@ impl State {
                 sequence,
                 below,
             } => {
-                let i = self.inodes.entry(*inode).or_default();
+                let scope = Scope::of(*inode, ChunkIndex(*chunk), super::driver::PGS);
+                let i = self.inodes.entry(scope).or_default();
                 for (k, b) in blocks.iter().enumerate() {
                     i.dirty.insert((*chunk, first + k as u32), (*generation, b.clone()));
                 }
@@ -94,15 +95,15 @@ impl State {
                         e.insert(v);
                     }
                 }
-                let pg = PgId::of_chunk(*inode, ChunkIndex(*chunk), super::driver::PGS).0;
+                let pg = scope.pg.0;
                 let w = self.windows.entry(*session).or_default();
                 w.1.entry(*sequence).or_insert(Applied { generation: *generation, pg });
                 w.0 = w.0.max(*below);
                 let below = w.0;
                 w.1.retain(|s, _| *s >= below);
             }
-            Op::Seal(inode, g) => {
-                let i = self.inodes.entry(*inode).or_default();
+            Op::Seal(scope, g) => {
+                let i = self.inodes.entry(*scope).or_default();
                 i.floor = i.floor.max(g.next());
                 if !i.seals.contains_key(g) {
                     let snapshot = i
@@ -115,21 +116,22 @@ impl State {
                     i.seals.insert(*g, (snapshot, high));
                 }
             }
-            Op::FlushDone(d) => {
-                if let Some(i) = self.inodes.get_mut(&d.inode) {
+            Op::FlushDone(pg, d) => {
+                let scope = Scope { inode: d.inode, pg: *pg };
+                if let Some(i) = self.inodes.get_mut(&scope) {
                     let floor = i.floor;
                     i.dirty.retain(|_, (g, _)| !(*g <= d.generation && *g < floor));
                     i.marks.retain(|g, _| !(*g <= d.generation && *g < floor));
                     i.seals.retain(|g, _| *g > d.generation);
                 }
             }
-            Op::Aborted(inode, g) => {
-                if let Some(i) = self.inodes.get_mut(inode) {
+            Op::Aborted(scope, g) => {
+                if let Some(i) = self.inodes.get_mut(scope) {
                     i.seals.retain(|s, _| s > g);
                 }
             }
             Op::View(v) => {
-                let i = self.inodes.entry(v.inode).or_default();
+                let i = self.inodes.entry(v.scope).or_default();
                 if v.version > i.view {
                     i.view = v.version;
                     for c in &v.cuts {
@@ -138,12 +140,12 @@ impl State {
                     }
                 }
             }
-            Op::Floor(inode, floor) => {
-                let i = self.inodes.entry(*inode).or_default();
+            Op::Floor(scope, floor) => {
+                let i = self.inodes.entry(*scope).or_default();
                 i.floor = i.floor.max(*floor);
             }
-            Op::Drop(inode) => {
-                self.inodes.remove(inode);
+            Op::Drop(scope) => {
+                self.inodes.remove(scope);
             }
             Op::Frozen(pg, e) => {
                 self.frozen.insert(*pg, *e);

@@ -11,6 +11,14 @@ pub type Check = Result<(), String>;
 /// Chunks the workload uses: two of one run, one of another.
 pub const CHUNKS: [u32; 3] = [0, 1, 4];
 
+/// The scopes of an inode that the workload uses.
+pub fn scopes(inode: InodeId) -> Vec<Scope> {
+    let of = |chunk: &u32| Scope::of(inode, ChunkIndex(*chunk), super::driver::PGS);
+    let mut all: Vec<Scope> = CHUNKS.iter().map(of).collect();
+    all.dedup();
+    all
+}
+
 pub fn ensure(ok: bool, what: impl FnOnce() -> String) -> Check {
     if ok { Ok(()) } else { Err(what()) }
 }
@@ -50,6 +58,11 @@ pub fn read_piece(disk: &Disk, source: &PieceSource) -> Result<Vec<Vec<u8>>, Str
     Ok(out)
 }
 
+fn chunks_of(scope: Scope) -> impl Iterator<Item = u32> {
+    let inside = move |c: &u32| scope == Scope::of(scope.inode, ChunkIndex(*c), super::driver::PGS);
+    CHUNKS.into_iter().filter(inside)
+}
+
 /// Whether the store holds exactly `state`.
 pub fn compare(
     store: &mut Store,
@@ -58,17 +71,18 @@ pub fn compare(
     inodes: &[InodeId],
     pgs: u16,
 ) -> Check {
-    for id in inodes {
+    for scope in inodes.iter().flat_map(|id| scopes(*id)) {
+        let id = &scope.inode;
         let empty = super::model::Inode::default();
-        let m = state.inodes.get(id).unwrap_or(&empty);
-        ensure(store.floor(*id) == m.least(), || {
-            format!("inode {id}: floor {} instead of {}", store.floor(*id), m.least())
+        let m = state.inodes.get(&scope).unwrap_or(&empty);
+        ensure(store.floor(scope) == m.least(), || {
+            format!("{scope}: floor {} instead of {}", store.floor(scope), m.least())
         })?;
         // Without data and floor an inode's view may be forgotten with its last clean chunk.
-        let view = store.view_version(*id).0;
+        let view = store.view_version(scope).0;
         let forgotten = view == ViewVersion(0) && m.floor == Generation(0) && m.dirty.is_empty();
-        ensure(view == m.view || forgotten, || format!("inode {id}: view"))?;
-        for chunk in CHUNKS {
+        ensure(view == m.view || forgotten, || format!("{scope}: view"))?;
+        for chunk in chunks_of(scope) {
             let nothing = BaseView { content: ContentId(u64::MAX), valid_bytes: 0 };
             let plan = store.plan_read(*id, ChunkIndex(chunk), 0..CHUNK_BLOCKS, nothing);
             let result = compare_blocks(disk, &plan.pieces, |b| {
@@ -77,14 +91,14 @@ pub fn compare(
             if let Some(g) = plan.guard {
                 store.release(g);
             }
-            result.map_err(|e| format!("inode {id} chunk {chunk}: {e}"))?;
+            result.map_err(|e| format!("{scope} chunk {chunk}: {e}"))?;
         }
         for g in (0..=m.floor.0 + 1).map(Generation) {
-            compare_seal(store, disk, *id, g, m)?;
+            compare_seal(store, disk, scope, g, m)?;
         }
     }
-    for (id, m) in &state.inodes {
-        ensure(store.floor(*id) == m.least(), || format!("inode {id}: floor"))?;
+    for (scope, m) in &state.inodes {
+        ensure(store.floor(*scope) == m.least(), || format!("{scope}: floor"))?;
     }
     for (session, w) in &state.windows {
         for s in 0..w.1.keys().next_back().copied().unwrap_or(0).max(w.0) + 3 {
@@ -129,11 +143,12 @@ fn compare_blocks(
 fn compare_seal(
     store: &mut Store,
     disk: &Disk,
-    id: InodeId,
+    scope: Scope,
     g: Generation,
     m: &super::model::Inode,
 ) -> Check {
-    let got = store.sealed(id, g);
+    let id = scope.inode;
+    let got = store.sealed(scope, g);
     let Some((snapshot, high)) = m.seals.get(&g) else {
         return ensure(got.is_none(), || format!("inode {id}: a seal of {g} from nowhere"));
     };
@@ -141,7 +156,7 @@ fn compare_seal(
     ensure(got.high_water == *high, || {
         format!("inode {id} seal {g}: high water {} instead of {high}", got.high_water)
     })?;
-    for chunk in CHUNKS {
+    for chunk in chunks_of(scope) {
         let nothing = BaseView { content: ContentId(u64::MAX), valid_bytes: 0 };
         let plan = store
             .plan_read_pinned(id, g, ChunkIndex(chunk), 0..CHUNK_BLOCKS, nothing)

@@ -3,7 +3,7 @@
 
 use super::driver::*;
 use super::model::{Block, Op, block_start};
-use super::oracle::{CHUNKS, Check, Object, ensure, read_piece};
+use super::oracle::{CHUNKS, Check, Object, ensure, read_piece, scopes};
 use ebb_dataplane_protocol::control::FlushDone;
 use ebb_dataplane_protocol::*;
 use ebb_store::*;
@@ -15,14 +15,22 @@ impl World {
 
     /// Presents the file's view; true: it is durable (or nothing is known of the inode).
     pub fn present(&mut self, f: usize) -> Result<bool, String> {
+        let mut all = true;
+        for scope in scopes(self.files[f].inode) {
+            all &= self.present_in(f, scope)?;
+        }
+        Ok(all)
+    }
+
+    fn present_in(&mut self, f: usize, scope: Scope) -> Result<bool, String> {
         let file = &self.files[f];
-        let (inode, version) = (file.inode, file.version);
-        let (known, durable) = self.store.view_version(inode);
+        let version = file.version;
+        let (known, durable) = self.store.view_version(scope);
         if known >= version {
             return Ok(durable);
         }
         let view = ViewUpdate {
-            inode,
+            scope,
             version,
             base: BaseView { content: file.content, valid_bytes: file.valid },
             cuts: file.cuts.clone(),
@@ -58,9 +66,14 @@ impl World {
         }
     }
 
-    /// Least tag of an inode that may write, by the model.
-    fn least(&self, inode: InodeId) -> Generation {
-        let Some(i) = self.head.inodes.get(&inode) else { return Generation(0) };
+    /// The oldest view that a scope of the inode knows.
+    fn least_view(&self, inode: InodeId) -> ViewVersion {
+        scopes(inode).into_iter().map(|s| self.store.view_version(s).0).min().unwrap_or_default()
+    }
+
+    /// Least tag of a scope that may write, by the model.
+    fn least(&self, scope: Scope) -> Generation {
+        let Some(i) = self.head.inodes.get(&scope) else { return Generation(0) };
         if self.rule == Break::TagsGoBack { i.floor } else { i.least() }
     }
 
@@ -69,7 +82,7 @@ impl World {
     pub fn begin_write(&mut self) -> Check {
         let f = self.rng.random_range(0..self.files.len());
         self.present(f)?;
-        let (version, _) = self.store.view_version(self.files[f].inode);
+        let version = self.least_view(self.files[f].inode);
         if version < self.files[f].version && !self.files[f].cuts.is_empty() {
             return Ok(());
         }
@@ -117,7 +130,7 @@ impl World {
             answered_below: Sequence(below.min(sequence)),
             base,
         };
-        let floor = self.least(inode);
+        let floor = self.least(Scope::of(inode, ChunkIndex(chunk), PGS));
         let pg = PgId::of_chunk(inode, op.chunk, PGS).0;
         let plan = match self.store.begin_write(&op) {
             Ok(plan) => plan,
@@ -171,7 +184,8 @@ impl World {
         let payload = self.random_bytes(len as usize);
         // What the blocks must become, by the model alone.
         let object = &self.objects[&(inode, base.content)];
-        let dirty = self.head.inodes.get(&inode).map(|i| &i.dirty);
+        let scope = Scope::of(inode, ChunkIndex(chunk), PGS);
+        let dirty = self.head.inodes.get(&scope).map(|i| &i.dirty);
         let mut bytes = Vec::new();
         for b in plan.first_block..plan.first_block + plan.blocks {
             match dirty.and_then(|d| d.get(&(chunk, b))) {
@@ -228,7 +242,7 @@ impl World {
         match self.store.commit_write(id, &crcs, inline) {
             Ok(ticket) => {
                 self.counts.writes += 1;
-                let floor = self.least(p.op.inode);
+                let floor = self.least(Scope::of(p.op.inode, p.op.chunk, PGS));
                 ensure(p.op.generation >= floor, || "a commit below the floor".into())?;
                 let end = p.op.chunk.start() + u64::from(p.op.offset) + u64::from(p.op.len);
                 let op = Op::Write {
@@ -297,7 +311,8 @@ impl World {
         };
         let inode = self.files[f].inode;
         let Some((g, phase)) = self.files[f].flush.take() else {
-            let dirty = self.head.inodes.get(&inode).is_some_and(|i| !i.dirty.is_empty());
+            let holds = |s: Scope| self.head.inodes.get(&s).is_some_and(|i| !i.dirty.is_empty());
+            let dirty = scopes(inode).into_iter().any(holds);
             if dirty && self.rng.random_bool(0.2) {
                 // Given up before the seal came here: the next tag is granted, the old one is still out.
                 self.files[f].generation = self.files[f].generation.next();
@@ -309,16 +324,23 @@ impl World {
         let next = match phase {
             Phase::Sealing if !self.cuts_sent(f)? => Some(Phase::Sealing),
             Phase::Sealing => {
-                let mut r = self.store.seal(inode, g);
-                if matches!(r, Err(ControlError::TooManySeals { .. })) {
-                    // Aborts were lost: the leader repeats the newest.
-                    let older = Generation(g.0 - 1);
-                    let aborted = self.store.flush_aborted(inode, older);
-                    self.control(aborted, Op::Aborted(inode, older))?;
-                    r = Err(ControlError::Wait(WaitFor::Control));
+                let mut sealed = true;
+                for scope in scopes(inode) {
+                    let mut r = self.store.seal(scope, g);
+                    if matches!(r, Err(ControlError::TooManySeals { .. })) {
+                        // Aborts were lost: the leader repeats the newest.
+                        let older = Generation(g.0 - 1);
+                        let aborted = self.store.flush_aborted(scope, older);
+                        self.control(aborted, Op::Aborted(scope, older))?;
+                        r = Err(ControlError::Wait(WaitFor::Control));
+                    }
+                    sealed &= matches!(r, Ok(None));
+                    self.control(r, Op::Seal(scope, g))?;
+                    // Others are asked later: writers go on in between.
+                    if !sealed && self.rng.random_bool(0.3) {
+                        break;
+                    }
                 }
-                let sealed = matches!(r, Ok(None));
-                self.control(r, Op::Seal(inode, g))?;
                 if sealed { Some(self.sealed(f, g)?) } else { Some(Phase::Sealing) }
             }
             Phase::Sealed { object, content, old_valid, limit } => {
@@ -354,9 +376,14 @@ impl World {
                 None
             }
             Phase::Committed { done, sent: None } => {
-                let r = self.store.flush_done(&done);
-                let nothing = matches!(r, Ok(None));
-                let sent = self.control(r, Op::FlushDone(done))?;
+                let (mut nothing, mut waits, mut sent) = (true, false, None);
+                for scope in scopes(inode) {
+                    let r = self.store.flush_done(scope.pg, &done);
+                    nothing &= matches!(r, Ok(None));
+                    waits |= matches!(r, Err(ControlError::Wait(_)));
+                    sent = sent.max(self.control(r, Op::FlushDone(scope.pg, done))?);
+                }
+                let sent = sent.filter(|_| !waits);
                 (!nothing).then_some(Phase::Committed { done, sent })
             }
             Phase::Aborting { sent: Some(t) } if t > self.durable_ticket => {
@@ -368,9 +395,14 @@ impl World {
                 if self.rng.random_bool(0.2) {
                     None
                 } else {
-                    let r = self.store.flush_aborted(inode, g);
-                    let nothing = matches!(r, Ok(None));
-                    let sent = self.control(r, Op::Aborted(inode, g))?;
+                    let (mut nothing, mut waits, mut sent) = (true, false, None);
+                    for scope in scopes(inode) {
+                        let r = self.store.flush_aborted(scope, g);
+                        nothing &= matches!(r, Ok(None));
+                        waits |= matches!(r, Err(ControlError::Wait(_)));
+                        sent = sent.max(self.control(r, Op::Aborted(scope, g))?);
+                    }
+                    let sent = sent.filter(|_| !waits);
                     (!nothing).then_some(Phase::Aborting { sent })
                 }
             }
@@ -383,7 +415,7 @@ impl World {
     pub fn cuts_sent(&mut self, f: usize) -> Result<bool, String> {
         self.present(f)?;
         let file = &self.files[f];
-        Ok(file.cuts.is_empty() || self.store.view_version(file.inode).0 >= file.version)
+        Ok(file.cuts.is_empty() || self.least_view(file.inode) >= file.version)
     }
 
     /// The seal is durable: build the object from the pins, and check them against the model.
@@ -391,12 +423,17 @@ impl World {
         self.counts.seals += 1;
         let inode = self.files[f].inode;
         let (base, old_valid) = (self.files[f].content, self.files[f].valid);
-        let model = self.durable.inodes.get(&inode).and_then(|i| i.seals.get(&g)).cloned();
-        let Some((snapshot, high)) = model else {
-            return Err("sealed, says the store only".into());
-        };
-        let sealed = self.store.sealed(inode, g).ok_or("a durable seal has no answer")?;
-        ensure(sealed.high_water == high, || "high water".into())?;
+        let (mut snapshot, mut high) = (BTreeMap::new(), 0);
+        for scope in scopes(inode) {
+            let model = self.durable.inodes.get(&scope).and_then(|i| i.seals.get(&g)).cloned();
+            let Some((blocks, mark)) = model else {
+                return Err("sealed, says the store only".into());
+            };
+            let sealed = self.store.sealed(scope, g).ok_or("a durable seal has no answer")?;
+            ensure(sealed.high_water == mark, || "high water".into())?;
+            snapshot.extend(blocks);
+            high = high.max(mark);
+        }
         let old = &self.objects[&(inode, base)];
         let mut object = Object { len: old_valid.max(high), blocks: BTreeMap::new() };
         let view = BaseView { content: base, valid_bytes: old_valid };
@@ -451,7 +488,8 @@ impl World {
             }
         };
         let inode = self.files[f].inode;
-        let acked = self.durable.inodes.get(&inode).map_or(ViewVersion(0), |i| i.view);
+        let view = |s: &Scope| self.durable.inodes.get(s).map_or(ViewVersion(0), |i| i.view);
+        let acked = scopes(inode).iter().map(view).min().unwrap_or_default();
         let file = &mut self.files[f];
         if matches!(file.flush, Some((_, Phase::Sealing))) {
             return;
@@ -493,7 +531,8 @@ impl World {
         let end = first + self.rng.random_range(1..100);
         let plan = self.store.plan_read(inode, ChunkIndex(chunk), first..end, base);
         let object = &self.objects[&(inode, base.content)];
-        let dirty = self.durable.inodes.get(&inode).map(|i| &i.dirty);
+        let scope = Scope::of(inode, ChunkIndex(chunk), PGS);
+        let dirty = self.durable.inodes.get(&scope).map(|i| &i.dirty);
         let expected = (first..end)
             .map(|b| match dirty.and_then(|d| d.get(&(chunk, b))) {
                 Some((_, d)) => Expected::Dirty(d.clone()),
@@ -659,10 +698,12 @@ impl World {
                 if file.flush.is_none() {
                     // A fence: the session that wrote it expired.
                     let (inode, floor) = (file.inode, file.generation.next());
-                    let fresh = self.head.inodes.get(&inode).is_none_or(|i| i.floor < floor);
-                    let r = self.store.set_floor(inode, floor);
-                    if fresh && self.control(r, Op::Floor(inode, floor))?.is_some() {
-                        self.files[f].generation = floor;
+                    for scope in scopes(inode) {
+                        let fresh = self.head.inodes.get(&scope).is_none_or(|i| i.floor < floor);
+                        let r = self.store.set_floor(scope, floor);
+                        if fresh && self.control(r, Op::Floor(scope, floor))?.is_some() {
+                            self.files[f].generation = floor;
+                        }
                     }
                 }
             }
@@ -700,8 +741,10 @@ impl World {
         // The metadata plane repeats a drop until it is answered.
         for inode in self.gone.clone() {
             if self.rng.random_bool(0.5) {
-                let r = self.store.drop_inode(inode);
-                self.control(r, Op::Drop(inode))?;
+                for scope in scopes(inode) {
+                    let r = self.store.drop_inode(scope);
+                    self.control(r, Op::Drop(scope))?;
+                }
             }
         }
         Ok(())

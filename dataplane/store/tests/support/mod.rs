@@ -52,6 +52,7 @@ pub struct Rig {
 
 pub const INODE: InodeId = InodeId(42);
 pub const CHUNK: ChunkIndex = ChunkIndex(0);
+pub const SCOPE: Scope = Scope::of(INODE, CHUNK, 8);
 
 impl Rig {
     pub fn new(bytes: u64) -> Self {
