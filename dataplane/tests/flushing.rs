@@ -479,3 +479,67 @@ async fn eventually_stats(
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seal_ends_a_generation_also_where_nothing_was_written_yet() {
+    let world = World::new(256 * MIB, 1).await;
+    let node = world.start().await;
+    world.beats(2).await;
+    let client = Client::new(&world, node.port(), 5).await;
+    let meta = MetaPeer::new(&world, node.port()).await;
+    let file = File::new(1);
+    assert_eq!(client.present(&file).await, Status::Ok);
+    client.write(&file, 0, 0, b"one run of it").await;
+    assert_eq!(seal(&meta, &file).await.high_water, 13);
+    // The first chunk of each of the next runs: other groups, of which the store knows nothing.
+    for run in 1..5 {
+        let late = client.write_status(&file, run * 4, 0, b"late").await;
+        assert_eq!(late, Status::StaleGeneration, "run {run}");
+    }
+    node.shutdown().await;
+}
+
+/// The leader read a newer map than this core has: which groups it means is known once that came. A fence
+/// taken without it would leave out a group that has just come here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fence_waits_for_the_map_it_speaks_of() {
+    let world = World::new(256 * MIB, 1).await;
+    let node = world.start().await;
+    world.beats(2).await;
+    let client = Client::new(&world, node.port(), 5).await;
+    let meta = MetaPeer::new(&world, node.port()).await;
+    let file = File::new(1);
+    // Until then the second run's group is nobody's.
+    let far = PgId::of_chunk(file.inode, ChunkIndex(4), PGS);
+    let near = PgId::of_chunk(file.inode, ChunkIndex(0), PGS);
+    assert_ne!(near, far, "the inode number is chosen so");
+    let me = world.meta().map.pgs[usize::from(far.0)].members.clone();
+    world.change_map(|map| map.pgs[usize::from(far.0)].members.clear()).await;
+    assert_eq!(client.present(&file).await, Status::Ok);
+    client.write(&file, 0, 0, b"written").await;
+
+    let next = MapVersion(world.meta().map.version.0 + 1);
+    let item =
+        SealItem { inode: file.inode, generation: file.generation, alloc_limit: file.alloc_limit };
+    let asked = Control::Seal(next, vec![item]);
+    let early = meta.connection.control(&asked, TIMEOUT).await.expect_err("no such map yet");
+    assert_eq!(early.status(), Some(Status::Busy));
+    client.write(&file, 0, 0, b"not sealed").await;
+
+    let sealing = tokio::spawn({
+        let meta = meta.clone();
+        async move {
+            loop {
+                match meta.connection.control(&asked, TIMEOUT).await {
+                    Ok(reply) => return reply,
+                    // It waits for a second only; the leader asks again too.
+                    Err(e) => assert_eq!(e.status(), Some(Status::Busy)),
+                }
+            }
+        }
+    });
+    world.change_map(|map| map.pgs[usize::from(far.0)].members.clone_from(&me)).await;
+    assert!(matches!(sealing.await.expect("no panic"), ControlReply::Sealed(_)));
+    assert_eq!(client.write_status(&file, 4, 0, b"late").await, Status::StaleGeneration);
+    node.shutdown().await;
+}
