@@ -8,6 +8,7 @@
 pub mod core;
 pub mod handover;
 pub mod key;
+pub mod replica;
 pub mod rules;
 pub mod run;
 pub mod suite;

@@ -95,11 +95,63 @@ pub enum Rule {
     WaitValidity,
     /// R33: no work makes the condition of an unanswered attempt true again.
     ConditionMayRecur,
+    /// R41: a member applies a primary's mutations in the primary's order.
+    OneOrder,
+    /// R41: a newer stream of a primary ends the older one before anything of it is taken.
+    OneStream,
+    /// R41: a member takes what the stream says, without asking its own window or floor.
+    MemberTakesBlindly,
+    /// R41: a member acks what is durable there.
+    MemberAcksDurable,
+    /// R42: the primary answers a mutation only when every in-sync member acked it.
+    AckWaitsInSync,
+    /// R42: also when those acked it that it asked to be made in-sync.
+    AckWaitsAsked,
+    /// R47: it waits for a member from the end mark on, not only from when it asks.
+    WaitFromEndMark,
+    /// R42: an answer from the window waits until all of those hold the chunk.
+    WindowAnswerWaits,
+    /// R42: a read waits until all of those hold the chunk.
+    ReadWaits,
+    /// R42: with fewer in-sync members than min_in_sync nothing is acked.
+    MinInSyncToAck,
+    /// R43: the primary acks without a member only once it knows the epoch without it.
+    DropKnownFirst,
+    /// R43: the last in-sync member in contact is never dropped.
+    LastInSyncStays,
+    /// R43, R47: a command names the epoch it was made for, and another one refuses it.
+    CommandNamesEpoch,
+    /// R44: a syncing member never takes over.
+    TakeoverInSync,
+    /// R44: a takeover waits for the old primary's lease + drift.
+    TakeoverWaitsForLease,
+    /// R45: a member refuses epochs older than the newest it knows.
+    FenceOldEpoch,
+    /// R45: a restarted member takes nothing before it has a map from the metadata plane.
+    RestartedKnowsNone,
+    /// R45: with a mutation of a newer epoch a member knows that epoch.
+    EpochFromStream,
+    /// R45: the restart of a primary that has other members is a new epoch.
+    RestartIsNewEpoch,
+    /// R46: a stream after a new primary, a restart or a break begins with an alignment.
+    AlignEachStream,
+    /// R46: a chunk's writes are held while it is read and sent.
+    ChunkHeld,
+    /// R46: a chunk's window entries go with its bytes, in one record.
+    WindowWithChunk,
+    /// R46: the member's entries are replaced, not merged.
+    WindowReplaced,
+    /// R46: at the end mark goes what was not named.
+    EndMarkDrops,
+    /// R47: in-sync is asked for only after the end mark was acked.
+    AskAfterEndMark,
+    /// R48: who leaves, leaves at least min_in_sync in-sync members.
+    ShrinkKeepsMin,
 }
 
 impl Rule {
     /// Every rule that can be taken out.
-    pub const ALL: [Rule; 44] = [
+    pub const ALL: [Rule; 70] = [
         Rule::GrantBeforeWrite,
         Rule::NoGrantWhileSealing,
         Rule::FloorAtSeal,
@@ -144,16 +196,42 @@ impl Rule {
         Rule::AdoptByAttempt,
         Rule::WaitValidity,
         Rule::ConditionMayRecur,
+        Rule::OneOrder,
+        Rule::OneStream,
+        Rule::MemberTakesBlindly,
+        Rule::MemberAcksDurable,
+        Rule::AckWaitsInSync,
+        Rule::AckWaitsAsked,
+        Rule::WaitFromEndMark,
+        Rule::WindowAnswerWaits,
+        Rule::ReadWaits,
+        Rule::MinInSyncToAck,
+        Rule::DropKnownFirst,
+        Rule::LastInSyncStays,
+        Rule::CommandNamesEpoch,
+        Rule::TakeoverInSync,
+        Rule::TakeoverWaitsForLease,
+        Rule::FenceOldEpoch,
+        Rule::RestartedKnowsNone,
+        Rule::EpochFromStream,
+        Rule::RestartIsNewEpoch,
+        Rule::AlignEachStream,
+        Rule::ChunkHeld,
+        Rule::WindowWithChunk,
+        Rule::WindowReplaced,
+        Rule::EndMarkDrops,
+        Rule::AskAfterEndMark,
+        Rule::ShrinkKeepsMin,
     ];
 }
 
 /// Which rules are in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Rules(u64);
+pub struct Rules(u128);
 
 impl Rules {
     /// All rules of the protocol.
-    pub const ALL: Rules = Rules(u64::MAX);
+    pub const ALL: Rules = Rules(u128::MAX);
 
     /// These rules less `removed`.
     #[must_use]

@@ -5,6 +5,7 @@
 use crate::core::Core;
 use crate::handover::Handover;
 use crate::key::Key;
+use crate::replica::Replica;
 use crate::rules::{Rule, Rules};
 use crate::run::{Outcome, check};
 
@@ -14,6 +15,7 @@ pub enum Bounded {
     Core(Core),
     Handover(Handover),
     Key(Key),
+    Replica(Replica),
 }
 
 impl Bounded {
@@ -23,6 +25,7 @@ impl Bounded {
             Bounded::Core(m) => check(Core { rules, ..m }, stop_at_failure),
             Bounded::Handover(m) => check(Handover { rules, ..m }, stop_at_failure),
             Bounded::Key(m) => check(Key { rules, ..m }, stop_at_failure),
+            Bounded::Replica(m) => check(Replica { rules, ..m }, stop_at_failure),
         }
     }
 }
@@ -50,14 +53,40 @@ pub enum Config {
     MoveBack,
     /// The old primary is cut off, and somebody stands in.
     StandIn,
+    /// A primary and a backup: takeovers there and back, a broken stream.
+    Pair,
+    /// The same with a crash of either.
+    PairRestart,
+    /// Three replicas, of which one is lost.
+    Trio,
+    /// The same with a crash.
+    TrioRestart,
+    /// A second node joins a lone primary, and takes over.
+    Join,
+    /// The primary of a joining node crashes.
+    JoinRestart,
+    /// A member is dropped and comes back with what it had.
+    Rejoin,
+    /// The same while commands linger.
+    RejoinLate,
+    /// Two copies are demanded; nodes leave by plan, and one is lost.
+    Shrink,
     /// A key that holds our object: flush, unlink, re-create, a stranger.
     KeyOld,
     /// A key that holds nothing.
     KeyNew,
 }
 
+/// Members of a group at the start, and its mutations, as [`Replica`] takes them.
+const LONE: u8 = 0b001;
+const PAIR: u8 = 0b011;
+const TRIO: u8 = 0b111;
+const ONE_WRITE: u8 = 0b001;
+const WRITES: u8 = 0b011;
+const WRITE_AND_CUT: u8 = 0b101;
+
 impl Config {
-    pub const ALL: [Config; 12] = [
+    pub const ALL: [Config; 21] = [
         Config::Flush,
         Config::Writers,
         Config::Cut,
@@ -68,6 +97,15 @@ impl Config {
         Config::Move,
         Config::MoveBack,
         Config::StandIn,
+        Config::Pair,
+        Config::PairRestart,
+        Config::Trio,
+        Config::TrioRestart,
+        Config::Join,
+        Config::JoinRestart,
+        Config::Rejoin,
+        Config::RejoinLate,
+        Config::Shrink,
         Config::KeyOld,
         Config::KeyNew,
     ];
@@ -103,6 +141,22 @@ impl Config {
             foreign_puts: 1,
             leader_crashes: 1,
         };
+        let pair = Replica {
+            rules: Rules::ALL,
+            members: PAIR,
+            ops: WRITES,
+            min_in_sync: 1,
+            takeovers: 1,
+            drops: 0,
+            adds: 0,
+            leaves: 0,
+            losses: 0,
+            restarts: 0,
+            breaks: 0,
+            reads: 1,
+        };
+        let trio = Replica { members: TRIO, ..pair.clone() };
+        let lone = Replica { members: LONE, adds: 1, ..pair.clone() };
         match self {
             Config::Flush => Bounded::Core(Core {
                 script: [&[0], &[1]],
@@ -125,6 +179,37 @@ impl Config {
             Config::Move => Bounded::Handover(group),
             Config::MoveBack => Bounded::Handover(Handover { moves: 2, dups: 0, ..group }),
             Config::StandIn => Bounded::Handover(Handover { partitions: 1, dups: 1, ..group }),
+            Config::Pair => Bounded::Replica(Replica { takeovers: 2, breaks: 1, ..pair }),
+            Config::PairRestart => Bounded::Replica(Replica { restarts: 1, ..pair }),
+            Config::Trio => Bounded::Replica(Replica { losses: 1, ..trio }),
+            Config::TrioRestart => {
+                Bounded::Replica(Replica { ops: ONE_WRITE, restarts: 1, reads: 0, ..trio })
+            }
+            Config::Join => Bounded::Replica(Replica { takeovers: 2, ..lone }),
+            Config::JoinRestart => {
+                Bounded::Replica(Replica { ops: ONE_WRITE, restarts: 1, ..lone })
+            }
+            Config::Rejoin => Bounded::Replica(Replica {
+                ops: WRITE_AND_CUT,
+                takeovers: 0,
+                drops: 1,
+                adds: 1,
+                ..pair
+            }),
+            Config::RejoinLate => Bounded::Replica(Replica {
+                ops: ONE_WRITE,
+                takeovers: 0,
+                drops: 1,
+                adds: 2,
+                ..lone
+            }),
+            Config::Shrink => Bounded::Replica(Replica {
+                ops: ONE_WRITE,
+                min_in_sync: 2,
+                leaves: 2,
+                losses: 1,
+                ..trio
+            }),
             Config::KeyOld => Bounded::Key(key),
             Config::KeyNew => Bounded::Key(Key { exists: false, ..key }),
         }
@@ -159,6 +244,16 @@ removals! {
     Move: [FreezeBeforeDrain] [FreezeJournaled] [DrainedBeforeEpoch] [SinceMapVersion] [WindowMoves];
     StandIn: [LeaseOnServe] [EpochWaitsForLease] [StrandedWaits] [SinceMapVersion]
         [EpochEqual, LeaseOnServe] [MapNotOlderThanGrant, LeaseOnServe];
+    Pair: [OneOrder] [OneStream] [AckWaitsInSync] [ReadWaits] [DropKnownFirst]
+        [TakeoverWaitsForLease] [LeaseOnServe] [AlignEachStream] [WindowWithChunk] [WindowReplaced];
+    PairRestart: [MemberAcksDurable] [WindowAnswerWaits];
+    Trio: [FenceOldEpoch] [EpochFromStream];
+    TrioRestart: [RestartedKnowsNone];
+    Join: [AckWaitsAsked] [WaitFromEndMark] [TakeoverInSync] [ChunkHeld] [AskAfterEndMark];
+    JoinRestart: [RestartIsNewEpoch];
+    Rejoin: [EndMarkDrops];
+    RejoinLate: [LastInSyncStays] [CommandNamesEpoch];
+    Shrink: [MinInSyncToAck] [ShrinkKeepsMin];
     KeyOld: [PutCondition] [DeleteCondition] [OneMutation] [LostReplyNotSuccess] [LookUpBeforeForeign]
         [AdoptByAttempt] [NonceLoggedFirst] [ConditionMayRecur];
     KeyNew: [ConditionMayRecur] [WaitValidity];
@@ -169,4 +264,5 @@ removals! {
 pub const SECOND_LINES: &[Removal] = &[
     Removal { rules: &[Rule::EpochEqual], config: Config::Move },
     Removal { rules: &[Rule::MapNotOlderThanGrant], config: Config::Move },
+    Removal { rules: &[Rule::MemberTakesBlindly], config: Config::Pair },
 ];

@@ -33,6 +33,15 @@ each! {
     planned_hand_over_holds: Move;
     hand_over_and_back_holds: MoveBack;
     stand_in_holds: StandIn;
+    replicas_and_takeovers_hold: Pair;
+    replicas_that_crash_hold: PairRestart;
+    three_replicas_less_a_lost_one_hold: Trio;
+    three_replicas_that_crash_hold: TrioRestart;
+    a_joining_replica_that_takes_over_holds: Join;
+    joining_a_primary_that_crashes_holds: JoinRestart;
+    a_replica_that_comes_back_holds: Rejoin;
+    late_commands_for_a_replica_hold: RejoinLate;
+    a_shrink_of_replicas_holds: Shrink;
     key_with_our_object_holds: KeyOld;
     key_without_object_holds: KeyNew;
 }

@@ -42,6 +42,15 @@ each! {
     fence_rules_are_needed: Fence;
     hand_over_rules_are_needed: Move;
     lease_rules_are_needed: StandIn;
+    stream_and_ack_rules_are_needed: Pair;
+    window_answers_wait: PairRestart;
+    fencing_rules_are_needed: Trio;
+    restarted_members_wait_for_a_map: TrioRestart;
+    joining_rules_are_needed: Join;
+    a_primarys_restart_is_a_new_epoch: JoinRestart;
+    what_was_not_named_goes: Rejoin;
+    commands_name_their_epoch: RejoinLate;
+    shrinking_rules_are_needed: Shrink;
     key_rules_are_needed: KeyOld;
     absent_key_rules_are_needed: KeyNew;
 }
