@@ -16,6 +16,7 @@
 mod admit;
 mod assembly;
 mod buffer;
+mod call;
 mod control;
 mod event;
 mod fill;
@@ -32,6 +33,7 @@ mod warm;
 mod write;
 
 pub use buffer::Buffer;
+pub use call::*;
 pub use event::*;
 
 use assembly::{AsmId, Assembly};
@@ -254,6 +256,8 @@ impl<B: Buffer> ShardCore<B> {
             Event::Read { token, buf, ok } => self.read_done(token, buf, ok),
             Event::Written { token, ok } => self.written(token, ok),
             Event::Job(done) => self.job_done(done),
+            // Nothing is asked of other cores yet.
+            Event::Answer(answer) => debug_assert!(false, "an answer to nothing: {answer:?}"),
             Event::Placement { me, map, lease_until_ms } => {
                 self.placement.update(me, map, lease_until_ms);
                 self.thaw_returned();

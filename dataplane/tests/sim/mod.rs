@@ -286,6 +286,13 @@ impl Sim {
                 let done = self.s3_call(token, work);
                 self.core.handle(now, Event::Job(done));
             }
+            // There is no other core here.
+            Command::Call(call) => {
+                let outcome = Err(PeerError::Unreachable { retry_after_ms: 100 });
+                let buf = call.want.map(|w| w.buf);
+                let answer = Answer { token: call.token, link: LinkId(1), outcome, buf };
+                self.core.handle(now, Event::Answer(answer));
+            }
             Command::Reply(_) | Command::RefreshMap | Command::Failed(_) => unreachable!(),
         }
     }
@@ -370,7 +377,7 @@ impl Sim {
         };
         self.trace(|| format!("-> {} {header:?}", o.what.line()));
         self.requests.insert(id, o);
-        let peer = PeerInfo { role, session };
+        let peer = PeerInfo { role, session, node: None };
         let request = Request { conn: ConnRef(1), peer, header, body, payload };
         self.core.handle(self.now, Event::Request(request));
         self.collect();
