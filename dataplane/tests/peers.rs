@@ -210,9 +210,16 @@ async fn only_a_core_that_means_this_one_is_heard_and_only_once() {
     // Two cores of one caller have a connection each; a newer one of the same core ends the older.
     let elsewhere = PeerHello { from: ShardRef { core: CoreId(1), ..hello.from }, ..hello };
     let other = connect(Role::Node, Some(elsewhere)).await.expect("another core");
+    let identity = Identity {
+        cluster: CLUSTER,
+        peer: Some(hello),
+        lane: 1,
+        ..Identity::new(key(), Role::Node)
+    };
+    let bulk = Connection::connect(&address, &identity, TIMEOUT).await.expect("another channel");
     let newer = connect(Role::Node, Some(hello)).await.expect("the same core");
     older.call(header, body.clone(), none(), TIMEOUT).await.expect_err("it is over");
-    for alive in [&other, &newer] {
+    for alive in [&other, &bulk, &newer] {
         let reply = alive.call(header, body.clone(), none(), TIMEOUT).await.expect("answered");
         assert_eq!(reply.header.status, Status::NotHere);
     }

@@ -118,8 +118,8 @@ pub struct Hello {
     pub node: NodeId,
     /// Which of the session's connection slots this is; replacement is per (session, lane, core).
     pub lane: u32,
-    /// Of [`Role::Node`], and of no other. One live connection per (calling core, core): a proved newer
-    /// one closes the older before its first request is taken.
+    /// Of [`Role::Node`], and of no other. One live connection per (calling core, lane, core): a proved
+    /// newer one closes the older before its first request is taken.
     pub peer: Option<PeerHello>,
 }
 

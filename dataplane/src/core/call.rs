@@ -15,6 +15,16 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LinkId(pub u64);
 
+/// Which connection to a core: each has links of its own, so that one neither waits for what the other
+/// carries nor ends with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Channel {
+    /// Small things in order, whose delay somebody feels, and what they carry.
+    Stream = 0,
+    /// Bulk that can be had elsewhere.
+    Bulk = 1,
+}
+
 /// A request to another node's core.
 #[derive(Debug)]
 pub struct Call<B> {
@@ -22,6 +32,8 @@ pub struct Call<B> {
     pub token: Token,
     /// Whom.
     pub peer: ShardRef,
+    /// On which of the connections to it.
+    pub channel: Channel,
     /// Only on this link, or (`None`) on whichever there is, made if need be.
     pub link: Option<LinkId>,
     /// The request's header; its id, lengths and checksum are set when it leaves.

@@ -17,7 +17,8 @@ use super::assembly::{Assembled, For, Wanted};
 use super::fill::FillNo;
 use super::placement::Refusal;
 use super::{
-    Answer, Buffer, Call, Command, Owed, PeerError, Pending, Piece, Purpose, Reply, ShardCore, Want,
+    Answer, Buffer, Call, Channel, Command, Owed, PeerError, Pending, Piece, Purpose, Reply,
+    ShardCore, Want,
 };
 use ebb_dataplane_protocol::checksum::crc32c;
 use ebb_dataplane_protocol::data::{PeerRead, decode_checksums, encode_checksums};
@@ -113,6 +114,7 @@ impl<B: Buffer> ShardCore<B> {
         self.out.push(Command::Call(Call {
             token,
             peer,
+            channel: Channel::Bulk,
             link: None,
             header,
             body,

@@ -54,8 +54,8 @@ pub(super) enum Payload {
 pub(super) enum Lane {
     /// A slot of a client's session.
     Session(SessionId, u32),
-    /// Another node's core.
-    Core(ShardRef),
+    /// A channel of another node's core.
+    Core(ShardRef, u32),
 }
 
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 //!
 //! A proved connection closes the older one of the same (session, lane) on this core before it can
 //! send a write, so that frames still on their way in the old one never land after newer ones. The same holds
-//! for another node's core, which has one connection to this one.
+//! for another node's core, which has one connection per channel to this one.
 
 use super::conn::{Lane, Stage};
 use super::link::Caller;
@@ -69,7 +69,7 @@ impl Glue {
         let Some(conn) = self.conns.get_mut(&key) else { return };
         conn.stage = Stage::Ready(PeerInfo { role: hello.role, session: hello.session, node });
         let lane = match node {
-            Some(peer) => Some(Lane::Core(peer.from)),
+            Some(peer) => Some(Lane::Core(peer.from, hello.lane)),
             None if hello.session != SessionId(0) => Some(Lane::Session(hello.session, hello.lane)),
             None => None,
         };

@@ -3,10 +3,12 @@
 //!
 //! Nothing here decides anything about calls: it says what a step came to, and `peers` acts on it.
 
-use crate::core::{LinkId, Want};
+use crate::core::{Channel, LinkId, Want};
 use ebb_dataplane_protocol::auth::{self, Challenge, ClusterKey, Hello, PeerHello, Proof, Role};
 use ebb_dataplane_protocol::header::{BODY_BYTES_MAX_DATA, HEADER_BYTES};
-use ebb_dataplane_protocol::{ClusterId, Header, NodeId, Opcode, SessionId, Status, codec, crc32c};
+use ebb_dataplane_protocol::{
+    ClusterId, Header, NodeId, Opcode, SessionId, ShardRef, Status, codec, crc32c,
+};
 use ebb_ring::{Buf, ConnId};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -240,7 +242,7 @@ impl Link {
 pub(crate) struct Caller {
     pub(crate) key: ClusterKey,
     pub(crate) cluster: ClusterId,
-    pub(crate) me: ebb_dataplane_protocol::ShardRef,
+    pub(crate) me: ShardRef,
     pub(crate) store: u128,
     pub(crate) boot: u128,
 }
@@ -249,7 +251,7 @@ impl Caller {
     /// The first frame, and the hello's bytes, which both proofs cover.
     pub(super) fn hello(
         &self,
-        to: ebb_dataplane_protocol::ShardRef,
+        (to, channel): (ShardRef, Channel),
         to_store: u128,
     ) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut nonce = [0u8; 16];
@@ -261,7 +263,7 @@ impl Caller {
             role: Role::Node,
             session: SessionId(0),
             node: NodeId(self.me.node.0),
-            lane: 0,
+            lane: channel as u32,
             peer: Some(peer),
         });
         Some((frame(Header::request(Opcode::Hello, HELLO_ID), &hello), hello))

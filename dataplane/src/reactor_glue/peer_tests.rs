@@ -3,7 +3,7 @@
 use super::link::Caller;
 use super::peers::Peers;
 use crate::clock::now_ms;
-use crate::core::{Answer, Call, LinkId, PeerError, Token, Want};
+use crate::core::{Answer, Call, Channel, LinkId, PeerError, Token, Want};
 use crate::resolve;
 use ebb_dataplane_protocol::auth::{self, Challenge, ClusterKey, Hello, Proof, Role};
 use ebb_dataplane_protocol::header::HEADER_BYTES;
@@ -68,6 +68,7 @@ impl Core {
         let mut call = Call {
             token,
             peer: OTHER,
+            channel: Channel::Stream,
             link: None,
             header: Header::request(Opcode::Ping, 0),
             body: body.to_vec(),
@@ -318,6 +319,26 @@ fn a_call_without_an_answer_in_its_time_ends_the_link() {
         let why = if a.token == late { PeerError::TimedOut } else { PeerError::Broken };
         assert_eq!(a.outcome, Err(why), "{:?} of {slow:?} {late:?}", a.token);
     }
+    drop(core);
+    thread.join().expect("no panic");
+}
+
+#[test]
+fn a_break_of_one_channel_leaves_the_other_alone() {
+    let (port, thread) = server(1, move |_, mut stream| {
+        while let Some((h, ..)) = read_frame(&mut stream) {
+            stream.write_all(&reply_bytes(&h, b"", &[])).expect("replied");
+        }
+    });
+    let mut core = Core::new("127.0.0.1", port);
+    core.call(b"x", |_| {});
+    let link = core.answers(1)[0].link;
+    // Nobody accepts a second one: it never gets past its greeting.
+    core.call(b"y", |c| (c.channel, c.timeout_ms) = (Channel::Bulk, 100));
+    let bulk = core.answers(1).remove(0);
+    assert!(bulk.outcome.is_err() && bulk.link != link, "{bulk:?}");
+    core.call(b"z", |c| c.link = Some(link));
+    assert!(core.answers(1)[0].outcome.is_ok(), "the stream goes on");
     drop(core);
     thread.join().expect("no panic");
 }

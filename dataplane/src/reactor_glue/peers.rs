@@ -12,7 +12,7 @@
 //! A host that is a name is looked up outside this thread (`resolve`).
 
 use super::link::{CALLS_FROM, Caller, Link, Sent, Stage, Step, frame};
-use crate::core::{Answer, Call, LinkId, PeerError};
+use crate::core::{Answer, Call, Channel, LinkId, PeerError};
 use crate::resolve::ResolveSender;
 use ebb_dataplane_protocol::header::PAYLOAD_BYTES_MAX;
 use ebb_dataplane_protocol::{ClusterMap, Header, ShardRef, Status};
@@ -36,6 +36,9 @@ const GREETING_MS: u64 = 5000;
 /// Pause after the first failure; doubles up to the last.
 const PAUSE_MS: u64 = 20;
 const PAUSE_MAX_MS: u64 = 2000;
+
+/// A core, and which connection to it.
+type Key = (ShardRef, Channel);
 
 #[derive(Debug)]
 struct Peer {
@@ -83,8 +86,8 @@ enum State {
 pub(super) struct Peers {
     caller: Caller,
     map: Option<Arc<ClusterMap>>,
-    peers: HashMap<ShardRef, Peer>,
-    conns: HashMap<ConnId, ShardRef>,
+    peers: HashMap<Key, Peer>,
+    conns: HashMap<ConnId, Key>,
     resolver: ResolveSender,
     answers: Vec<Answer<Buf>>,
     last_link: u64,
@@ -133,10 +136,10 @@ impl Peers {
             return;
         }
         self.map = Some(map);
-        let moved: Vec<ShardRef> = self
+        let moved: Vec<Key> = self
             .peers
             .iter()
-            .filter(|(shard, peer)| self.address(**shard).as_ref() != Some(&peer.address))
+            .filter(|(shard, peer)| self.address(shard.0).as_ref() != Some(&peer.address))
             .map(|(shard, _)| *shard)
             .collect();
         for shard in moved {
@@ -172,7 +175,7 @@ impl Peers {
 
     /// Takes a call of the core.
     pub(super) fn call(&mut self, reactor: &mut Reactor, call: Call<Buf>, now_ms: u64) {
-        let shard = call.peer;
+        let shard = (call.peer, call.channel);
         let unreachable = PeerError::Unreachable { retry_after_ms: PAUSE_MAX_MS as u32 };
         if !self.peers.contains_key(&shard) {
             if call.link.is_some() {
@@ -184,7 +187,7 @@ impl Peers {
             if self.peers.len() >= PEERS_MAX {
                 return self.refuse(call, LinkId(0), PeerError::Full);
             }
-            let Some(address) = self.address(shard) else {
+            let Some(address) = self.address(shard.0) else {
                 return self.refuse(call, LinkId(0), unreachable);
             };
             let link = self.new_link();
@@ -233,7 +236,7 @@ impl Peers {
     }
 
     /// Hands what waits to the ring, as much as it takes.
-    fn flush(&mut self, reactor: &mut Reactor, shard: ShardRef, now_ms: u64) {
+    fn flush(&mut self, reactor: &mut Reactor, shard: Key, now_ms: u64) {
         loop {
             let Some(peer) = self.peers.get_mut(&shard) else { return };
             let State::Up(link) = &mut peer.state else { return };
@@ -264,8 +267,8 @@ impl Peers {
 
     // --- the making of a link ---------------------------------------------------------------------
 
-    fn begin(&mut self, reactor: &mut Reactor, shard: ShardRef, now_ms: u64) {
-        let Some(address) = self.address(shard) else {
+    fn begin(&mut self, reactor: &mut Reactor, shard: Key, now_ms: u64) {
+        let Some(address) = self.address(shard.0) else {
             return self.failed(shard, "the map does not name it", now_ms);
         };
         let Some(peer) = self.peers.get_mut(&shard) else { return };
@@ -288,7 +291,7 @@ impl Peers {
         ip: Option<IpAddr>,
         now_ms: u64,
     ) {
-        let waiting: Vec<ShardRef> = self
+        let waiting: Vec<Key> = self
             .peers
             .iter()
             .filter(|(_, p)| matches!(p.state, State::Resolving { .. }) && p.address.host == host)
@@ -302,7 +305,7 @@ impl Peers {
         }
     }
 
-    fn connect(&mut self, reactor: &mut Reactor, shard: ShardRef, ip: IpAddr, now_ms: u64) {
+    fn connect(&mut self, reactor: &mut Reactor, shard: Key, ip: IpAddr, now_ms: u64) {
         let Some(peer) = self.peers.get_mut(&shard) else { return };
         let to = SocketAddr::new(ip, peer.address.port);
         match reactor.connect(to, Token(0), Duration::from_millis(CONNECT_MS)) {
@@ -347,7 +350,7 @@ impl Peers {
     fn greeted(
         &mut self,
         reactor: &mut Reactor,
-        shard: ShardRef,
+        shard: Key,
         header: &Header,
         body: &[u8],
         now_ms: u64,
@@ -410,7 +413,7 @@ impl Peers {
     }
 
     /// Parses what is there; posts the next receive.
-    fn read(&mut self, reactor: &mut Reactor, shard: ShardRef, now_ms: u64) {
+    fn read(&mut self, reactor: &mut Reactor, shard: Key, now_ms: u64) {
         loop {
             let Some(peer) = self.peers.get_mut(&shard) else { return };
             let State::Up(link) = &mut peer.state else { return };
@@ -437,7 +440,7 @@ impl Peers {
         }
     }
 
-    fn replied(&mut self, shard: ShardRef, sent: Sent, header: Header, body: Vec<u8>) {
+    fn replied(&mut self, shard: Key, sent: Sent, header: Header, body: Vec<u8>) {
         let Some(peer) = self.peers.get_mut(&shard) else { return };
         let State::Up(link) = &mut peer.state else { return };
         if !std::mem::replace(&mut link.proved_useful, true) {
@@ -504,7 +507,7 @@ impl Peers {
     fn end(
         &mut self,
         reactor: &mut Reactor,
-        shard: ShardRef,
+        shard: Key,
         why: &'static str,
         late: Option<u64>,
         now_ms: u64,
@@ -526,7 +529,7 @@ impl Peers {
     }
 
     /// Counts a failure: the calls of the link that never left are told, the next one waits.
-    fn failed(&mut self, shard: ShardRef, why: &'static str, now_ms: u64) {
+    fn failed(&mut self, shard: Key, why: &'static str, now_ms: u64) {
         let next = self.new_link();
         let Some(peer) = self.peers.get_mut(&shard) else { return };
         if matches!(peer.state, State::Resolving { .. }) {
@@ -541,7 +544,7 @@ impl Peers {
         self.refuse_waiting(shard, Some(over), error);
     }
 
-    fn refuse_waiting(&mut self, shard: ShardRef, of: Option<LinkId>, why: PeerError) {
+    fn refuse_waiting(&mut self, shard: Key, of: Option<LinkId>, why: PeerError) {
         let Some(peer) = self.peers.get_mut(&shard) else { return };
         let link = of.unwrap_or(peer.link);
         for waiting in std::mem::take(&mut peer.waiting) {
@@ -591,7 +594,7 @@ impl Peers {
     /// Calls that never left are late. The attempt may go on, but their order is torn: all that wait go,
     /// and the link has another name from here on, so that none slips in behind a gap. On a link that
     /// stands, those that left keep it, so it ends.
-    fn expire_waiting(&mut self, reactor: &mut Reactor, shard: ShardRef, now_ms: u64) {
+    fn expire_waiting(&mut self, reactor: &mut Reactor, shard: Key, now_ms: u64) {
         let next = self.new_link();
         let Some(peer) = self.peers.get_mut(&shard) else { return };
         match &mut peer.state {
