@@ -19,6 +19,8 @@ use std::ops::Range;
 
 /// Chunks kept.
 const CHUNKS_MAX: usize = 16_384;
+/// Pieces of them. With the blocks' checksums it makes less than 16 MiB of memory.
+const EXTENTS_MAX: usize = 65_536;
 /// Blocks kept (4 GiB), which is what the memory of their checksums is bounded by.
 const BLOCKS_MAX: u64 = 1 << 20;
 /// And one in so many of the device's.
@@ -31,6 +33,7 @@ pub(crate) struct Remnants {
     order: VecDeque<(u64, ChunkKey)>,
     last: u64,
     blocks: u64,
+    extents: usize,
 }
 
 impl Remnants {
@@ -41,6 +44,7 @@ impl Remnants {
     fn take(&mut self, key: &ChunkKey) -> Vec<Run> {
         let Some((_, list)) = self.chunks.remove(key) else { return Vec::new() };
         let runs: Vec<Run> = list.0.iter().map(Extent::run).collect();
+        self.extents -= runs.len();
         self.blocks -= runs.iter().map(|r| u64::from(r.blocks)).sum::<u64>();
         runs
     }
@@ -56,6 +60,7 @@ impl Remnants {
 
     fn keep(&mut self, key: ChunkKey, list: ExtentList) {
         self.last += 1;
+        self.extents += list.0.len();
         self.blocks += list.0.iter().map(|e| u64::from(e.blocks())).sum::<u64>();
         self.chunks.insert(key, (self.last, list));
         self.order.push_back((self.last, key));
@@ -113,7 +118,10 @@ impl Store {
         normalise(&mut kept);
         normalise(&mut self.index.released);
         self.index.released = subtract(&self.index.released, &kept);
-        while self.remnants.blocks > blocks_max || self.remnants.chunks.len() > CHUNKS_MAX {
+        let over = |r: &Remnants| {
+            r.blocks > blocks_max || r.chunks.len() > CHUNKS_MAX || r.extents > EXTENTS_MAX
+        };
+        while over(&self.remnants) {
             let Some(oldest) = self.remnants.take_oldest() else { break };
             self.index.released.extend(oldest);
         }
