@@ -75,6 +75,7 @@ impl Cluster {
             session: SessionId(0),
             node: NodeId(0),
             lane: 0,
+            peer: None,
         };
         let meta = MetaClient::new(addresses, identity);
         let session = Session::open(&meta, label, config.patience).await?;
@@ -230,6 +231,7 @@ impl Shared {
             session,
             node: NodeId(0),
             lane,
+            peer: None,
         }
     }
 }

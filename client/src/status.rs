@@ -59,7 +59,11 @@ pub(crate) fn action(status: Status, retry_after_ms: u32) -> Option<Action> {
         Status::Corrupt => Action::SendAgain,
         Status::Superseded => Action::Reconnect,
         Status::Forbidden | Status::Internal => Action::FewTries,
-        Status::Io | Status::BadRequest | Status::NotLeader | Status::Answered => Action::Fail,
+        Status::Io
+        | Status::BadRequest
+        | Status::NotLeader
+        | Status::Answered
+        | Status::NotHere => Action::Fail,
     })
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Layers, top down: [`node`] starts and stops a process; `heartbeat` keeps its lease; `reactor_glue`
 //! drives one ring per core and speaks frames; [`core`] decides, sans-IO; `ebb-store` keeps; `mover`
-//! talks to S3 on threads of its own.
+//! talks to S3 and `resolve` to the system's resolver on threads of their own.
 
 mod clock;
 pub mod config;
@@ -11,6 +11,7 @@ mod heartbeat;
 mod mover;
 pub mod node;
 mod reactor_glue;
+mod resolve;
 mod shards;
 
 pub use config::{ConfigError, NodeConfig};

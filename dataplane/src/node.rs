@@ -10,10 +10,11 @@ use crate::config::{ConfigError, NodeConfig};
 use crate::core::{CoreLimits, Report};
 use crate::heartbeat::{self, Heartbeat, HeartbeatError, Registration};
 use crate::mover;
-use crate::reactor_glue::{CoreError, CoreSetup, Glue, Mail};
+use crate::reactor_glue::{Caller, CoreError, CoreSetup, Glue, Mail};
+use crate::resolve;
 use crate::shards::{Shard, ShardError};
 use ebb_dataplane_protocol::auth::Role;
-use ebb_dataplane_protocol::{CoreId, NodeId};
+use ebb_dataplane_protocol::{CoreId, NodeId, ShardRef};
 use ebb_ring::MailSender;
 use ebb_rpc::{Identity, MetaClient};
 use ebb_s3::{Bucket, BucketConfig};
@@ -170,6 +171,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
     tracing::info!(%node, ?ports, pg_count, "registered");
 
     let (job_senders, job_queue) = mover::queue(shards.len());
+    let (resolvers, resolve_queue) = resolve::queue(shards.len());
     let (bucket_tx, bucket_rx) = watch::channel(None);
     let mailboxes: mover::Mailboxes = Arc::new(OnceLock::new());
     let refresh = Arc::new(Notify::new());
@@ -177,8 +179,8 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
     let (ended_tx, mut ended) = mpsc::unbounded_channel();
 
     let mut cores = Vec::with_capacity(shards.len());
-    let parts = shards.into_iter().zip(listeners).zip(job_senders).zip(&reports).enumerate();
-    for (i, (((shard, listener), jobs), report)) in parts {
+    let parts = shards.into_iter().zip(listeners).zip(job_senders).zip(resolvers).zip(&reports);
+    for (i, ((((shard, listener), jobs), resolver), report)) in parts.enumerate() {
         let core = i as u16;
         let whose = ebb_store::Identity { cluster, store, node, core: CoreId(core), pg_count };
         let start = Start {
@@ -190,7 +192,9 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
             cores: u64::from(config.cores),
             node,
         };
-        let (report, refresh, key) = (Arc::clone(report), Arc::clone(&refresh), key.clone());
+        let (report, refresh) = (Arc::clone(report), Arc::clone(&refresh));
+        let me = ShardRef { node, core: CoreId(core) };
+        let caller = Caller { key: key.clone(), cluster, me, store, boot: who.boot };
         let ended_tx = ended_tx.clone();
         let started = blocking(core, move || -> Result<_, NodeError> {
             let (device, mut store) = shard.open(whose)?;
@@ -201,8 +205,6 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
                 listener,
                 device,
                 store,
-                key,
-                cluster,
                 limits: CoreLimits {
                     flush_bytes: (FLUSH_BYTES / start.cores).max(SHARE_MIN),
                     scrub_bytes_per_s: start.scrub_bytes_per_s,
@@ -212,6 +214,8 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
                 jobs,
                 report,
                 refresh,
+                caller,
+                resolver,
             };
             start_core(start, setup, ended_tx)
         })
@@ -221,6 +225,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
     let senders = cores.iter().map(|c| c.mail.clone()).collect();
     let _ = mailboxes.set(senders);
     let mover = tokio::spawn(mover::run(job_queue, bucket_rx, Arc::clone(&mailboxes)));
+    let resolver = tokio::spawn(resolve::run(resolve_queue, Arc::clone(&mailboxes)));
     let _ = bucket_tx.send(Some(Bucket::connect(bucket_config).await));
     let beat = Heartbeat {
         meta,
@@ -254,6 +259,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
         }
     }
     mover.abort();
+    resolver.abort();
     outcome
 }
 

@@ -189,6 +189,7 @@ async fn raw_proved(address: &str, session: SessionId) -> TcpStream {
         session,
         node: NodeId(0),
         lane: 0,
+        peer: None,
     };
     let bytes = encode_hello(&hello);
     let mut frame = Header::request(Opcode::Hello, 1).with_body(&bytes).encode().to_vec();
@@ -240,6 +241,7 @@ async fn a_wrong_key_or_cluster_gets_no_further_than_the_handshake() {
         session: SessionId(0),
         node: NodeId(0),
         lane: 0,
+        peer: None,
     };
     let bytes = encode_hello(&hello);
     let mut frame = Header::request(Opcode::Hello, 1).with_body(&bytes).encode().to_vec();

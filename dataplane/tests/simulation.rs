@@ -1,7 +1,8 @@
 //! The shard core and the real store over a simulated device and S3, seeded (I1, I4, I5, I7, I10).
 //!
 //! Random clients write, read, repeat themselves, crash the node; the metadata side seals, uploads,
-//! commits or aborts, truncates. Completions come in random order. A crash loses any unsynced block
+//! commits or aborts, truncates. A core that held the groups before has some of what is missed, at times
+//! rotten. Completions come in random order. A crash loses any unsynced block
 //! or keeps it. After every acked write, across all of it, reads answer exactly the model.
 //!
 //! One seed, told step by step: `EBB_SIM_TRACE=1 EBB_SIM_SEED=7 cargo test -p ebb-dataplane --test
@@ -21,14 +22,19 @@ fn seeds(default: u64) -> std::ops::Range<u64> {
 
 #[test]
 fn acked_data_is_always_readable_and_flushed_exactly() {
-    for seed in seeds(60) {
+    let mut peer_reads = 0;
+    let seeds = seeds(60);
+    let one = seeds.end - seeds.start == 1;
+    for seed in seeds {
         println!("seed {seed}");
         let mut sim = Sim::new(seed, 48 << 20);
         sim.run(400);
         sim.settle_and_check();
         println!("  {:?}", sim.tally);
         assert!(sim.tally.acked > 0, "a simulation that does nothing proves nothing");
+        peer_reads += sim.tally.peer_reads;
     }
+    assert!(one || peer_reads > 0, "the former holder was never asked");
 }
 
 #[test]

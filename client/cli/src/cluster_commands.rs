@@ -49,7 +49,7 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
         };
         let (hits, misses) = (sum(|c| c.hits), sum(|c| c.misses));
         output::line(&format!(
-            "  node {:<3} {:<9} {}:{} {} groups, {} dirty, {} clean of {}, hit rate {}, heartbeat {}",
+            "  node {:<3} {:<9} {}:{} {} groups, {} dirty, {} clean of {}, hit rate {}{}, heartbeat {}",
             node.id,
             format!("{:?}", node.state).to_lowercase(),
             node.host,
@@ -62,6 +62,10 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
                 "-".into()
             } else {
                 format!("{:.0} %", 100.0 * hits as f64 / (hits + misses) as f64)
+            },
+            match sum(|c| c.peer_reads) {
+                0 => String::new(),
+                n => format!(", {n} fills from other nodes"),
             },
             report
                 .and_then(|r| r.heartbeat_age_ms)

@@ -25,6 +25,8 @@ pub struct Identity {
     pub node: NodeId,
     /// Which of the session's connections to this peer; a newer one of the same lane closes it.
     pub lane: u32,
+    /// What a core of a data node says to another node's.
+    pub peer: Option<auth::PeerHello>,
 }
 
 impl Identity {
@@ -37,6 +39,7 @@ impl Identity {
             session: SessionId(0),
             node: NodeId(0),
             lane: 0,
+            peer: None,
         }
     }
 }
@@ -62,6 +65,7 @@ pub(crate) async fn connect(
         session: identity.session,
         node: identity.node,
         lane: identity.lane,
+        peer: identity.peer,
     };
     let hello_bytes = auth::encode_hello(&hello);
     let ask =

@@ -1,7 +1,7 @@
 //! The handshake of every port (I12): a mutual HMAC-SHA256 challenge on the cluster key.
 //!
 //! ```text
-//! client → server  Hello{nonce_c, role, session, node}
+//! client → server  Hello{nonce_c, role, session, node, peer}
 //! server → client  Challenge{nonce_s, proof = HMAC(key, "ebb-server" ‖ hello ‖ nonce_s)}
 //! client → server  Prove{proof = HMAC(key, "ebb-client" ‖ hello ‖ nonce_s)}
 //! server → client  Ok
@@ -12,6 +12,7 @@
 
 use crate::codec;
 use crate::ids::{ClusterId, NodeId, SessionId};
+use crate::map::ShardRef;
 use hmac::{Hmac, KeyInit, Mac};
 use rkyv::{Archive, Deserialize, Serialize};
 use sha2::Sha256;
@@ -81,6 +82,24 @@ pub enum Role {
     Data,
     /// The controller.
     Controller,
+    /// A core of a data node that calls a core of another one; says who in [`PeerHello`].
+    Node,
+}
+
+/// What a core says of itself to another node's, and whom it means to reach. A port may have changed
+/// hands since the caller's map was made: the wrong node's word must not count as the right one's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct PeerHello {
+    /// The caller.
+    pub from: ShardRef,
+    /// Identity of its store.
+    pub store: u128,
+    /// Random identity of its process.
+    pub boot: u128,
+    /// Whom it calls.
+    pub to: ShardRef,
+    /// The store of that node, as the caller's map names it.
+    pub to_store: u128,
 }
 
 /// First frame of every connection.
@@ -99,6 +118,9 @@ pub struct Hello {
     pub node: NodeId,
     /// Which of the session's connection slots this is; replacement is per (session, lane, core).
     pub lane: u32,
+    /// Of [`Role::Node`], and of no other. One live connection per (calling core, lane, core): a proved
+    /// newer one closes the older before its first request is taken.
+    pub peer: Option<PeerHello>,
 }
 
 /// The server's answer to [`Hello`].

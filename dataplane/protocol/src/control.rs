@@ -53,7 +53,7 @@ pub enum Control {
     /// What the core holds of a group. Reply [`ControlReply::Pg`].
     PgStatus(PgId),
     /// The group is held by others as of this epoch: refuse if it has dirty data or pins, else drop
-    /// its clean data. Reply `Done` or `Refused`.
+    /// its clean data, which other cores may still read for a while. Reply `Done` or `Refused`.
     ReleasePg(PgId, PgEpoch),
     /// Brings chunks of a file into the cache. The grant is of mode `Read`. Reply `Done`.
     Warm(SignedGrant, ByteRange),
@@ -265,6 +265,8 @@ pub struct CoreStats {
     pub checksum_repairs: u64,
     /// Clean bytes evicted.
     pub evicted_bytes: u64,
+    /// Fills whose bytes came from the former holder of their group instead of S3.
+    pub peer_reads: u64,
     /// Live connections.
     pub connections: u64,
     /// Bytes compared with their checksums in the background.

@@ -94,6 +94,31 @@ impl WriteReply {
     }
 }
 
+/// The body of a [`crate::Opcode::PeerRead`]. The header names chunk and whole blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerRead {
+    /// The content that the asker's view names.
+    pub content: ContentId,
+    /// Bytes of the object that count by that view; what is past them is zero.
+    pub valid_bytes: u64,
+}
+
+impl PeerRead {
+    /// The body's bytes.
+    pub fn encode(&self) -> [u8; 16] {
+        let mut b = [0u8; 16];
+        b[..8].copy_from_slice(&self.content.0.to_le_bytes());
+        b[8..].copy_from_slice(&self.valid_bytes.to_le_bytes());
+        b
+    }
+    /// Parses a body; `None` if it has another length.
+    pub fn decode(body: &[u8]) -> Option<Self> {
+        let body: [u8; 16] = body.try_into().ok()?;
+        let v = |i: usize| u64::from_le_bytes(std::array::from_fn(|n| body[i + n]));
+        Some(Self { content: ContentId(v(0)), valid_bytes: v(8) })
+    }
+}
+
 /// Checksums as they travel: u32 little-endian each.
 pub fn encode_checksums(crcs: &[u32]) -> Vec<u8> {
     crcs.iter().flat_map(|c| c.to_le_bytes()).collect()

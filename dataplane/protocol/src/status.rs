@@ -42,6 +42,8 @@ pub enum Status {
     Corrupt = 17,
     /// The session called this write answered before it came: it isn't taken. Nobody should be waiting.
     Answered = 18,
+    /// What another node's core asked for is not here (any more): it goes to S3.
+    NotHere = 19,
 }
 
 impl Status {
@@ -67,6 +69,7 @@ impl Status {
             16 => Self::NotLeader,
             17 => Self::Corrupt,
             18 => Self::Answered,
+            19 => Self::NotHere,
             _ => return None,
         })
     }

@@ -56,7 +56,8 @@ impl Config {
     }
 
     /// The most operations alive at once, which sizes the operation slab: every device operation,
-    /// and per connection one receive, one send, its zero-copy remainders and one cancel.
+    /// and per connection one receive, one send (or an attempt to connect and its limit), its
+    /// zero-copy remainders and one cancel.
     pub(crate) fn ops_max(&self) -> u32 {
         let per_conn = 3 + crate::send::ZC_HELD_MAX;
         self.disk_ops_max + self.conns_max * per_conn + self.listeners_max * 2 + 8

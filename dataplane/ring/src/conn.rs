@@ -40,14 +40,15 @@ pub(crate) struct Conn {
     /// Operations alive on this connection, submitted or not.
     pub(crate) in_flight: u32,
     pub(crate) receiving: bool,
+    /// Not connected yet (see `connect`).
+    pub(crate) connecting: bool,
     pub(crate) closing: Option<CloseReason>,
     pub(crate) close_when_sent: bool,
     pub(crate) sending: Sending,
 }
 
 impl Reactor {
-    /// Takes over a connected stream, for example one to a peer that a tokio thread connected and
-    /// greeted. Sets TCP_NODELAY and blocking mode.
+    /// Takes over a connected stream. Sets TCP_NODELAY and blocking mode.
     pub fn adopt(&mut self, stream: TcpStream) -> Result<ConnId, Rejected<TcpStream>> {
         if self.stopping {
             return Err(Rejected { why: Refusal::ShuttingDown, back: stream });
@@ -73,6 +74,7 @@ impl Reactor {
             peer,
             in_flight: 0,
             receiving: false,
+            connecting: false,
             closing: None,
             close_when_sent: false,
             sending: Sending::default(),
@@ -131,6 +133,7 @@ impl Reactor {
             _ if self.stopping => Some(Refusal::ShuttingDown),
             None => Some(Refusal::ConnClosed),
             Some(c) if c.closing.is_some() => Some(Refusal::ConnClosed),
+            Some(c) if c.connecting => Some(Refusal::NotConnected),
             Some(c) if c.receiving => Some(Refusal::RecvBusy),
             Some(_) if buf.get(range.clone()).is_none_or(<[u8]>::is_empty) => {
                 Some(Refusal::BadRange)

@@ -185,6 +185,9 @@ pub enum Refusal {
     /// The connection is closing, broken, or gone (its generation is over).
     #[error("the connection is closed")]
     ConnClosed,
+    /// The connection is not connected yet; wait for `Connected`.
+    #[error("the connection is not connected yet")]
+    NotConnected,
     /// A receive is already in flight on the connection.
     #[error("a receive is already in flight on this connection")]
     RecvBusy,

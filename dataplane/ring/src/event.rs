@@ -24,7 +24,7 @@ pub enum CloseReason {
     Asked,
     /// `close_when_sent` was called and everything was sent.
     Finished,
-    /// A send failed before `close_when_sent` was done.
+    /// A send failed before `close_when_sent` was done, or connecting failed.
     Broken(Errno),
 }
 
@@ -78,6 +78,15 @@ pub enum Event {
         conn: ConnId,
         /// The peer.
         peer: SocketAddr,
+    },
+    /// An attempt to connect ended. After a failure `Closed` follows.
+    Connected {
+        /// The connection.
+        conn: ConnId,
+        /// The caller's number.
+        token: Token,
+        /// Whether it may be used now.
+        result: Result<(), NetError>,
     },
     /// Accepting failed; it is tried again after a pause.
     AcceptFailed {

@@ -51,6 +51,7 @@ mod accept;
 mod arena;
 mod config;
 mod conn;
+mod connect;
 mod disk;
 mod error;
 mod event;

@@ -9,6 +9,7 @@ use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 
 use crate::arena::{Arena, Buf};
+use crate::connect::{Connect, ConnectLimit};
 use crate::event::Token;
 use crate::ring::Ring;
 use crate::segment::{Segments, gather};
@@ -81,6 +82,8 @@ pub(crate) enum Op {
     Accept {
         listener: Key,
     },
+    Connect(Connect),
+    ConnectLimit(ConnectLimit),
     /// The armed read of the wake-up eventfd.
     Wake {
         word: Box<[u8; 8]>,

@@ -15,6 +15,7 @@ use crate::accept::Listener;
 use crate::arena::Arena;
 use crate::config::Config;
 use crate::conn::{Conn, ConnId};
+use crate::connect::{connect_entry, limit_entry};
 use crate::disk::FileSlot;
 use crate::error::{SetupError, SetupWarning, TurnError};
 use crate::event::{CloseReason, Event};
@@ -173,6 +174,16 @@ impl Reactor {
         }
     }
 
+    /// Puts an operation into the slab that goes to the kernel with another.
+    pub(crate) fn hold(&mut self, op: Op) -> Option<Key> {
+        self.ops.insert(Live { op: Some(op), retries: 0 }).ok()
+    }
+
+    /// Takes an operation out that never got to the kernel.
+    pub(crate) fn retire(&mut self, key: Key) {
+        self.ops.remove(key);
+    }
+
     pub(crate) fn clear_fixed(&mut self, index: u32) {
         // It fails only for an index outside the table. An entry left behind keeps its file open
         // until the next tenant replaces it.
@@ -244,10 +255,18 @@ impl Reactor {
     /// Moves runnable operations into the submission queue until it is full.
     fn pump(&mut self) {
         while let Some(&key) = self.runnable.front() {
+            let limit = self.limit_of(key);
             if self.must_cancel(key) {
                 self.runnable.pop_front();
                 self.complete(key, -libc::ECANCELED, 0);
+                if let Some(limit) = limit {
+                    self.complete(limit, -libc::ECANCELED, 0);
+                }
                 continue;
+            }
+            // A link must reach the kernel in one piece.
+            if limit.is_some() && self.ring.room() < 2 {
+                return;
             }
             let entry = self.entry(key).user_data(key.to_bits());
             // SAFETY: everything the entry points at is owned by the operation in the slab (its
@@ -260,6 +279,21 @@ impl Reactor {
             }
             self.stats.submitted += 1;
             self.runnable.pop_front();
+            if let Some(limit) = limit {
+                let entry = self.entry(limit).user_data(limit.to_bits());
+                // SAFETY: as above; the time limit is in a box of the operation.
+                let pushed = unsafe { self.ring.push(&entry) };
+                assert!(pushed, "there was room for two");
+                self.stats.submitted += 1;
+            }
+        }
+    }
+
+    /// The operation that follows `key` as its link.
+    fn limit_of(&self, key: Key) -> Option<Key> {
+        match self.ops.get(key).and_then(|live| live.op.as_ref()) {
+            Some(Op::Connect(c)) => Some(c.limit),
+            _ => None,
         }
     }
 
@@ -271,6 +305,8 @@ impl Reactor {
             _ if self.stopping => true,
             Op::Recv(r) => self.is_closing(r.conn),
             Op::Send(s) => self.is_closing(s.conn),
+            Op::Connect(c) => self.is_closing(c.conn),
+            Op::ConnectLimit(l) => self.is_closing(l.conn),
             Op::Accept { listener } => self.is_listener_closing(*listener),
             Op::Read(_) | Op::Write(_) | Op::Sync { .. } | Op::Wake { .. } => false,
         }
@@ -290,6 +326,8 @@ impl Reactor {
                 None => opcode::Nop::new().build(),
             },
             Some(Op::Accept { listener }) => op::accept_entry(*listener, table),
+            Some(Op::Connect(c)) => connect_entry(c, table),
+            Some(Op::ConnectLimit(l)) => limit_entry(l),
             Some(Op::Wake { word }) => op::wake_entry(word, self.waker.fd()),
             Some(Op::Cancel(target)) => op::cancel_entry(*target, table),
             None => opcode::Nop::new().build(),
@@ -342,6 +380,15 @@ impl Reactor {
             Op::Recv(r) => self.recv_done(key, r, res),
             Op::Send(s) => self.send_done(s, res, more, notif),
             Op::Accept { listener } => self.accept_done(key, listener, res, more),
+            Op::Connect(c) => {
+                self.connect_done(&c, res);
+                None
+            }
+            Op::ConnectLimit(l) => {
+                // ETIME when it struck: the attempt's own completion says so.
+                self.end_conn_op(l.conn);
+                None
+            }
             Op::Wake { word } if !stopping => {
                 self.runnable.push_back(key);
                 Some(Op::Wake { word })

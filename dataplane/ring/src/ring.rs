@@ -58,6 +58,12 @@ impl Ring {
         sq.taskrun() || sq.cq_overflow()
     }
 
+    /// Entries that can be queued before the next enter.
+    pub(crate) fn room(&mut self) -> usize {
+        let sq = self.uring.submission();
+        sq.capacity() - sq.len()
+    }
+
     pub(crate) fn queued(&mut self) -> usize {
         self.uring.submission().len()
     }

@@ -96,6 +96,7 @@ impl Reactor {
             _ if self.stopping => Refusal::ShuttingDown,
             None => Refusal::ConnClosed,
             Some(c) if c.closing.is_some() || c.close_when_sent => Refusal::ConnClosed,
+            Some(c) if c.connecting => Refusal::NotConnected,
             Some(c) if c.sending.broken.is_some() => Refusal::ConnClosed,
             Some(c) if c.sending.queue.len() >= limit => Refusal::QueueFull,
             Some(_) if bad_range() => Refusal::BadRange,

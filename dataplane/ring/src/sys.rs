@@ -1,7 +1,7 @@
 //! The system calls that neither std, nix nor io-uring wrap the way this crate needs them, each
 //! behind a safe function, and the one memory mapping.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
 use io_uring::types::SubmitArgs;
@@ -124,6 +124,13 @@ pub(crate) fn dio_align(fd: BorrowedFd<'_>) -> Result<Option<(u32, u32)>, Errno>
     Errno::result(rc)?;
     let known = stx.stx_mask & libc::STATX_DIOALIGN != 0;
     Ok(known.then_some((stx.stx_dio_mem_align, stx.stx_dio_offset_align)))
+}
+
+/// A blocking TCP socket of the address's family, closed on exec.
+pub(crate) fn tcp_socket(addr: &std::net::SocketAddr) -> Result<OwnedFd, Errno> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let family = if addr.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
 }
 
 /// Resets a TCP connection at once (connect to AF_UNSPEC): drops its queues, tells the peer.

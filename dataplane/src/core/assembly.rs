@@ -38,6 +38,8 @@ pub(crate) struct Wanted {
     pub(crate) view: Arc<FileView>,
     /// A sealed generation, or what is current.
     pub(crate) pinned: Option<Generation>,
+    /// Not what is held here, but what is left of a group that others hold now.
+    pub(crate) remnant: bool,
     pub(crate) purpose: Purpose,
     /// A client reads sequentially: fetch ahead.
     pub(crate) sequential: bool,
@@ -48,6 +50,7 @@ pub(crate) struct Wanted {
 pub(crate) enum For {
     Read(u64),
     Upload(super::upload::UploadId, usize),
+    Peer(u64),
 }
 
 /// What came of it.
@@ -141,6 +144,9 @@ impl<B: Buffer> ShardCore<B> {
     fn plan(&mut self, wanted: &Wanted) -> Option<ReadPlan> {
         let base = base_of(&wanted.view);
         let blocks = wanted.blocks.clone();
+        if wanted.remnant {
+            return self.store.plan_remnant(wanted.inode, wanted.chunk, blocks, base);
+        }
         match wanted.pinned {
             None => Some(self.store.plan_read(wanted.inode, wanted.chunk, blocks, base)),
             Some(g) => self.store.plan_read_pinned(wanted.inode, g, wanted.chunk, blocks, base),
@@ -151,7 +157,8 @@ impl<B: Buffer> ShardCore<B> {
     pub(crate) fn start_assembly(&mut self, id: AsmId) -> bool {
         let Some(a) = self.assemblies.get(&id) else { return true };
         let wanted = a.wanted.clone();
-        if wanted.pinned.is_none() && !self.is_current(wanted.inode, &wanted.view) {
+        let current = wanted.pinned.is_none() && !wanted.remnant;
+        if current && !self.is_current(wanted.inode, &wanted.view) {
             self.fail_assembly(id, Refusal::of(Status::StaleView));
             return true;
         }
@@ -360,13 +367,16 @@ impl<B: Buffer> ShardCore<B> {
             && let Some(dirty) = a.rot
         {
             a.attempts += 1;
-            let (attempts, inode) = (a.attempts, a.wanted.inode);
+            let (attempts, inode, chunk) = (a.attempts, a.wanted.inode, a.wanted.chunk);
+            let remnant = a.wanted.remnant;
             // Freed and written anew between plan and read is ruled out by the guard; so the second
             // look tells a bad transfer from bad data.
             if attempts == 2 {
                 return self.replan(id);
             }
-            if !dirty && attempts <= ATTEMPTS_MAX {
+            if remnant {
+                self.store.drop_remnant(inode, chunk);
+            } else if !dirty && attempts <= ATTEMPTS_MAX {
                 match self.store.evict_clean(&[inode]) {
                     Ok(Some(ticket)) => {
                         self.stats.checksum_repairs += 1;
@@ -376,7 +386,9 @@ impl<B: Buffer> ShardCore<B> {
                     Err(_) => {}
                 }
             }
-            a.failed = Some(Refusal::of(Status::Io));
+            if let Some(a) = self.assemblies.get_mut(&id) {
+                a.failed = Some(Refusal::of(Status::Io));
+            }
         }
         let Some(a) = self.assemblies.remove(&id) else { return };
         let outcome = match a.failed {
@@ -386,6 +398,7 @@ impl<B: Buffer> ShardCore<B> {
         match a.then {
             For::Read(read) => self.read_assembled(read, outcome),
             For::Upload(upload, part) => self.part_assembled(upload, part, outcome),
+            For::Peer(id) => self.peer_assembled(id, outcome),
         }
     }
 
@@ -407,7 +420,7 @@ impl<B: Buffer> ShardCore<B> {
     pub(crate) fn give_up_assembly(&mut self, id: AsmId) -> bool {
         match self.assemblies.get(&id).map(|a| a.then) {
             Some(For::Upload(..)) => false,
-            Some(For::Read(_)) => {
+            Some(For::Read(_) | For::Peer(_)) => {
                 self.fail_assembly(id, Refusal::after(Status::Busy, RETRY_BUSY_MS));
                 true
             }

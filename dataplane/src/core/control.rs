@@ -296,6 +296,7 @@ impl<B: Buffer> ShardCore<B> {
             Step::ReleasePg(pg, epoch) => {
                 let ticket = self.store.release_pg(*pg, *epoch)?;
                 self.placement.release(*pg, *epoch);
+                self.note_released(*pg);
                 Ok(ticket)
             }
         }

@@ -4,7 +4,8 @@
 //! the command's token gives it back. Every [`Request`] is answered by exactly one
 //! [`Command::Reply`]. No I/O, clock or randomness here or in the core.
 
-use ebb_dataplane_protocol::auth::Role;
+use super::call::{Answer, Call};
+use ebb_dataplane_protocol::auth::{PeerHello, Role};
 use ebb_dataplane_protocol::control::{PutCondition, StoreOutcome};
 use ebb_dataplane_protocol::{ClusterMap, Header, SessionId, ShardRef};
 use ebb_store::AlignedBuf;
@@ -26,6 +27,8 @@ pub struct PeerInfo {
     pub role: Role,
     /// Its session, 0 if none.
     pub session: SessionId,
+    /// Which core it is, of [`Role::Node`].
+    pub node: Option<PeerHello>,
 }
 
 /// One frame.
@@ -94,6 +97,8 @@ pub enum Event<B> {
         /// The lease holds until then, on the clock of `now_ms`.
         lease_until_ms: u64,
     },
+    /// A [`Command::Call`] ended.
+    Answer(Answer<B>),
 }
 
 /// A part of a reply's payload.
@@ -164,6 +169,8 @@ pub enum Command<B> {
     Reply(Reply<B>),
     /// Do something in S3.
     Job(Job<B>),
+    /// Ask a core of another node. Ends with exactly one [`Event::Answer`].
+    Call(Call<B>),
     /// A newer map is known to somebody: heartbeat now.
     RefreshMap,
     /// The device failed: the shard serves nothing any more. Said once.

@@ -66,10 +66,10 @@ enum State<B> {
 
 #[derive(Debug)]
 pub(crate) struct FillTask<B> {
-    key: FillKey,
-    view: Arc<FileView>,
+    pub(crate) key: FillKey,
+    pub(crate) view: Arc<FileView>,
     /// Blocks of the chunk.
-    blocks: Range<u32>,
+    pub(crate) blocks: Range<u32>,
     /// Bytes of them that are in the object.
     valid: u32,
     waiters: Vec<(Target, Range<u32>)>,
@@ -77,6 +77,8 @@ pub(crate) struct FillTask<B> {
     plan: Option<FillId>,
     writes: usize,
     ahead: bool,
+    /// The group's former holder was asked.
+    pub(crate) asked: bool,
 }
 
 /// Recognises sequential readers.
@@ -241,6 +243,7 @@ impl<B: Buffer> ShardCore<B> {
             plan: None,
             writes: 0,
             ahead,
+            asked: false,
         };
         if ahead {
             self.read_ahead.alive += 1;
@@ -273,8 +276,16 @@ impl<B: Buffer> ShardCore<B> {
                 }
             }
         };
-        let Some(fill) = self.fills.get(&no) else { return true };
-        let Some(backing) = fill.view.backing.as_ref() else { return true };
+        if let Some(buf) = self.ask_holder(no, buf) {
+            self.fetch(no, buf);
+        }
+        true
+    }
+
+    /// Asks S3 for a fill's bytes.
+    pub(crate) fn fetch(&mut self, no: FillNo, buf: B) {
+        let Some(fill) = self.fills.get(&no) else { return };
+        let Some(backing) = fill.view.backing.as_ref() else { return };
         let start = fill.key.1.start() + u64::from(fill.blocks.start) * BLOCK as u64;
         let work = Work::Fetch {
             key: backing.key.clone(),
@@ -285,7 +296,6 @@ impl<B: Buffer> ShardCore<B> {
         };
         let token = self.expect(Pending::Fetch(no));
         self.out.push(Command::Job(Job { token, work }));
-        true
     }
 
     /// Adds a waiter; answers it at once if the bytes are here.

@@ -16,12 +16,14 @@
 mod admit;
 mod assembly;
 mod buffer;
+mod call;
 mod control;
 mod event;
 mod fill;
 mod grants;
 mod journal;
 mod lru;
+mod peer_read;
 mod placement;
 mod present;
 mod read;
@@ -32,6 +34,7 @@ mod warm;
 mod write;
 
 pub use buffer::Buffer;
+pub use call::*;
 pub use event::*;
 
 use assembly::{AsmId, Assembly};
@@ -123,6 +126,8 @@ enum Pending {
     FillData(fill::FillNo),
     /// A fill's fetch.
     Fetch(fill::FillNo),
+    /// A fill's question to its group's former holder.
+    Asked(fill::FillNo, PgId),
     /// An S3 mutation.
     Upload(UploadId),
     /// The journal, its sync, a checkpoint step.
@@ -193,6 +198,8 @@ pub struct ShardCore<B> {
     warms: HashMap<WarmId, WarmTask>,
     journal: journal::Driver,
     scrub: scrub::Scrub,
+    moved: peer_read::Moved,
+    peer_serves: HashMap<u64, peer_read::PeerServe>,
 }
 
 impl<B: Buffer> ShardCore<B> {
@@ -243,6 +250,8 @@ impl<B: Buffer> ShardCore<B> {
             warms: HashMap::new(),
             journal: journal::Driver::default(),
             scrub: scrub::Scrub::default(),
+            moved: peer_read::Moved::default(),
+            peer_serves: HashMap::new(),
         }
     }
 
@@ -254,8 +263,11 @@ impl<B: Buffer> ShardCore<B> {
             Event::Read { token, buf, ok } => self.read_done(token, buf, ok),
             Event::Written { token, ok } => self.written(token, ok),
             Event::Job(done) => self.job_done(done),
+            Event::Answer(answer) => self.answered(answer),
             Event::Placement { me, map, lease_until_ms } => {
+                let before = self.placement.map();
                 self.placement.update(me, map, lease_until_ms);
+                self.note_moves(before);
                 self.thaw_returned();
                 self.map_came();
             }
@@ -284,6 +296,7 @@ impl<B: Buffer> ShardCore<B> {
         self.start_uploads();
         self.keep_space();
         self.keep_scrubbing();
+        self.forget_remnants();
         self.drive_journal();
         self.expire();
     }
@@ -406,6 +419,7 @@ impl<B: Buffer> ShardCore<B> {
             Opcode::Ping => true,
             Opcode::Present | Opcode::Read | Opcode::Write => r.peer.role == Role::Client,
             Opcode::Control => r.peer.role == Role::Meta,
+            Opcode::PeerRead => r.peer.role == Role::Node,
             Opcode::Hello | Opcode::Prove | Opcode::Meta | Opcode::Raft => {
                 return self.refuse(owed, Refusal::of(Status::BadRequest));
             }
@@ -419,6 +433,7 @@ impl<B: Buffer> ShardCore<B> {
             Opcode::Read => self.read(owed, r.peer, &r.body),
             Opcode::Write => self.write(owed, r.peer, &r.body, r.payload),
             Opcode::Control => self.control(owed, &r.body),
+            Opcode::PeerRead => self.peer_read(owed, &r.body),
             _ => self.reply(owed, Status::Ok, Vec::new()),
         }
     }
@@ -489,6 +504,13 @@ impl<B: Buffer> ShardCore<B> {
                 Some(Pending::Upload(id)) => self.uploaded(id, outcome),
                 other => debug_assert!(false, "a store completion for {other:?}"),
             },
+        }
+    }
+
+    fn answered(&mut self, answer: Answer<B>) {
+        match self.pending.remove(&answer.token) {
+            Some(Pending::Asked(no, pg)) => self.holder_answered(no, pg, answer),
+            other => debug_assert!(false, "an answer for {other:?}"),
         }
     }
 

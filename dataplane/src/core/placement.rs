@@ -67,6 +67,15 @@ impl Placement {
         }
     }
 
+    /// The map it goes by.
+    pub(crate) fn map(&self) -> Option<Arc<ClusterMap>> {
+        self.map.clone()
+    }
+
+    pub(crate) fn is_me(&self, shard: ShardRef) -> bool {
+        self.me == Some(shard)
+    }
+
     pub(crate) fn version(&self) -> MapVersion {
         self.map.as_ref().map_or(MapVersion(0), |m| m.version)
     }

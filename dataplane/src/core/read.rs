@@ -42,6 +42,7 @@ impl<B: Buffer> ShardCore<B> {
             blocks: start..end,
             view: admitted.view,
             pinned: None,
+            remnant: false,
             purpose: Purpose::Reply,
             sequential,
         };

@@ -194,6 +194,7 @@ impl<B: Buffer> ShardCore<B> {
                 blocks: 0..len.div_ceil(BLOCK as u32),
                 view: std::sync::Arc::clone(&view),
                 pinned: Some(generation),
+                remnant: false,
                 purpose: Purpose::Flush,
                 sequential: true,
             };

@@ -60,6 +60,7 @@ impl Glue {
                     self.deferred.push_back(Command::Job(job));
                 }
             }
+            Command::Call(call) => self.peers.call(&mut self.reactor, call, self.now_ms),
             Command::RefreshMap => self.refresh.notify_one(),
             Command::Failed(why) => self.failure = Some(why),
         }

@@ -2,8 +2,8 @@
 
 use super::{ConnRef, Glue};
 use crate::core::PeerInfo;
-use ebb_dataplane_protocol::Header;
 use ebb_dataplane_protocol::auth::Hello;
+use ebb_dataplane_protocol::{Header, SessionId, ShardRef};
 use ebb_ring::{Buf, ConnId, Token};
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -49,6 +49,15 @@ pub(super) enum Payload {
     Discarding { left: usize },
 }
 
+/// Whose connection: a newer one of the same lane closes the older one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Lane {
+    /// A slot of a client's session.
+    Session(SessionId, u32),
+    /// A channel of another node's core.
+    Core(ShardRef, u32),
+}
+
 #[derive(Debug)]
 pub(super) struct Conn {
     pub(super) id: ConnId,
@@ -64,7 +73,7 @@ pub(super) struct Conn {
     /// When the partial frame began.
     pub(super) partial_ms: u64,
     /// Key in the table of lanes.
-    pub(super) lane: Option<(ebb_dataplane_protocol::SessionId, u32)>,
+    pub(super) lane: Option<Lane>,
     pub(super) closing: bool,
 }
 

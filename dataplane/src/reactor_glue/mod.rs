@@ -8,21 +8,27 @@ mod commands;
 mod conn;
 mod frames;
 mod handshake;
+mod link;
+#[cfg(test)]
+mod peer_tests;
+mod peers;
 mod slots;
 
 use crate::clock;
 use crate::core::{ConnRef, CoreLimits, Event as CoreEvent, JobDone, Report, ShardCore};
 use crate::mover::JobSender;
-use conn::Conn;
-use ebb_dataplane_protocol::auth::ClusterKey;
-use ebb_dataplane_protocol::{ClusterId, ClusterMap, SessionId, ShardRef};
+use crate::resolve::ResolveSender;
+use conn::{Conn, Lane};
+use ebb_dataplane_protocol::{ClusterMap, ShardRef};
 use ebb_ring::{
     Buf, ConnId, DeviceFile, Event, FileId, ListenerId, MailSender, Mailbox, Reactor, SetupError,
     TurnError, mailbox,
 };
 use ebb_store::Store;
+pub(crate) use link::Caller;
+use peers::Peers;
 use std::collections::{HashMap, VecDeque};
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -49,6 +55,13 @@ pub(crate) enum Mail {
         /// On the clock of [`clock::now_ms`].
         lease_until_ms: u64,
     },
+    /// A name was looked up.
+    Resolved {
+        /// The name.
+        host: String,
+        /// Its address, if it has one.
+        ip: Option<IpAddr>,
+    },
     /// Take nothing new, finish what there is, end.
     Drain,
     /// End now.
@@ -62,13 +75,14 @@ pub(crate) struct CoreSetup {
     pub(crate) listener: TcpListener,
     pub(crate) device: DeviceFile,
     pub(crate) store: Store,
-    pub(crate) key: ClusterKey,
-    pub(crate) cluster: ClusterId,
     pub(crate) limits: CoreLimits,
     pub(crate) jobs: JobSender,
     pub(crate) report: Arc<Mutex<Report>>,
     /// Asks the heartbeat to beat now.
     pub(crate) refresh: Arc<tokio::sync::Notify>,
+    /// This core, its store and its process, as other cores know them.
+    pub(crate) caller: Caller,
+    pub(crate) resolver: ResolveSender,
 }
 
 /// Why a core ended badly.
@@ -126,15 +140,15 @@ pub(crate) struct Glue {
     file: FileId,
     listener: Option<ListenerId>,
     conns: HashMap<ConnRef, Conn>,
-    /// The live connection of each (session, lane).
-    lanes: HashMap<(SessionId, u32), ConnRef>,
+    /// The live connection of each lane.
+    lanes: HashMap<Lane, ConnRef>,
     /// Connections that wait for a payload slot, oldest first.
     slotless: VecDeque<ConnRef>,
     /// Commands the ring or the mover had no room for.
     deferred: VecDeque<crate::core::Command<Buf>>,
     mail: Mailbox<Mail>,
-    key: ClusterKey,
-    cluster: ClusterId,
+    caller: Caller,
+    peers: Peers,
     jobs: JobSender,
     report: Arc<Mutex<Report>>,
     refresh: Arc<tokio::sync::Notify>,
@@ -167,8 +181,9 @@ impl Glue {
             why: r.why.to_string(),
         })?;
         let buffers = Box::new(slots::Slots::new(reactor.arena().clone()));
-        let shard =
-            ShardCore::new(setup.store, setup.key.clone(), setup.cluster, setup.limits, buffers);
+        let Caller { key, cluster, .. } = &setup.caller;
+        let (key, cluster) = (key, *cluster);
+        let shard = ShardCore::new(setup.store, key.clone(), cluster, setup.limits, buffers);
         let glue = Self {
             index: setup.index,
             reactor,
@@ -180,8 +195,8 @@ impl Glue {
             slotless: VecDeque::new(),
             deferred: VecDeque::new(),
             mail,
-            key: setup.key,
-            cluster: setup.cluster,
+            peers: Peers::new(setup.caller.clone(), setup.resolver),
+            caller: setup.caller,
             jobs: setup.jobs,
             report: setup.report,
             refresh: setup.refresh,
@@ -209,6 +224,8 @@ impl Glue {
                 self.event(event);
             }
             self.feed_slotless();
+            self.peers.expire(&mut self.reactor, self.now_ms);
+            self.deliver_answers();
             self.core.end_turn(self.now_ms);
             self.carry_out();
             if self.now_ms >= self.tick_at_ms {
@@ -226,7 +243,8 @@ impl Glue {
     }
 
     fn timeout(&self) -> Duration {
-        let ms = if self.core.has_ready_work() {
+        let peers = self.peers.wake_at_ms().saturating_sub(self.now_ms).max(1);
+        let ms = if self.core.has_ready_work() || self.peers.has_answers() {
             0
         } else if !self.deferred.is_empty() {
             1
@@ -235,11 +253,44 @@ impl Glue {
         } else {
             self.tick_at_ms.saturating_sub(self.now_ms).clamp(1, TICK_MS)
         };
-        Duration::from_millis(ms)
+        Duration::from_millis(ms.min(peers))
+    }
+
+    /// What came of the core's calls. One that is refused at once is told in the next turn.
+    fn deliver_answers(&mut self) {
+        for answer in self.peers.take_answers() {
+            self.core.handle(self.now_ms, CoreEvent::Answer(answer));
+        }
+    }
+
+    /// An event of a connection to another core.
+    fn peer_event(&mut self, event: Event) {
+        let (peers, reactor, now) = (&mut self.peers, &mut self.reactor, self.now_ms);
+        match event {
+            Event::Connected { conn, result, .. } => peers.connected(reactor, conn, result, now),
+            Event::Received { conn, buf, range, result, .. } => {
+                peers.received(reactor, conn, buf, range, result, now);
+            }
+            Event::Sent { conn, segments, result, .. } => {
+                drop(segments);
+                peers.sent(reactor, conn, result, now);
+            }
+            Event::Closed { conn, .. } => peers.closed(reactor, conn, now),
+            other => debug_assert!(false, "not of a connection: {other:?}"),
+        }
     }
 
     fn event(&mut self, event: Event) {
         match event {
+            Event::Connected { conn, .. }
+            | Event::Received { conn, .. }
+            | Event::Sent { conn, .. }
+            | Event::Closed { conn, .. }
+                if self.peers.owns(conn) =>
+            {
+                self.peer_event(event);
+            }
+            Event::Connected { .. } => debug_assert!(false, "only calls connect"),
             Event::Read { token, buf, range, result, .. } => {
                 let ok = match result {
                     Ok(n) => n == range.len(),
@@ -286,7 +337,11 @@ impl Glue {
         while let Some(mail) = self.mail.try_recv() {
             match mail {
                 Mail::Job(done) => self.core.handle(self.now_ms, CoreEvent::Job(done)),
+                Mail::Resolved { host, ip } => {
+                    self.peers.resolved(&mut self.reactor, &host, ip, self.now_ms);
+                }
                 Mail::Placement { me, map, lease_until_ms } => {
+                    self.peers.set_map(&mut self.reactor, Arc::clone(&map), self.now_ms);
                     let event = CoreEvent::Placement { me, map, lease_until_ms };
                     self.core.handle(self.now_ms, event);
                     // The heartbeat acks this map from the report.

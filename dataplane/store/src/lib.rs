@@ -27,6 +27,7 @@ mod memory;
 mod read;
 mod record;
 mod recovery;
+mod remnant;
 mod store;
 mod superblock;
 pub mod types;

@@ -106,7 +106,7 @@ impl Store {
         Some(ScrubPiece { inode, chunk, offset, crcs, dirty, next, guard: self.guard() })
     }
 
-    fn guarded(&mut self, pieces: Vec<ReadPiece>) -> ReadPlan {
+    pub(crate) fn guarded(&mut self, pieces: Vec<ReadPiece>) -> ReadPlan {
         let on_device = pieces.iter().any(|p| matches!(p.source, PieceSource::Device { .. }));
         let guard = on_device.then(|| self.guard());
         ReadPlan { pieces, guard }
@@ -114,7 +114,7 @@ impl Store {
 }
 
 /// Lays a range out: extents of `top`, clean extents of `under`, then holes and misses.
-fn lay(
+pub(crate) fn lay(
     top: &ExtentList,
     under: Option<&ExtentList>,
     chunk: ChunkIndex,

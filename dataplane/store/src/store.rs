@@ -9,6 +9,7 @@ use crate::geometry::{Geometry, Identity};
 use crate::index::{ChunkKey, Index};
 use crate::journal::{Journal, Share};
 use crate::record::Record;
+use crate::remnant::Remnants;
 use crate::types::*;
 use ebb_dataplane_protocol::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -116,6 +117,8 @@ pub struct Store {
     pub(crate) durable: Ticket,
     pub(crate) checkpoints: u64,
     pub(crate) failed: bool,
+    /// What is left of groups that others hold now.
+    pub(crate) remnants: Remnants,
 }
 
 impl Store {
@@ -156,6 +159,7 @@ impl Store {
             durable: Ticket(0),
             checkpoints: 0,
             failed: false,
+            remnants: Remnants::default(),
         })
     }
 
@@ -188,7 +192,8 @@ impl Store {
             self.index.pgs.iter().flat_map(|p| p.pinned.keys().copied()).collect();
         StoreStats {
             capacity_bytes: u64::from(self.alloc.capacity()) * B,
-            free_bytes: u64::from(self.available()) * B,
+            free_bytes: (u64::from(self.available()) + self.remnants.blocks()) * B,
+            remnant_bytes: self.remnants.blocks() * B,
             dirty_bytes: self.index.counters.dirty_blocks * B,
             clean_bytes: self.index.counters.clean_blocks * B,
             pinned_inodes: pinned.len() as u64,
@@ -257,7 +262,9 @@ impl Store {
         let Some(batch) = self.journal.complete() else { return Err(CompletionError::Batch(id)) };
         let mut tickets = Vec::with_capacity(batch.entries.len());
         for (ticket, record) in batch.entries {
+            let left = self.leaving(&record);
             self.index.apply(&record, batch.sequence);
+            self.keep_remnants(left, &record);
             self.after_apply(ticket, &record);
             assert!(ticket > self.durable, "tickets become durable in order");
             self.durable = ticket;

@@ -344,6 +344,8 @@ pub struct StoreStats {
     pub capacity_bytes: u64,
     /// Bytes a write could take now, without evicting.
     pub free_bytes: u64,
+    /// Of these, what is left of groups that others hold now.
+    pub remnant_bytes: u64,
     /// Dirty bytes, counted once per block that only this node holds (pins included).
     pub dirty_bytes: u64,
     /// Clean bytes.

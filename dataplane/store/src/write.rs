@@ -45,6 +45,7 @@ impl Store {
         self.data_room(journal_pages)?;
         let index_bytes = 160 + u64::from(n) * 4 + 20 * 2;
         self.index_room(index_bytes, 2, n)?;
+        self.make_room(n);
         if self.available() < n {
             return Err(self.no_space(n));
         }
@@ -284,6 +285,7 @@ impl Store {
         let index_bytes = 160 + u64::from(op.blocks) * 4;
         let spare = self.alloc.capacity() / 64;
         self.index_room(index_bytes, 2, op.blocks)?;
+        self.make_room(op.blocks + spare);
         if self.available() < op.blocks + spare {
             return Err(self.no_space(op.blocks + spare));
         }

@@ -40,6 +40,10 @@ pub struct MetaState {
     pub beats: u64,
     pub acked_map: MapVersion,
     pub dirty_groups: Vec<PgId>,
+    /// What each node acked last.
+    pub acks: std::collections::BTreeMap<NodeId, MapVersion>,
+    /// Each store that registers is a node of its own, from [`NODE`] on; else the last is the only one.
+    pub many: bool,
 }
 
 pub struct MetaStandIn {
@@ -56,24 +60,31 @@ impl Handler for MetaStandIn {
                     ports, store, host, capacity_bytes, ..
                 }) => {
                     s.ports = ports.clone();
-                    s.map.nodes = vec![NodeInfo {
-                        id: NODE,
+                    if !s.many {
+                        s.map.nodes.clear();
+                    }
+                    let known = s.map.nodes.iter().find(|n| n.store == store).map(|n| n.id);
+                    let id = known.unwrap_or(NodeId(NODE.0 + s.map.nodes.len() as u32));
+                    s.map.nodes.retain(|n| n.id != id);
+                    s.map.nodes.push(NodeInfo {
+                        id,
                         store,
                         state: NodeState::Active,
                         host,
                         ports,
                         capacity_bytes,
-                    }];
+                    });
                     let reply = NodeReply::Registered {
-                        node: NODE,
+                        node: id,
                         map: s.map.clone(),
                         bucket_config: s.bucket.clone(),
                     };
                     (reply, false)
                 }
-                Request::Node(NodeCall::Heartbeat { map_version, dirty_groups, .. }) => {
+                Request::Node(NodeCall::Heartbeat { node, map_version, dirty_groups, .. }) => {
                     s.beats += 1;
                     s.acked_map = map_version;
+                    s.acks.insert(node, map_version);
                     s.dirty_groups = dirty_groups;
                     let map = (map_version < s.map.version).then(|| s.map.clone());
                     (NodeReply::Lease { lease_ms: s.lease_ms, map, stop: s.stop }, s.silent)
@@ -147,6 +158,8 @@ impl World {
             beats: 0,
             acked_map: MapVersion(0),
             dirty_groups: Vec::new(),
+            acks: Default::default(),
+            many: false,
         }));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
         let address = listener.local_addr().expect("address").to_string();
@@ -189,7 +202,19 @@ impl World {
 
     /// A node in this process.
     pub async fn start(&self) -> InProcess {
-        let config = self.config.clone();
+        self.start_with(self.config.clone()).await
+    }
+
+    /// The configuration of another node beside the first.
+    pub fn another(&self, name: &str) -> NodeConfig {
+        NodeConfig {
+            dir: self.dir.path().join(name),
+            ready_file: Some(self.dir.path().join(format!("{name}.json"))),
+            ..self.config.clone()
+        }
+    }
+
+    pub async fn start_with(&self, config: NodeConfig) -> InProcess {
         let ready = config.ready_file.clone().expect("a ready file");
         let _ = std::fs::remove_file(&ready);
         let stop = CancellationToken::new();
@@ -233,7 +258,11 @@ impl World {
             change(&mut s.map);
             s.map.version
         };
-        eventually("the map is acked", || self.meta().acked_map >= version).await;
+        eventually("the map is acked", || {
+            let s = self.meta();
+            s.acked_map >= version && s.acks.values().all(|acked| *acked >= version)
+        })
+        .await;
     }
 
     pub async fn connect(&self, port: u16, role: Role, session: u64) -> Connection {

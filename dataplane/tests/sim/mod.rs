@@ -8,6 +8,7 @@ use device::Device;
 use ebb_dataplane::core::*;
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
 use ebb_dataplane_protocol::control::{Control, ControlReply, StoreOutcome};
+use ebb_dataplane_protocol::data::{PeerRead, encode_checksums};
 use ebb_dataplane_protocol::*;
 use ebb_store::{AlignedBuf, Geometry, Identity, Store, format_device};
 use files::{Files, Outstanding, What};
@@ -20,6 +21,8 @@ use std::sync::atomic::{AtomicIsize, Ordering};
 pub const CLUSTER: ClusterId = ClusterId(3);
 pub const PGS: u16 = 4;
 const ME: ShardRef = ShardRef { node: NodeId(1), core: CoreId(0) };
+/// Held every group before.
+const FORMER: ShardRef = ShardRef { node: NodeId(2), core: CoreId(0) };
 
 pub fn key() -> ClusterKey {
     ClusterKey::new([3; 32])
@@ -109,6 +112,7 @@ pub struct Tally {
     pub aborted: u64,
     pub cuts: u64,
     pub crashes: u64,
+    pub peer_reads: u64,
 }
 
 pub struct Sim {
@@ -190,6 +194,14 @@ impl Sim {
     }
 
     fn lease(&mut self, until: u64) {
+        // A core that knows no map sees first that another one holds the groups.
+        let mut before = (*self.map).clone();
+        before.version = MapVersion(0);
+        for pg in &mut before.pgs {
+            (pg.members, pg.epoch) = (vec![FORMER], PgEpoch(0));
+        }
+        let before = Event::Placement { me: ME, map: Arc::new(before), lease_until_ms: 0 };
+        self.core.handle(self.now, before);
         let map = Arc::clone(&self.map);
         self.core.handle(self.now, Event::Placement { me: ME, map, lease_until_ms: until });
     }
@@ -286,6 +298,10 @@ impl Sim {
                 let done = self.s3_call(token, work);
                 self.core.handle(now, Event::Job(done));
             }
+            Command::Call(call) => {
+                let answer = self.former_holder(call);
+                self.core.handle(now, Event::Answer(answer));
+            }
             Command::Reply(_) | Command::RefreshMap | Command::Failed(_) => unreachable!(),
         }
     }
@@ -319,6 +335,42 @@ impl Sim {
             }
             other => panic!("not asked for here: {other:?}"),
         }
+    }
+
+    /// The core that held all groups before: has some of what it is asked for, and of that some is rotten.
+    fn former_holder(&mut self, mut call: Call<Slot>) -> Answer<Slot> {
+        assert_eq!((call.peer, call.header.opcode), (FORMER, Opcode::PeerRead));
+        let ask = PeerRead::decode(&call.body).expect("a question");
+        let h = call.header;
+        let body = self.files.all.iter().find(|f| f.inode == h.inode).and_then(|f| {
+            let backing = f.view.backing.as_ref().filter(|_| f.view.content == ask.content)?;
+            self.s3.get(&backing.key).filter(|o| o.etag == backing.etag)
+        });
+        let mut want = call.want.take().expect("room for the answer");
+        let at = (h.chunk.start() + u64::from(h.offset)) as usize;
+        let outcome = match (self.rng.random_range(0..20), body) {
+            (0, _) => Err(PeerError::Unreachable { retry_after_ms: 100 }),
+            (1, _) => Err(PeerError::Broken),
+            (2..12, Some(object)) => {
+                let end = ask.valid_bytes.min(object.body.len() as u64) as usize;
+                let slot = &mut want.buf.bytes_mut()[want.range.clone()];
+                let blocks = &mut slot[..h.length as usize];
+                blocks.fill(0);
+                let have = end.saturating_sub(at).min(blocks.len());
+                blocks[..have].copy_from_slice(&object.body[at..at + have]);
+                let crcs: Vec<u32> = blocks.chunks(4096).map(crc32c).collect();
+                if self.rng.random_bool(0.2) {
+                    let byte = self.rng.random_range(0..blocks.len());
+                    blocks[byte] ^= 0x10;
+                } else {
+                    self.tally.peer_reads += 1;
+                }
+                let body = encode_checksums(&crcs);
+                Ok((h.reply(Status::Ok).with_body(&body).with_payload(h.length), body))
+            }
+            _ => Ok((h.reply(Status::NotHere), Vec::new())),
+        };
+        Answer { token: call.token, link: LinkId(1), outcome, buf: Some(want.buf) }
     }
 
     /// Everything in memory is gone; the device keeps what is durable and some of the rest.
@@ -370,7 +422,7 @@ impl Sim {
         };
         self.trace(|| format!("-> {} {header:?}", o.what.line()));
         self.requests.insert(id, o);
-        let peer = PeerInfo { role, session };
+        let peer = PeerInfo { role, session, node: None };
         let request = Request { conn: ConnRef(1), peer, header, body, payload };
         self.core.handle(self.now, Event::Request(request));
         self.collect();

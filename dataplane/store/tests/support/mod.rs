@@ -186,7 +186,7 @@ impl Rig {
         let plan = self.store.plan_read_pinned(INODE, Generation(g), CHUNK, blocks, base);
         self.bytes(plan.expect("sealed"))
     }
-    fn bytes(&mut self, plan: ReadPlan) -> Vec<u8> {
+    pub fn bytes(&mut self, plan: ReadPlan) -> Vec<u8> {
         let mut out = Vec::new();
         for p in &plan.pieces {
             let mut bytes = vec![0u8; p.blocks.len() * 4096];
