@@ -14,7 +14,7 @@ use crate::BenchError;
 use crate::baseline::{Baseline, Sample};
 use crate::report::{Bar, Limit, columns, median, number};
 use ebb_client::{ClientError, Cluster, FileHandle, FileSystem, InodeId, OpenFlags, Owner};
-use ebb_dataplane_protocol::{CHUNK_BYTES, ChunkIndex, ShardRef};
+use ebb_dataplane_protocol::{CHUNK_BYTES, ChunkIndex, ClusterMap, ShardRef};
 use ebb_metaplane_protocol::AdminCall;
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -240,36 +240,53 @@ async fn measure(
 }
 
 /// Where requests go: slots of the file, in whole chunks.
-struct Slots {
+pub(crate) struct Slots {
     starts: Vec<u64>,
     per_start: u64,
     size: u64,
 }
 
 impl Slots {
-    fn offset(&self, random: u64) -> u64 {
+    /// Requests of `size` bytes inside the chunks that begin at `starts`.
+    pub(crate) fn of(starts: Vec<u64>, size: u64) -> Self {
+        Self { starts, per_start: u64::from(CHUNK_BYTES) / size, size }
+    }
+
+    pub(crate) fn offset(&self, random: u64) -> u64 {
         let n = random % (self.starts.len() as u64 * self.per_start);
         self.starts[(n / self.per_start) as usize] + n % self.per_start * self.size
     }
 }
 
-/// The slots of the core that holds most of the file (or of all cores), and how many cores that is.
-fn slots(cluster: &Cluster, inode: InodeId, plan: &Plan, size: u64) -> (Slots, u32) {
-    let chunk = u64::from(CHUNK_BYTES);
-    let map = cluster.map();
+/// Where the chunks of a file begin, by the core that holds them.
+fn by_core(map: &ClusterMap, inode: InodeId, file_bytes: u64) -> BTreeMap<ShardRef, Vec<u64>> {
     let mut by_core: BTreeMap<ShardRef, Vec<u64>> = BTreeMap::new();
-    for start in (0..plan.file_bytes).step_by(CHUNK_BYTES as usize) {
+    for start in (0..file_bytes).step_by(CHUNK_BYTES as usize) {
         let entry = map.pg_of(inode, ChunkIndex::of_offset(start));
         if let Some(core) = entry.and_then(|(_, pg)| pg.primary()) {
             by_core.entry(core).or_default().push(start);
         }
     }
+    by_core
+}
+
+/// The core that holds most of a file, and where its chunks begin.
+pub(crate) fn busiest(
+    map: &ClusterMap,
+    inode: InodeId,
+    file_bytes: u64,
+) -> Option<(ShardRef, Vec<u64>)> {
+    by_core(map, inode, file_bytes).into_iter().max_by_key(|(_, starts)| starts.len())
+}
+
+/// The slots of the core that holds most of the file (or of all cores), and how many cores that is.
+fn slots(cluster: &Cluster, inode: InodeId, plan: &Plan, size: u64) -> (Slots, u32) {
+    let chunk = u64::from(CHUNK_BYTES);
+    let by_core = by_core(&cluster.map(), inode, plan.file_bytes);
     let cores = by_core.len() as u32;
     let busiest = by_core.into_values().max_by_key(Vec::len);
     match busiest {
-        Some(starts) if !plan.all_cores && size <= chunk => {
-            (Slots { starts, per_start: chunk / size, size }, 1)
-        }
+        Some(starts) if !plan.all_cores && size <= chunk => (Slots::of(starts, size), 1),
         // Requests larger than a chunk go where their chunks are.
         _ => (Slots { starts: vec![0], per_start: plan.file_bytes / size, size }, cores),
     }
@@ -365,7 +382,7 @@ async fn worker(
     Ok(times)
 }
 
-fn histogram() -> Histogram<u64> {
+pub(crate) fn histogram() -> Histogram<u64> {
     // 100 ns to 100 s with two significant digits.
     Histogram::new_with_bounds(100, 100_000_000_000, 2).expect("constant bounds are valid")
 }

@@ -7,6 +7,7 @@
 
 pub mod baseline;
 pub mod chunk;
+pub mod engines;
 pub mod index;
 pub mod memory;
 pub mod mount;
@@ -58,5 +59,12 @@ impl BenchError {
     ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::File { what, path, source }
+    }
+
+    pub(crate) fn program(
+        program: &'static str,
+        what: &'static str,
+    ) -> impl FnOnce(std::io::Error) -> Self {
+        move |e| Self::Program { program, why: format!("cannot {what} it: {e}") }
     }
 }

@@ -75,7 +75,7 @@ fn row(subject: &Subject) -> Option<Row> {
 }
 
 /// A field of /proc/PID/status in bytes.
-fn field(status: &str, name: &str) -> Option<u64> {
+pub(crate) fn field(status: &str, name: &str) -> Option<u64> {
     let rest = status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
     let kib: u64 = rest.trim().strip_suffix(" kB")?.trim().parse().ok()?;
     Some(kib * 1024)

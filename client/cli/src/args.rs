@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand};
+use ebb_bench::engines::{Engine, Job};
 use std::path::PathBuf;
 
 /// Ebbtide: an elastic file system over S3.
@@ -274,6 +275,11 @@ pub(crate) enum BenchWhat {
     Mount(BenchMount),
     /// Resident memory of servers and mounts, and of an index of a large cache
     Memory(BenchMemory),
+    /// Chunk reads by one core, and the same by minimal servers on other I/O engines
+    Engines(BenchEngines),
+    /// A minimal server of `engines`
+    #[command(hide = true)]
+    EngineServer(BenchEngineServer),
     /// Everything that is promised, in one run: chunk --baseline, mount, memory
     All(BenchMount),
 }
@@ -330,6 +336,46 @@ pub(crate) struct BenchMount {
     pub seconds: u64,
 }
 
+/// `ebb bench engines`
+#[derive(Args, Debug)]
+pub(crate) struct BenchEngines {
+    /// Bytes of each request (up to 1 MiB) and requests in flight
+    #[arg(long, value_name = "BYTES:N", value_delimiter = ',', default_values = ["1MiB:16", "4KiB:32"], value_parser = parse_job)]
+    pub job: Vec<Job>,
+    /// Connections that carry them
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub connections: u32,
+    /// Seconds of each measurement
+    #[arg(long, value_name = "S", default_value_t = 5)]
+    pub seconds: u64,
+    /// Bytes of the two files it makes (/.ebb-bench-engines, and one in --dir; removed afterwards)
+    #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = parse_bytes)]
+    pub file: u64,
+    /// Runs; figures are their medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub runs: u32,
+    /// Leave out the minimal servers without checksums
+    #[arg(long)]
+    pub checksums_only: bool,
+}
+
+/// `ebb bench engine-server`
+#[derive(Args, Debug)]
+pub(crate) struct BenchEngineServer {
+    /// On what it runs
+    #[arg(long)]
+    pub engine: Engine,
+    /// The file it serves
+    #[arg(long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// The CPU it runs on
+    #[arg(long, value_name = "N")]
+    pub cpu: usize,
+    /// Zeros in the place of checksums
+    #[arg(long)]
+    pub no_checksums: bool,
+}
+
 /// `ebb bench memory`
 #[derive(Args, Debug)]
 pub(crate) struct BenchMemory {
@@ -368,6 +414,14 @@ pub(crate) struct ConfigFile {
     /// TOML file
     #[arg(long)]
     pub config: PathBuf,
+}
+
+/// "1MiB:16": bytes of a request, requests in flight.
+fn parse_job(text: &str) -> Result<Job, String> {
+    let (size, depth) = text.split_once(':').ok_or("write BYTES:N, as in 1MiB:16")?;
+    let size = u32::try_from(parse_bytes(size)?).map_err(|_| "out of range")?;
+    let depth = depth.parse().map_err(|_| format!("{depth:?} is not a number"))?;
+    Ok(Job { size, depth })
 }
 
 /// "4096", "64KiB", "1.5GiB", "10MB".

@@ -2,9 +2,9 @@
 
 use crate::args::{Bench, BenchChunk, BenchMemory, BenchMount, BenchWhat, Cli};
 use crate::exit::CliError;
-use crate::{find, output};
+use crate::{bench_engines, find, output};
 use ebb_bench::memory::{Kind, Subject};
-use ebb_bench::{BenchError, chunk, index, memory, mount};
+use ebb_bench::{BenchError, chunk, engines, index, memory, mount};
 use ebb_client::{Cluster, Config, FileSystem, InodeId};
 use ebb_controller::Layout;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, Request, Response};
@@ -41,6 +41,13 @@ pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
             let document = memory_document(&processes, &index);
             print(cli, &document, || memory_tables(&processes, &index))
         }
+        BenchWhat::Engines(a) => {
+            let machine = machine();
+            let outcome = bench_engines::run(cli, a, say(cli)).await?;
+            let document = serde_json::json!({ "machine": machine, "engines": outcome });
+            print(cli, &document, || format!("{machine}\n\n{}", engines::table(&outcome)))
+        }
+        BenchWhat::EngineServer(a) => bench_engines::serve(a).await,
         BenchWhat::All(a) => all(cli, a).await,
     }
 }

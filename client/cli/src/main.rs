@@ -3,6 +3,7 @@
 
 mod args;
 mod bench_commands;
+mod bench_engines;
 mod cluster_commands;
 mod copy;
 mod exit;
