@@ -5,6 +5,7 @@
 //! first few of each connection, before the clock runs: those are compared with what the file holds, and
 //! with the checksums beside them.
 
+use super::child::Usage;
 use super::job::{BLOCK, READ_BYTES_MAX, REQUEST_BYTES, is_content};
 use crate::BenchError;
 use crate::chunk::{Slots, histogram};
@@ -65,6 +66,10 @@ pub(crate) struct Sample {
     pub(crate) p50_us: f64,
     /// 99th percentile, µs.
     pub(crate) p99_us: f64,
+    /// CPU seconds of the generator: near one per second, and it is what was measured.
+    pub(crate) client_cpu_s: f64,
+    /// Seconds.
+    pub(crate) seconds: f64,
 }
 
 fn failed(why: impl std::fmt::Display) -> BenchError {
@@ -198,6 +203,7 @@ pub(crate) fn run(target: &dyn Target, load: &Load) -> Result<Sample, BenchError
         lanes.push(Lane::open(target, load, lane, window)?);
     }
     let start = Barrier::new(lanes.len());
+    let client = Usage::of(std::process::id() as i32);
     let times = std::thread::scope(|scope| {
         let threads: Vec<_> = lanes
             .into_iter()
@@ -228,5 +234,7 @@ pub(crate) fn run(target: &dyn Target, load: &Load) -> Result<Sample, BenchError
         bytes,
         p50_us: us(0.5),
         p99_us: us(0.99),
+        client_cpu_s: Usage::of(std::process::id() as i32).since(&client).cpu_s,
+        seconds,
     })
 }

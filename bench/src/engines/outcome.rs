@@ -27,6 +27,10 @@ pub struct Row {
     pub cpu_s_per_gb: f64,
     /// CPU of the server's process per request, µs.
     pub cpu_us_per_request: f64,
+    /// CPU seconds per second of the server's process: near one, and its core is full.
+    pub server_busy: f64,
+    /// The same of the load generator: near one, and the server could do more.
+    pub client_busy: f64,
     /// Resident memory of the server's process at most, 2^20 bytes.
     pub peak_mib: f64,
     /// Requests per second of each run.
@@ -70,7 +74,9 @@ pub(super) fn notes(server_cpu: usize, client_cpu: usize) -> Vec<String> {
          the blocks in its index, and compares their checksums with it; the others find the bytes at \
          their offset in a file and compute the same checksums, unless the row says otherwise"
             .to_owned(),
-        "memory of ours is a whole node with its arena and its index".to_owned(),
+        "busy: CPU seconds per second, of the server's process and of the load generator; memory of ours \
+         is a whole node with its arena and its index"
+            .to_owned(),
         "no rows of durable writes: ours journals and never overwrites in place, and a server that \
          overwrites and syncs does another job"
             .to_owned(),
@@ -113,6 +119,8 @@ impl Outcome {
                 p99_us: mid(|t| t.sample.p99_us),
                 cpu_s_per_gb: mid(cpu_s_per_gb),
                 cpu_us_per_request: mid(cpu_s_per_gb) * f64::from(job.size) / 1e3,
+                server_busy: mid(|t| t.usage.cpu_s / t.sample.seconds),
+                client_busy: mid(|t| t.sample.client_cpu_s / t.sample.seconds),
                 peak_mib: mid(|t| t.usage.peak_bytes as f64 / f64::from(1 << 20)),
                 iops_runs: turns.iter().map(|t| t.sample.iops).collect(),
             });
@@ -147,7 +155,9 @@ pub fn table(outcome: &Outcome) -> String {
         "p50 µs",
         "p99 µs",
         "CPU s/GB",
-        "CPU µs/req",
+        "µs/req",
+        "busy",
+        "client",
         "peak MiB",
         "ours/it",
         "CPU ours/it",
@@ -175,6 +185,8 @@ pub fn table(outcome: &Outcome) -> String {
                 format!("{:.0}", r.p99_us),
                 format!("{:.2}", r.cpu_s_per_gb),
                 format!("{:.1}", r.cpu_us_per_request),
+                format!("{:.2}", r.server_busy),
+                format!("{:.2}", r.client_busy),
                 format!("{:.0}", r.peak_mib),
                 of(|x| x.throughput),
                 of(|x| x.cpu),

@@ -185,7 +185,7 @@ fn ratios_are_of_the_same_run_and_medians_of_those() {
     let job = Job { size: 4096, depth: 1 };
     let minimal = Contender::Minimal { engine: Engine::Ring, checksums: true };
     let turn = |iops: f64, cpu_s: f64| Turn {
-        sample: Sample { iops, bytes: 1e9, ..Sample::default() },
+        sample: Sample { iops, bytes: 1e9, seconds: 1.0, ..Sample::default() },
         usage: Usage { cpu_s, peak_bytes: 1 << 20 },
     };
     let turns: Vec<_> = [(100.0, 200.0), (300.0, 100.0), (50.0, 100.0)]
