@@ -115,6 +115,9 @@ pub struct Job {
     pub depth: u32,
 }
 
+/// Makes the command that calls [`serve`] in a process of its own.
+pub type StartServer = fn(&ServerArgs) -> std::io::Result<Command>;
+
 /// What to measure.
 pub struct Plan {
     /// Kinds of requests.
@@ -137,8 +140,8 @@ pub struct Plan {
     pub key: ClusterKey,
     /// Also measure the minimal servers without checksums.
     pub without_checksums: bool,
-    /// How to start a minimal server: a command that calls [`serve`].
-    pub server: Box<dyn Fn(&ServerArgs) -> std::io::Result<Command> + Send + Sync>,
+    /// How to start a minimal server.
+    pub server: StartServer,
 }
 
 /// Requests in flight on one connection, at most: what a minimal server takes.

@@ -141,17 +141,13 @@ fn wrong_bytes_and_missing_checksums_end_the_measurement() {
 
 #[test]
 fn a_program_without_the_engines_says_what_to_build() {
-    match available() {
-        Ok(()) => assert!(cfg!(feature = "engines")),
-        Err(e) => {
-            assert!(!cfg!(feature = "engines"));
-            assert!(e.to_string().contains("cargo build --release -p ebb --features engines"));
-            let service = Service { file: PathBuf::new(), checksums: true };
-            for engine in [Engine::TokioUring, Engine::Glommio] {
-                let e = serve_on(engine, &service, |_| ()).expect_err("not in it");
-                assert_eq!(e.to_string(), MISSING);
-            }
-        }
+    assert_eq!(available().is_ok(), cfg!(feature = "engines"));
+    let Err(e) = available() else { return };
+    assert!(e.to_string().contains("cargo build --release -p ebb --features engines"), "{e}");
+    let service = Service { file: PathBuf::new(), checksums: true };
+    for engine in [Engine::TokioUring, Engine::Glommio] {
+        let e = serve_on(engine, &service, |_| ()).expect_err("not in it");
+        assert_eq!(e.to_string(), MISSING);
     }
 }
 

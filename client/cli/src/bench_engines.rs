@@ -36,7 +36,7 @@ pub(crate) async fn run(
         meta: addresses.clone(),
         key: key.clone(),
         without_checksums: !args.checksums_only,
-        server: Box::new(command),
+        server: command,
     };
     let label = format!("ebb bench engines, pid {}", std::process::id());
     let patience = Duration::from_secs(30);
