@@ -30,9 +30,9 @@ pub enum ClientError {
         /// The last answer.
         why: String,
     },
-    /// The session expired while a write's outcome was unknown: it is not repeated, because
-    /// another client may have written there since (PROTOCOL §5).
-    #[error("a write to inode {inode} was lost with its session")]
+    /// The session expired, or the node was lost, while a write's outcome was unknown: it is not repeated,
+    /// because another client may have written there since (PROTOCOL §5, R27).
+    #[error("a write to inode {inode} was lost with its session or its node")]
     WriteLost {
         /// The file.
         inode: u64,

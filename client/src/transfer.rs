@@ -17,8 +17,8 @@ use bytes::{Bytes, BytesMut};
 use ebb_dataplane_protocol::checksum::piece_checksums;
 use ebb_dataplane_protocol::data::{DataContext, WriteReply, decode_checksums, encode_checksums};
 use ebb_dataplane_protocol::{
-    BLOCK_BYTES, CHUNK_BYTES, ChunkIndex, ClusterMap, Generation, Header, Opcode, PgEntry, PgId,
-    Status, crc32c,
+    BLOCK_BYTES, CHUNK_BYTES, ChunkIndex, ClusterMap, Generation, Header, Opcode, PgEntry, PgEpoch,
+    PgId, Status, crc32c,
 };
 use ebb_metaplane_protocol::{Query, QueryReply};
 use ebb_rpc::{Frame, RpcError};
@@ -64,6 +64,7 @@ pub(crate) async fn write(inode: &OpenInode, start: u64, data: Bytes) -> Result<
             return Ok(reply.generation);
         }
         t.unknown_under = Some(grant);
+        t.unanswered();
         t.few("a write's answer names no generation".to_owned()).await?;
     }
 }
@@ -107,6 +108,11 @@ struct Transfer<'a> {
     bad: Option<Arc<GrantState>>,
     /// The grant under which the outcome of this write is unknown.
     unknown_under: Option<Arc<GrantState>>,
+    /// The group's epoch of the last attempt.
+    sent_in: PgEpoch,
+    /// The first epoch of an attempt that was not answered: a group whose windows began anew since then can't tell
+    /// whether it was applied (R27).
+    unanswered_in: Option<PgEpoch>,
     tries: u32,
     regrants: u32,
     pause: Duration,
@@ -131,10 +137,17 @@ impl<'a> Transfer<'a> {
             space: None,
             bad: None,
             unknown_under: None,
+            sent_in: PgEpoch(0),
+            unanswered_in: None,
             tries: 0,
             regrants: 0,
             pause: PAUSE_MIN,
         }
+    }
+
+    /// The last attempt of a write may have been applied. Refusals of later ones don't take that back.
+    fn unanswered(&mut self) {
+        self.unanswered_in.get_or_insert(self.sent_in);
     }
 
     fn failed(&self, why: String) -> ClientError {
@@ -201,6 +214,9 @@ impl<'a> Transfer<'a> {
                 self.map_newer_than(&map, false).await?;
                 continue;
             };
+            if self.unanswered_in.is_some_and(|sent| entry.windows_since > sent) {
+                return Err(ClientError::WriteLost { inode: self.inode.id.0 });
+            }
             let Some(shard) = entry.primary() else {
                 // Scale zero: this is the first request that brings the nodes back.
                 self.map_newer_than(&map, true).await?;
@@ -228,6 +244,7 @@ impl<'a> Transfer<'a> {
                     continue;
                 }
             };
+            self.sent_in = entry.epoch;
             match self.exchange(&link, &grant, &map, pg, entry).await {
                 Ok((status, frame, retry)) => {
                     self.unknown_under = None;
@@ -239,6 +256,7 @@ impl<'a> Transfer<'a> {
                 Err(e) => {
                     if self.outgoing.is_some() && e.may_have_happened() {
                         self.unknown_under = Some(grant);
+                        self.unanswered();
                     }
                     link.close();
                     self.wait_longer(e.to_string()).await?;

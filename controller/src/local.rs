@@ -43,6 +43,8 @@ pub trait Launch: Send + Sync {
     ) -> Result<CommandSpec, Error>;
 }
 
+/// Nodes remembered that a process was.
+const IDS_MAX: usize = 16;
 /// Time a server gets to stop by itself.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 
@@ -131,9 +133,11 @@ impl<L: Launch> LocalCluster<L> {
     pub fn node_processes(&self) -> Vec<NodeProcess> {
         self.nodes
             .values()
-            .map(|p| NodeProcess {
-                name: p.name().to_owned(),
-                node: Record::load(&self.layout, p.name()).map(|r| NodeId(r.node)),
+            .map(|p| {
+                let node = Record::load(&self.layout, p.name()).map(|r| NodeId(r.node));
+                let mut former = Record::ids(&self.layout, p.name());
+                former.retain(|id| Some(*id) != node);
+                NodeProcess { name: p.name().to_owned(), node, former }
             })
             .collect()
     }
@@ -154,6 +158,7 @@ impl<L: Launch> LocalCluster<L> {
         if let Some(mut process) = self.nodes.remove(name) {
             process.stop(&self.layout, STOP_GRACE).await;
         }
+        let _ = std::fs::remove_file(Record::ids_path(&self.layout, name));
         let dir = self.layout.node(name);
         match std::fs::remove_dir_all(&dir) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -205,6 +210,18 @@ impl Record {
         layout.node(name).join("registered.json")
     }
 
+    /// Beside the node's directory, which may be lost.
+    fn ids_path(layout: &Layout, name: &str) -> PathBuf {
+        layout.nodes().join(format!("ids-{name}"))
+    }
+
+    /// Nodes that a process was, oldest first: a store that was wiped registers as a new one.
+    fn ids(layout: &Layout, name: &str) -> Vec<NodeId> {
+        let text = std::fs::read_to_string(Self::ids_path(layout, name)).unwrap_or_default();
+        let ids: Vec<u32> = serde_json::from_str(&text).unwrap_or_default();
+        ids.into_iter().map(NodeId).collect()
+    }
+
     /// What is known of a node.
     pub fn load(layout: &Layout, name: &str) -> Option<Self> {
         serde_json::from_str(&std::fs::read_to_string(Self::path(layout, name)).ok()?).ok()
@@ -214,8 +231,19 @@ impl Record {
     fn keep(layout: &Layout, process: &Process) -> Result<(), Error> {
         let Some(ready) = process.ready(layout) else { return Ok(()) };
         let Ok(said) = serde_json::from_value::<Self>(ready) else { return Ok(()) };
-        if Self::load(layout, process.name()).as_ref() == Some(&said) {
+        // A directory that is gone under a running process is made anew by the next one.
+        let is_news = Self::load(layout, process.name()).as_ref() != Some(&said);
+        if !is_news || !layout.node(process.name()).is_dir() {
             return Ok(());
+        }
+        let mut ids = Self::ids(layout, process.name());
+        if !ids.contains(&NodeId(said.node)) {
+            ids.push(NodeId(said.node));
+            // What it was long ago is forgotten by now.
+            ids.drain(..ids.len().saturating_sub(IDS_MAX));
+            let text = serde_json::to_vec(&ids.iter().map(|id| id.0).collect::<Vec<_>>());
+            let path = Self::ids_path(layout, process.name());
+            write_atomically(&path, &text.unwrap_or_default(), 0o644)?;
         }
         let text = serde_json::to_vec(&said).unwrap_or_default();
         write_atomically(&Self::path(layout, process.name()), &text, 0o644)

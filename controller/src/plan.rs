@@ -6,10 +6,14 @@
 //! * **Zero and back**: with no active node the groups are held by nobody; a client that needs data
 //!   raises `wake_wanted`, and the last non-zero wish returns.
 //!
+//! * **Lost**: groups of a node that is cut off go to others at once if S3 has all of theirs (R24); the others wait
+//!   for it, or for `ebb node abandon`. One of which nothing is left leaves the map if its process has another store by now.
+//!
 //! Every action is idempotent and is repeated on the next turn until the status shows its effect.
 
 use crate::placement::primary_of;
 use ebb_dataplane_protocol::{NodeId, NodeInfo, NodeState, PgId, ShardRef};
+use ebb_metaplane_protocol::admin::CutOff;
 use ebb_metaplane_protocol::{AdminCall, ClusterStatus};
 
 /// Moves under way at most: each freezes a group for a moment.
@@ -24,6 +28,8 @@ pub struct NodeProcess {
     pub name: String,
     /// The node it registered as, once it did.
     pub node: Option<NodeId>,
+    /// Nodes it was before, with stores that are no more.
+    pub former: Vec<NodeId>,
 }
 
 /// What to do.
@@ -57,8 +63,12 @@ fn age_ms(status: &ClusterStatus, node: NodeId) -> Option<u64> {
     status.nodes.iter().find(|n| n.node == node).and_then(|n| n.heartbeat_age_ms)
 }
 
+fn cut_off(status: &ClusterStatus, node: NodeId) -> Option<&CutOff> {
+    status.cut_off.iter().find(|c| c.node == node)
+}
+
 fn alive(status: &ClusterStatus, node: NodeId) -> bool {
-    age_ms(status, node).is_some_and(|age| age <= SILENT_MS_MAX)
+    age_ms(status, node).is_some_and(|age| age <= SILENT_MS_MAX) && cut_off(status, node).is_none()
 }
 
 /// Starts, activates, drains and retires nodes.
@@ -114,6 +124,20 @@ fn node_set(status: &ClusterStatus, processes: &[NodeProcess], actions: &mut Vec
             actions.push(set(node, NodeState::Gone));
         }
     }
+    for c in &status.cut_off {
+        if forgotten(status, processes, c.node) {
+            actions.push(Action::Admin(AdminCall::Forget { node: c.node }));
+        }
+    }
+}
+
+/// Cut off, holds no group, and is not waited for: its process registered as another node (its store was wiped), or it was
+/// on its way out.
+fn forgotten(status: &ClusterStatus, processes: &[NodeProcess], node: NodeId) -> bool {
+    let draining = status.map.node(node).is_some_and(|n| n.state == NodeState::Draining);
+    let replaced = processes.iter().any(|p| p.former.contains(&node))
+        && processes.iter().all(|p| p.node != Some(node));
+    status.map.groups_of(node).next().is_none() && (draining || replaced)
 }
 
 /// Holds no group, acked a map that says so, and then reported neither dirt nor pins (I8). The
@@ -137,16 +161,25 @@ fn groups(status: &ClusterStatus, actions: &mut Vec<Action>) {
         .iter()
         .filter(|n| n.state == NodeState::Active && alive(status, n.id))
         .collect();
-    // Nodes that are only silent keep what they hold: they hold dirty data, and are restarted.
+    // Nodes that are only silent keep what they hold: they may hold dirty data, and are restarted.
     let holders: Vec<&NodeInfo> =
         status.map.nodes.iter().filter(|n| n.state == NodeState::Active).collect();
     let mut room = MOVES_MAX.saturating_sub(status.moves.len());
     for (i, entry) in status.map.pgs.iter().enumerate() {
-        if room == 0 {
-            return;
-        }
         let pg = PgId(i as u16);
         if status.moves.contains(&pg) {
+            continue;
+        }
+        if let Some(lost) = entry.primary().and_then(|p| cut_off(status, p.node)) {
+            // Nothing is frozen for it, so it is not rationed.
+            if !lost.waiting.contains(&pg)
+                && let Some(to) = primary_of(pg, &takers)
+            {
+                actions.push(Action::Admin(AdminCall::MovePg { pg, to: vec![to] }));
+            }
+            continue;
+        }
+        if room == 0 {
             continue;
         }
         let Some(to) = target(pg, entry.primary(), &takers, &holders) else { continue };

@@ -37,6 +37,8 @@ impl Toy {
             s3_error: None,
             shutting_down: false,
             counters: vec![],
+            cut_off: vec![],
+            lost_files: 0,
         };
         Self { status, processes: vec![], started: 0 }
     }
@@ -66,8 +68,11 @@ impl Toy {
                         acked_map: 0,
                         cores: vec![CoreStats::default()],
                     });
-                    self.processes
-                        .push(NodeProcess { name: format!("node-{}", id.0), node: Some(id) });
+                    self.processes.push(NodeProcess {
+                        name: format!("node-{}", id.0),
+                        node: Some(id),
+                        former: vec![],
+                    });
                 }
                 Action::StopNode(name) => {
                     let node = self.processes.iter().find(|p| p.name == name).and_then(|p| p.node);
@@ -102,6 +107,11 @@ impl Toy {
                 Action::Admin(AdminCall::SetDesired { nodes }) => {
                     self.status.desired_nodes = nodes;
                     self.status.wake_wanted = false;
+                }
+                Action::Admin(AdminCall::Forget { node }) => {
+                    assert!(self.status.map.groups_of(node).next().is_none(), "held groups");
+                    self.status.map.nodes.retain(|n| n.id != node);
+                    self.status.cut_off.retain(|c| c.node != node);
                 }
                 Action::Admin(other) => panic!("unexpected {other:?}"),
             }
@@ -185,6 +195,54 @@ fn a_silent_node_keeps_its_groups_and_gets_none() {
     toy.status.nodes[1].heartbeat_age_ms = Some(SILENT_MS_MAX + 1);
     assert!(plan(&toy.status, &toy.processes).is_empty());
     assert_eq!(toy.held_by(2), held);
+}
+
+#[test]
+fn groups_of_a_node_that_is_cut_off_go_to_others_unless_they_wait() {
+    let mut toy = Toy::new(3);
+    toy.settle();
+    let lost = NodeId(2);
+    let groups: Vec<PgId> = toy.status.map.groups_of(lost).map(|(pg, _)| pg).collect();
+    let waiting = groups[..3].to_vec();
+    // Its heart beat a moment ago, and its lease is over all the same.
+    toy.status.cut_off = vec![CutOff { node: lost, since_ms: 1, waiting: waiting.clone() }];
+    toy.settle();
+    let held =
+        |toy: &Toy| -> Vec<PgId> { toy.status.map.groups_of(lost).map(|(pg, _)| pg).collect() };
+    assert_eq!(held(&toy), waiting);
+    assert!(toy.status.map.node(lost).is_some(), "it may come back");
+    // What waited was given up or flushed elsewhere.
+    toy.status.cut_off[0].waiting.clear();
+    toy.settle();
+    assert_eq!(held(&toy), []);
+    assert_eq!(toy.status.map.nodes.len(), 3, "its process may have the store still");
+    // Back again, it gets its share.
+    toy.status.cut_off.clear();
+    toy.settle();
+    assert_eq!(held(&toy), groups);
+}
+
+#[test]
+fn a_process_with_a_new_store_replaces_the_node_it_was() {
+    let mut toy = Toy::new(2);
+    toy.settle();
+    let waiting: Vec<PgId> = toy.status.map.groups_of(NodeId(2)).map(|g| g.0).take(1).collect();
+    toy.status.cut_off = vec![CutOff { node: NodeId(2), since_ms: 1, waiting }];
+    toy.processes[1].node = Some(NodeId(3));
+    toy.processes[1].former = vec![NodeId(2)];
+    toy.started = 3;
+    toy.status.map.nodes.push(NodeInfo {
+        id: NodeId(3),
+        store: 3,
+        ..toy.status.map.nodes[0].clone()
+    });
+    toy.status.nodes.push(NodeStatus { node: NodeId(3), ..toy.status.nodes[0].clone() });
+    toy.settle();
+    assert_eq!(toy.held_by(2), 1, "with something that waits it is kept");
+    toy.status.cut_off[0].waiting.clear();
+    toy.settle();
+    assert!(toy.status.map.node(NodeId(2)).is_none());
+    assert_eq!((toy.processes.len(), toy.held_by(1) + toy.held_by(3)), (2, GROUPS));
 }
 
 #[test]

@@ -394,6 +394,39 @@ async fn a_group_that_comes_back_before_its_release_takes_writes() {
     node.shutdown().await;
 }
 
+/// R24: what a node that was away has of a group that others hold by now is in S3, or was given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_got_a_stand_in_is_dropped_dirty_or_not_but_never_where_it_is_held() {
+    let world = World::new(64 * MIB, 1).await;
+    let node = world.start().await;
+    let meta = MetaPeer::new(&world, node.port()).await;
+    let client = Client::new(&world, node.port(), 5).await;
+    let file = File::new(1);
+    let pg = PgId::of_chunk(file.inode, ChunkIndex(0), PGS);
+    assert_eq!(client.present(&file).await, Status::Ok);
+    client.write(&file, 0, 0, b"one").await;
+    for late in [0, 1] {
+        let refused = meta.control(Control::DiscardPg(pg, PgEpoch(late))).await;
+        assert!(matches!(refused, ControlReply::Refused(_)), "{late}: {refused:?}");
+    }
+    assert_eq!(client.read(&file, 0, 0, 3).await, b"one");
+    eventually("the heartbeat names the dirty group", || world.meta().dirty_groups.contains(&pg))
+        .await;
+    world
+        .change_map(|m| {
+            let entry = &mut m.pgs[usize::from(pg.0)];
+            entry.epoch = PgEpoch(2);
+            entry.members = vec![ShardRef { node: NodeId(99), core: CoreId(0) }];
+        })
+        .await;
+    assert_eq!(client.read_status(&file, 0, 0, 3).await, Status::StaleEpoch);
+    assert_eq!(meta.control(Control::DiscardPg(pg, PgEpoch(2))).await, ControlReply::Done);
+    let ControlReply::Pg(held) = meta.control(Control::PgStatus(pg)).await else { panic!() };
+    assert_eq!((held.dirty_bytes, held.pins), (0, 0));
+    eventually("the heartbeat says so", || !world.meta().dirty_groups.contains(&pg)).await;
+    node.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_back_from_a_pause_serves_nothing_until_its_lease_is_new() {
     let world = World::new(64 * MIB, 1).await;

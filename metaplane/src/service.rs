@@ -35,6 +35,7 @@ pub(crate) struct Counts {
     pub(crate) notices: AtomicU64,
     pub(crate) sessions_expired: AtomicU64,
     pub(crate) pg_moves: AtomicU64,
+    pub(crate) stand_ins: AtomicU64,
 }
 
 /// Adds one.
@@ -61,6 +62,7 @@ impl Counts {
             get("notices_delivered", &self.notices),
             get("sessions_expired", &self.sessions_expired),
             get("pg_moves", &self.pg_moves),
+            get("stand_ins", &self.stand_ins),
         ]
     }
 }

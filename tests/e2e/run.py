@@ -16,7 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import harness  # noqa: E402
 
-MODULES = ["cycle", "semantics", "outside", "kills", "bad_input", "foreign_s3", "benches"]
+MODULES = [
+    "cycle",
+    "semantics",
+    "outside",
+    "kills",
+    "lost_nodes",
+    "bad_input",
+    "foreign_s3",
+    "benches",
+]
 
 
 def main():

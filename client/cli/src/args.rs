@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Down(Down),
     /// Nodes, placement groups, dirty bytes and their age, usage
     Status,
+    /// Data nodes: list them, or give one up that never comes back
+    Node(Node),
     /// Resize to N data nodes; 0 is allowed; dirty data goes to S3 first
     Scale(Scale),
     /// Mount the file system
@@ -134,6 +136,33 @@ pub(crate) struct Down {
     /// Give up (and change nothing) when no progress was made for this many seconds
     #[arg(long, value_name = "S", default_value_t = 60)]
     pub patience: u64,
+}
+
+/// `ebb node`
+#[derive(Args, Debug)]
+pub(crate) struct Node {
+    /// What to do
+    #[command(subcommand)]
+    pub what: NodeWhat,
+}
+
+/// What to do with nodes.
+#[derive(Subcommand, Debug)]
+pub(crate) enum NodeWhat {
+    /// Every node: state, groups, dirty data, and since when it is cut off
+    List,
+    /// What would be lost with a node that never comes back; with --yes, give it up
+    Abandon(NodeAbandon),
+}
+
+/// `ebb node abandon`
+#[derive(Args, Debug)]
+pub(crate) struct NodeAbandon {
+    /// The node's number in `ebb node list`; it must be cut off
+    pub node: u32,
+    /// GIVE UP what only this node has: files go back to what is in S3; those that never were there are lost
+    #[arg(long)]
+    pub yes: bool,
 }
 
 /// `ebb scale`

@@ -12,6 +12,7 @@ mod find;
 mod fsck;
 mod launch;
 mod mount_commands;
+mod node_commands;
 mod output;
 mod serve;
 mod up;
@@ -70,6 +71,7 @@ async fn run(cli: &Cli) -> Result<(), CliError> {
         Command::Up(a) => up::up(cli, a).await,
         Command::Down(a) => up::down(cli, a).await,
         Command::Status => cluster_commands::status(cli).await,
+        Command::Node(a) => node_commands::node(cli, a).await,
         Command::Scale(a) => cluster_commands::scale(cli, a).await,
         Command::Flush(a) => cluster_commands::flush(cli, a).await,
         Command::Evict(a) => cluster_commands::evict(cli, a).await,

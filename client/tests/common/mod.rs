@@ -9,8 +9,8 @@ pub use proxy::Rules;
 
 use ebb_client::{Cluster, Config, FileSystem};
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
-use ebb_dataplane_protocol::{ClusterId, CoreId, NodeState, PgId, ShardRef};
-use ebb_metaplane_protocol::AdminCall;
+use ebb_dataplane_protocol::{ClusterId, CoreId, NodeId, NodeState, PgId, ShardRef};
+use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus, Request, Response};
 use ebb_s3::server::{EmbeddedServer, ServerConfig};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -161,7 +161,7 @@ impl TestCluster {
                 meta: vec![address.clone()],
                 scrub_bytes_per_s: ebb_dataplane::config::SCRUB_BYTES_PER_S,
                 scrub_rest_s: ebb_dataplane::config::SCRUB_REST_S,
-                ready_file: None,
+                ready_file: Some(dir.path().join(format!("node{n}.ready"))),
             }));
         }
         let it = Self { dir, key, address, s3, stop, meta, nodes: running, rules };
@@ -240,6 +240,54 @@ impl TestCluster {
         let config = self.nodes.remove(i).stop().await;
         tokio::time::sleep(pause).await;
         self.nodes.insert(i, Node::start(config));
+    }
+
+    /// Stops a data node for good; its directory is as it left it.
+    pub async fn lose_node(&mut self, node: NodeId) -> ebb_dataplane::NodeConfig {
+        let is = |n: &Node| -> Option<bool> {
+            let text = std::fs::read_to_string(n.config.ready_file.as_ref()?).ok()?;
+            let ready: ebb_dataplane::Ready = serde_json::from_str(&text).ok()?;
+            Some(ready.node == node.0)
+        };
+        let i = self.nodes.iter().position(|n| is(n) == Some(true)).expect("it runs");
+        self.nodes.remove(i).stop().await
+    }
+
+    /// Starts a data node.
+    pub fn start_node(&mut self, config: ebb_dataplane::NodeConfig) {
+        self.nodes.push(Node::start(config));
+    }
+
+    /// How things are.
+    pub async fn status(&self) -> ClusterStatus {
+        let admin = Request::Admin(AdminCall::Status);
+        match self.meta_client().call(&admin, PATIENCE).await.expect("an answer") {
+            Response::Admin(Ok(AdminReply::Status(status))) => *status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What a controller does about a node that is cut off: groups that don't wait for it go to `to`.
+    pub async fn stand_in(&self, lost: NodeId, to: NodeId) -> ClusterStatus {
+        let admin = self.connect("controller").await;
+        let status = until("the groups have a stand-in", || async {
+            let s = self.status().await;
+            let cut = s.cut_off.iter().find(|c| c.node == lost)?;
+            let free = |pg: &PgId| !cut.waiting.contains(pg);
+            let left: Vec<PgId> = s.map.groups_of(lost).map(|g| g.0).filter(free).collect();
+            if left.is_empty() {
+                return Some(s);
+            }
+            for pg in left {
+                let call =
+                    AdminCall::MovePg { pg, to: vec![ShardRef { node: to, core: CoreId(0) }] };
+                admin.admin(call, PATIENCE).await.expect("begun");
+            }
+            None
+        })
+        .await;
+        admin.close().await.expect("the controller's session ends");
+        status
     }
 
     /// A client of the metadata plane without a session.

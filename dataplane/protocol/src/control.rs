@@ -55,6 +55,10 @@ pub enum Control {
     /// The group is held by others as of this epoch: refuse if it has dirty data or pins, else drop
     /// its clean data, which other cores may still read for a while. Reply `Done` or `Refused`.
     ReleasePg(PgId, PgEpoch),
+    /// The group is held by others as of this epoch, and this node may not have been asked (PROTOCOL R24):
+    /// drop everything of it, dirty data and pins too. Refused by who holds the group in this epoch or a
+    /// later one, as of its own map. Reply `Done` or `Refused`.
+    DiscardPg(PgId, PgEpoch),
     /// Brings chunks of a file into the cache. The grant is of mode `Read`. Reply `Done`.
     Warm(SignedGrant, ByteRange),
     /// Counters. Reply [`ControlReply::Stats`].

@@ -103,6 +103,9 @@ pub struct PgEntry {
     pub since_map_version: MapVersion,
     /// The group is changing hands: its primary refuses writes.
     pub moving: bool,
+    /// The epoch in which the group last got a holder that was not told its windows (PROTOCOL R24, R27):
+    /// a write sent in an older one, and never answered, may have been applied, and nobody knows.
+    pub windows_since: PgEpoch,
 }
 
 impl PgEntry {

@@ -38,6 +38,7 @@ pub(crate) enum Step {
     Freeze(PgId, PgEpoch),
     Thaw(PgId, PgEpoch),
     ReleasePg(PgId, PgEpoch),
+    DiscardPg(PgId, PgEpoch),
 }
 
 /// What the answer is made of.
@@ -140,6 +141,13 @@ impl<B: Buffer> ShardCore<B> {
             }
             Control::ReleasePg(pg, epoch) => {
                 self.run_control(owed, vec![Step::ReleasePg(pg, epoch)], Finish::Done);
+            }
+            Control::DiscardPg(pg, epoch) if self.placement.holds_since(pg, epoch) => {
+                let text = format!("this core holds group {pg} as of its map");
+                self.control_reply(owed, &ControlReply::Refused(text));
+            }
+            Control::DiscardPg(pg, epoch) => {
+                self.run_control(owed, vec![Step::DiscardPg(pg, epoch)], Finish::Done);
             }
             Control::Windows(pg, epoch, after) => {
                 let reply = match self.store.windows(pg, epoch, after) {
@@ -297,6 +305,15 @@ impl<B: Buffer> ShardCore<B> {
                 let ticket = self.store.release_pg(*pg, *epoch)?;
                 self.placement.release(*pg, *epoch);
                 self.note_released(*pg);
+                Ok(ticket)
+            }
+            // The map may have changed while the step waited for its turn.
+            Step::DiscardPg(pg, epoch) if self.placement.holds_since(*pg, *epoch) => {
+                Err(ControlError::Malformed("the group came back"))
+            }
+            Step::DiscardPg(pg, epoch) => {
+                let ticket = self.store.discard_pg(*pg, *epoch)?;
+                self.placement.release(*pg, *epoch);
                 Ok(ticket)
             }
         }

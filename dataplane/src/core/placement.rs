@@ -117,6 +117,12 @@ impl Placement {
         (entry.primary().is_some() && entry.primary() == self.me).then_some(entry.epoch)
     }
 
+    /// Whether this core is among the group's members, in whatever role, in this epoch or a later one.
+    pub(crate) fn holds_since(&self, pg: PgId, epoch: PgEpoch) -> bool {
+        let entry = self.map.as_ref().and_then(|map| map.pgs.get(usize::from(pg.0)));
+        entry.is_some_and(|e| e.epoch >= epoch && e.members.iter().any(|m| Some(*m) == self.me))
+    }
+
     /// Checks a claim; on success the map version since which this core is the primary.
     pub(crate) fn admit(
         &self,
@@ -165,6 +171,7 @@ mod tests {
             members: vec![primary],
             since_map_version: MapVersion(version),
             moving,
+            ..PgEntry::default()
         };
         Arc::new(ClusterMap {
             version: MapVersion(version),

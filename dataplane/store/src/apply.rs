@@ -43,6 +43,11 @@ impl Index {
                 self.drop_windows(pg, *epoch);
                 self.set_frozen(pg, None);
             }
+            Record::Discard { pg, epoch } => {
+                self.drop_group(*pg);
+                self.drop_windows(*pg, *epoch);
+                self.set_frozen(*pg, None);
+            }
             Record::Relocate { inode, chunk, moves } => self.apply_relocate(*inode, *chunk, moves),
             Record::SessionTrim { session, below } => {
                 if self.sessions.contains_key(session) {
@@ -286,6 +291,26 @@ impl Index {
     fn drop_clean_where(&mut self, which: impl Fn(&(InodeId, ChunkIndex)) -> bool) {
         let keys: Vec<_> = self.chunks.keys().filter(|k| which(k)).copied().collect();
         keys.into_iter().for_each(|k| self.drop_clean(k));
+    }
+
+    /// Everything of a group, dirty or pinned or not.
+    fn drop_group(&mut self, pg: PgId) {
+        let keys: Vec<_> = self.chunks.keys().filter(|k| self.pg_of(**k) == pg).copied().collect();
+        for key in keys {
+            self.mutate(key, |chunk, dropped| {
+                chunk.extents.retain(dropped, |_| false);
+                unpin_chunk(chunk, Generation(u64::MAX), dropped);
+            });
+        }
+        // Seals without pins would count against later ones, and ends without their bytes regrow a file.
+        let known = self.inodes.iter().filter(|(scope, _)| scope.pg == pg);
+        for scope in known.map(|(scope, _)| *scope).collect::<Vec<_>>() {
+            self.with_extra(scope, |extra| {
+                extra.seals.clear();
+                extra.marks.clear();
+            });
+            self.tidy_inode(scope);
+        }
     }
 
     pub(crate) fn frozen(&self, pg: PgId) -> Option<PgEpoch> {

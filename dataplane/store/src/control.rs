@@ -268,13 +268,30 @@ impl Store {
     pub fn release_pg(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
         self.check_pg(pg)?;
         let state = &self.index.pgs[usize::from(pg.0)];
-        let busy = self.writes.values().filter(|w| w.scope.pg == pg);
-        let pins = (state.pinned.len() + busy.count()) as u64;
+        let pins = state.pinned.len() as u64;
         let dirty_bytes = state.dirty_blocks * BLOCK as u64;
         if dirty_bytes > 0 || pins > 0 {
             return Err(ControlError::StillDirty { pg, dirty_bytes, pins });
         }
-        let ticket = self.control(Record::Release { pg, epoch }, true, |_| {})?;
+        self.give_group_away(pg, epoch, Record::Release { pg, epoch })
+    }
+    /// The group became others' as of `epoch` without this node's word (R24): what it holds of it, dirty or pinned too, is in
+    /// S3 or was given up, and goes. Refused only while writes of it are in flight.
+    pub fn discard_pg(&mut self, pg: PgId, epoch: PgEpoch) -> Result<Option<Ticket>, ControlError> {
+        self.check_pg(pg)?;
+        self.give_group_away(pg, epoch, Record::Discard { pg, epoch })
+    }
+    fn give_group_away(
+        &mut self,
+        pg: PgId,
+        epoch: PgEpoch,
+        record: Record,
+    ) -> Result<Option<Ticket>, ControlError> {
+        let pins = self.writes.values().filter(|w| w.scope.pg == pg).count() as u64;
+        if pins > 0 {
+            return Err(ControlError::StillDirty { pg, dirty_bytes: 0, pins });
+        }
+        let ticket = self.control(record, true, |_| {})?;
         self.frozen[usize::from(pg.0)] = Some(epoch);
         self.pg_pending[usize::from(pg.0)] += 1;
         self.fills.values_mut().filter(|f| f.scope.pg == pg).for_each(|f| f.dropped = true);

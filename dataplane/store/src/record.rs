@@ -106,6 +106,11 @@ pub(crate) enum Record {
         pg: PgId,
         epoch: PgEpoch,
     },
+    /// As Release, of what is dirty and pinned, too.
+    Discard {
+        pg: PgId,
+        epoch: PgEpoch,
+    },
     Relocate {
         inode: InodeId,
         chunk: ChunkIndex,
@@ -194,6 +199,7 @@ impl Record {
             Record::Node { .. } => 18,
             Record::ForgetBare { .. } => 19,
             Record::Windows { .. } => 20,
+            Record::Discard { .. } => 21,
         }
     }
 
@@ -271,7 +277,8 @@ impl Record {
             Record::EvictAll => {}
             Record::Freeze { pg, epoch }
             | Record::Thaw { pg, epoch }
-            | Record::Release { pg, epoch } => {
+            | Record::Release { pg, epoch }
+            | Record::Discard { pg, epoch } => {
                 out.u64(u64::from(pg.0));
                 out.u64(epoch.0);
             }
@@ -395,13 +402,14 @@ impl Record {
             9 => Record::EvictChunk { inode: inode(r)?, chunk: ChunkIndex(r.u32()?) },
             10 => Record::EvictInode { inode: inode(r)? },
             11 => Record::EvictAll,
-            12..=14 => {
+            12..=14 | 21 => {
                 let pg = PgId(u16::try_from(r.u64()?).ok()?);
                 let epoch = PgEpoch(r.u64()?);
                 match kind {
                     12 => Record::Freeze { pg, epoch },
                     13 => Record::Thaw { pg, epoch },
-                    _ => Record::Release { pg, epoch },
+                    14 => Record::Release { pg, epoch },
+                    _ => Record::Discard { pg, epoch },
                 }
             }
             15 => {
@@ -517,6 +525,7 @@ mod tests {
                     generation,
                 }],
             },
+            Record::Discard { pg: PgId(1), epoch: PgEpoch(2) },
         ];
         for (i, record) in all.iter().enumerate() {
             let mut bytes = Vec::new();

@@ -289,7 +289,10 @@ impl Store {
                     self.finish_write(id);
                 }
             }
-            Record::Freeze { pg, .. } | Record::Thaw { pg, .. } | Record::Release { pg, .. } => {
+            Record::Freeze { pg, .. }
+            | Record::Thaw { pg, .. }
+            | Record::Release { pg, .. }
+            | Record::Discard { pg, .. } => {
                 let i = usize::from(pg.0);
                 self.pg_pending[i] -= 1;
                 if self.pg_pending[i] == 0 {

@@ -193,6 +193,38 @@ fn a_frozen_group_refuses_begun_writes_and_only_its_epoch_thaws() {
 }
 
 #[test]
+fn a_discarded_group_leaves_nothing_dirty_or_pinned_and_no_other_group_is_touched() {
+    let mut r = rig();
+    let pg = PgId::of_chunk(INODE, CHUNK, 8);
+    r.write(0, 4096, 1, b'a', NONE);
+    let t = r.store.seal(SCOPE, Generation(1));
+    r.done(t);
+    r.write(0, 4096, 2, b'b', NONE);
+    let op = r.op(8192, 4096, 2, NONE);
+    let begun = r.store.begin_write(&op).expect("accepted");
+    assert!(matches!(r.store.release_pg(pg, PgEpoch(6)), Err(ControlError::StillDirty { .. })));
+    let busy = r.store.discard_pg(pg, PgEpoch(6));
+    assert!(matches!(busy, Err(ControlError::StillDirty { .. })), "a write is in flight: {busy:?}");
+    r.store.abort_write(begun.id);
+    let t = r.store.discard_pg(PgId((pg.0 + 1) % 8), PgEpoch(6));
+    r.done(t);
+    assert!(r.store.pg_status(pg).dirty_bytes > 0, "another group");
+    let t = r.store.discard_pg(pg, PgEpoch(6));
+    r.done(t);
+    for reopened in [false, true] {
+        let held = r.store.pg_status(pg);
+        assert_eq!((held.dirty_bytes, held.pins, held.frozen), (0, 0, false), "{reopened}");
+        assert_eq!(r.store.stats().dirty_bytes, 0, "{reopened}");
+        r.reopen();
+    }
+    // Neither its seals nor its ends come back with the group.
+    assert!(r.store.sealed(SCOPE, Generation(1)).is_none());
+    let t = r.store.seal(SCOPE, Generation(3));
+    r.done(t);
+    assert_eq!(r.store.sealed(SCOPE, Generation(3)).expect("sealed").high_water, 0);
+}
+
+#[test]
 fn a_repeated_write_is_answered_under_its_first_tag_whatever_came_between() {
     let mut r = rig();
     let first = WriteOp { answered_below: Sequence(0), ..r.op(0, 9000, 1, NONE) };

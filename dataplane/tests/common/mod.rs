@@ -117,6 +117,7 @@ pub fn map(version: u64, cores: u16) -> ClusterMap {
             members: vec![ShardRef { node: NODE, core: CoreId(i % cores) }],
             since_map_version: MapVersion(1),
             moving: false,
+            ..PgEntry::default()
         })
         .collect();
     ClusterMap {

@@ -153,6 +153,7 @@ impl Sim {
                 members: vec![ME],
                 since_map_version: MapVersion(1),
                 moving: false,
+                ..PgEntry::default()
             })
             .collect();
         let map =

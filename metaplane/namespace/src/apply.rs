@@ -82,6 +82,13 @@ impl<K: Kv> Ctx<'_, K> {
                 done(self.keep_windows(*pg, *from, entries))
             }
             Command::SetPg { pg, from, members } => done(self.set_pg(*pg, *from, members)),
+            Command::StandIn { pg, from, members, cut_off } => {
+                done(self.stand_in(*pg, *from, members, *cut_off))
+            }
+            Command::AbandonInodes { node, cut_off, inodes } => {
+                done(self.abandon_inodes(*node, *cut_off, inodes))
+            }
+            Command::RemoveNode { node, cut_off } => done(self.remove_node(*node, *cut_off)),
             Command::SetShutdown(down) => {
                 self.set_counter(Counter::ShuttingDown, u64::from(*down));
                 CommandReply::Done
@@ -133,6 +140,7 @@ impl<K: Kv> Ctx<'_, K> {
         self.set_counter(Counter::ClusterHigh, (cluster.0 >> 64) as u64);
         self.set_counter(Counter::ClusterLow, cluster.0 as u64);
         self.set_counter(Counter::Incarnation, u64::from(incarnation.0));
+        self.set_counter(Counter::PgCount, u64::from(pg_count));
         // The root's id is 1 in every incarnation.
         self.set_counter(Counter::NextInode, InodeId::ROOT.0);
         let mut root = Inode::new(

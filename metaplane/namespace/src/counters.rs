@@ -39,6 +39,10 @@ pub(crate) enum Counter {
     Moves = 23,
     /// Names that came into completely listed directories by another way than a client's operation.
     NamesBrought = 24,
+    /// Placement groups.
+    PgCount = 25,
+    /// Files that an abandoned node took along.
+    LostFiles = 26,
 }
 
 impl<K: KvRead> Reader<'_, K> {

@@ -59,7 +59,8 @@ impl Phase {
 impl Inode {
     /// S3 does not hold it any more. The root has no object.
     pub(crate) fn mark_dirty(&mut self, now: Time) {
-        if self.phase == Phase::Clean && self.id != InodeId::ROOT {
+        // There is nothing of a lost file that could be stored.
+        if self.phase == Phase::Clean && self.id != InodeId::ROOT && !self.lost {
             self.phase = Phase::Dirty;
             self.dirty_since = now;
         }

@@ -2,7 +2,7 @@
 //!
 //! Saving keeps the dirty queue and the counters in step with the record, so no caller can forget:
 //! an inode is in the queue exactly when S3 does not hold it yet (I2) and it still has a name, or
-//! while a flush of it runs.
+//! while a flush of it runs; and in its groups' tables while nodes may hold bytes that S3 does not ([`crate::held`]).
 
 use crate::Reader;
 use crate::counters::Counter;
@@ -54,6 +54,8 @@ pub(crate) struct Inode {
     pub(crate) validated: Time,
     /// What its backing names is not there any more, and some of it is needed (R36).
     pub(crate) base_lost: bool,
+    /// Its data was lost with a node that was abandoned: it is not opened (see [`crate::abandon`]).
+    pub(crate) lost: bool,
     /// Target of a symbolic link.
     pub(crate) target: Vec<u8>,
     /// Of directories.
@@ -99,6 +101,7 @@ impl Inode {
             clips: Vec::new(),
             validated: now,
             base_lost: false,
+            lost: false,
             target: Vec::new(),
             dir: (kind == FileKind::Directory).then(|| Directory::complete(now)),
         }
@@ -154,12 +157,14 @@ pub(crate) struct Loaded {
     inode: Inode,
     queued: Option<(Time, u8)>,
     used: u64,
+    held: Option<u64>,
+    lost: bool,
     is_new: bool,
 }
 
 impl Loaded {
     pub(crate) fn created(inode: Inode) -> Self {
-        Self { inode, queued: None, used: 0, is_new: true }
+        Self { inode, queued: None, used: 0, held: None, lost: false, is_new: true }
     }
 }
 impl Deref for Loaded {
@@ -178,7 +183,14 @@ impl<K: KvRead> Reader<'_, K> {
     pub(crate) fn find_inode(&self, id: InodeId) -> FsResult<Option<Loaded>> {
         let Some(bytes) = self.0.get(&key(INODE, &[&be(id.0)])) else { return Ok(None) };
         let inode: Inode = codec::decode(&bytes).map_err(|_| corrupt("inode"))?;
-        Ok(Some(Loaded { queued: inode.queued(), used: inode.used(), is_new: false, inode }))
+        Ok(Some(Loaded {
+            queued: inode.queued(),
+            used: inode.used(),
+            held: inode.held(),
+            lost: inode.lost,
+            is_new: false,
+            inode,
+        }))
     }
     /// The inode, or ESTALE.
     pub(crate) fn inode(&self, id: InodeId) -> FsResult<Loaded> {
@@ -219,7 +231,7 @@ impl<K: Kv> Ctx<'_, K> {
     }
 
     pub(crate) fn save(&mut self, n: Loaded) -> FsResult<()> {
-        let Loaded { inode, queued, used, is_new } = n;
+        let Loaded { inode, queued, used, held, lost, is_new } = n;
         debug_assert!(inode.generation >= inode.view.clean_generation);
         let id = be(inode.id.0);
         let now_queued = inode.queued();
@@ -234,6 +246,10 @@ impl<K: Kv> Ctx<'_, K> {
                 Counter::DirtyInodes,
                 i64::from(now_queued.is_some()) - i64::from(queued.is_some()),
             )?;
+        }
+        self.note_held(inode.id, held, inode.held())?;
+        if inode.lost != lost {
+            self.add(Counter::LostFiles, i64::from(inode.lost) - i64::from(lost))?;
         }
         if inode.used() != used {
             self.add(Counter::UsedBytes, (inode.used() as i64).wrapping_sub(used as i64))?;
@@ -252,6 +268,8 @@ impl<K: Kv> Ctx<'_, K> {
             self.kv.delete(&key(DIRTY, &[&be_time(since), &id]));
             self.add(Counter::DirtyInodes, -1)?;
         }
+        self.note_held(n.inode.id, n.held, None)?;
+        self.add(Counter::LostFiles, -i64::from(n.lost))?;
         self.add(Counter::UsedBytes, (n.used as i64).wrapping_neg())?;
         self.add(Counter::Inodes, -1)?;
         self.kv.delete(&key(INODE, &[&id]));

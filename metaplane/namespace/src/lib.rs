@@ -13,6 +13,7 @@
 pub mod kv;
 pub mod limits;
 
+mod abandon;
 mod apply;
 mod conflict;
 mod counters;
@@ -24,6 +25,7 @@ mod flush;
 mod flush_commit;
 mod grant;
 mod handle;
+mod held;
 mod ingest;
 mod inode;
 mod key_state;
@@ -39,6 +41,7 @@ mod session;
 mod tables;
 mod windows;
 
+pub use abandon::GivenUp;
 pub use directory::{LookupState, Origin};
 pub use kv::{Kv, KvRead, MemKv};
 pub use moves::Walk;

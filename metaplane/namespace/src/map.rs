@@ -42,6 +42,13 @@ impl<K: Kv> Ctx<'_, K> {
         let NodeCall::Register { store, host, ports, capacity_bytes, boot } = call else {
             return refused("not a registration");
         };
+        if self.read().is_abandoned(*store) {
+            return Err(FsError::NotPermitted(
+                "this node was abandoned (`ebb node abandon`) and what it held was given up: wipe its \
+                 directory, then it joins as a new one"
+                    .into(),
+            ));
+        }
         let mut map = self.read().map()?;
         let id = match map.nodes.iter().find(|n| n.store == *store) {
             Some(n) => n.id,
@@ -114,6 +121,17 @@ impl<K: Kv> Ctx<'_, K> {
     }
 
     pub(crate) fn set_pg(&mut self, pg: PgId, from: PgEpoch, members: &[ShardRef]) -> FsResult<()> {
+        self.change_members(pg, from, members, false)
+    }
+
+    /// New members of a group, in a new epoch. `unknown_windows`: nobody told them what was applied (R27).
+    pub(crate) fn change_members(
+        &mut self,
+        pg: PgId,
+        from: PgEpoch,
+        members: &[ShardRef],
+        unknown_windows: bool,
+    ) -> FsResult<()> {
         let mut map = self.read().map()?;
         for m in members {
             let known = map.node(m.node).is_some_and(|n| usize::from(m.core.0) < n.ports.len());
@@ -132,6 +150,9 @@ impl<K: Kv> Ctx<'_, K> {
         entry.members = members.to_vec();
         entry.since_map_version = version;
         entry.moving = false;
+        if unknown_windows {
+            entry.windows_since = entry.epoch;
+        }
         map.version = version;
         self.put_map(&map);
         if !members.is_empty() {

@@ -175,7 +175,9 @@ impl<K: Kv> Ctx<'_, K> {
         }
         if open.truncate {
             n.check_resize(0)?;
+            n.lost = false;
         }
+        n.refuse_if_lost()?;
         if open.write {
             n.check_grant_write(0).or_else(|e| match e {
                 // It is about to be short.
@@ -290,7 +292,11 @@ impl<K: Kv> Ctx<'_, K> {
         let mut notice = None;
         if let Some(size) = set.size {
             match n.kind {
-                FileKind::File => notice = n.resize(size, self.now)?,
+                FileKind::File => {
+                    n.lost &= size > 0;
+                    n.refuse_if_lost()?;
+                    notice = n.resize(size, self.now)?;
+                }
                 FileKind::Directory => return Err(FsError::IsDirectory),
                 FileKind::Symlink => {
                     return Err(FsError::Invalid("a symbolic link has no size to set".into()));

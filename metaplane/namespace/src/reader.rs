@@ -86,6 +86,8 @@ pub struct MachineCounts {
     pub wake_nodes: u32,
     /// Going down.
     pub shutting_down: bool,
+    /// Files whose data an abandoned node took along.
+    pub lost_files: u64,
 }
 
 impl<K: KvRead> Reader<'_, K> {
@@ -248,6 +250,7 @@ impl<K: KvRead> Reader<'_, K> {
             desired_nodes: self.counter(Counter::DesiredNodes)? as u32,
             wake_nodes: self.counter(Counter::WakeNodes)? as u32,
             shutting_down: self.counter(Counter::ShuttingDown)? != 0,
+            lost_files: self.lost_files()?,
         })
     }
 }

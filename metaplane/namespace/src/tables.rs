@@ -21,6 +21,8 @@
 //! | `Z` | notice | the notice |
 //! | `V` | move | [`crate::moves::Move`] |
 //! | `n` | node | boot id |
+//! | `G` | group (u16), inode | sequence since when: see [`crate::held`] |
+//! | `X` | store (u128) | the node it was, abandoned |
 //! | `W` | group (u16), session, sequence | answered below, generation: see [`crate::windows`] |
 
 use crate::Reader;
@@ -47,6 +49,8 @@ pub(crate) const NOTICE: u8 = b'Z';
 pub(crate) const MOVE: u8 = b'V';
 pub(crate) const NODE_BOOT: u8 = b'n';
 pub(crate) const WINDOW: u8 = b'W';
+pub(crate) const HELD: u8 = b'G';
+pub(crate) const ABANDONED: u8 = b'X';
 
 /// A key of `table` from its parts.
 pub(crate) fn key(table: u8, parts: &[&[u8]]) -> Vec<u8> {

@@ -235,3 +235,84 @@ fn windows_of_a_group_nobody_holds_are_kept_until_somebody_does() {
     w.done(set(pg, 2, holder));
     assert_eq!(kept(&w, pg, None), []);
 }
+
+#[test]
+fn a_stand_in_and_the_look_at_what_is_dirty_are_one_decision() {
+    let mut w = World::new();
+    let s = w.session();
+    let node = |w: &mut World, store| match w.apply(register(store, vec![10])) {
+        CommandReply::Node(Ok(node)) => node,
+        other => panic!("{other:?}"),
+    };
+    let (lost, other) = (node(&mut w, 1), node(&mut w, 2));
+    let on = |node| vec![ShardRef { node, core: CoreId(0) }];
+    for pg in (0..64).map(PgId) {
+        w.done(Command::SetPg { pg, from: PgEpoch(0), members: on(lost) });
+    }
+    let group = |inode| PgId::of(inode, RunIndex(0), 64);
+    let f = w.put_file(s, InodeId::ROOT, "f", b"clean");
+    w.settle_all();
+    let dirty = w.put_file(s, InodeId::ROOT, "dirty", b"dirty");
+    assert_ne!(group(f), group(dirty));
+    // From here on the node took no write.
+    let cut_off = w.read().sequence().expect("readable");
+    // Somebody opens the clean file for writing before the stand-in is decided.
+    let late = w.open(s, f, WRITE).expect("open");
+    let stand_in = |pg, from, cut_off| Command::StandIn {
+        pg,
+        from: PgEpoch(from),
+        members: on(other),
+        cut_off,
+    };
+    let refused = |w: &mut World, c| assert!(matches!(w.apply(c), CommandReply::Refused(_)));
+    let before = w.read().map().expect("readable");
+    refused(&mut w, stand_in(group(dirty), 1, cut_off));
+    refused(&mut w, stand_in(group(f), 0, cut_off));
+    let now = w.read().sequence().expect("readable");
+    refused(&mut w, stand_in(group(f), 1, now));
+    assert_eq!(w.read().map().expect("readable"), before, "a refusal changes nothing");
+    w.done(stand_in(group(f), 1, cut_off));
+    let map = w.read().map().expect("readable");
+    let entry = &map.pgs[usize::from(group(f).0)];
+    assert_eq!((&entry.members, entry.epoch), (&on(other), PgEpoch(2)));
+    // R26: the grant made meanwhile is of an older map. R27: nobody told its windows.
+    assert!(late.grant.least_map_version < entry.since_map_version);
+    assert_eq!(entry.windows_since, PgEpoch(2));
+    // A planned move hands its windows on.
+    w.done(Command::SetPg { pg: group(f), from: PgEpoch(2), members: on(lost) });
+    let map = w.read().map().expect("readable");
+    assert_eq!(map.pgs[usize::from(group(f).0)].windows_since, PgEpoch(2));
+}
+
+#[test]
+fn a_file_counts_in_every_group_that_a_grant_reaches() {
+    let mut w = World::new();
+    let s = w.session();
+    let h = w.create(s, InodeId::ROOT, "f").expect("create");
+    let held = |w: &World| -> Vec<PgId> {
+        let holds = |pg: &PgId| !w.read().may_stand_in(*pg, u64::MAX).expect("readable");
+        (0..64).map(PgId).filter(holds).collect()
+    };
+    let expect = |limit: u64| {
+        let of = |run| PgId::of(h.inode, RunIndex(run), 64);
+        let mut all: Vec<PgId> = (0..RunIndex::count_for(limit)).map(of).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    };
+    assert_eq!(held(&w), expect(1));
+    let mut limit = 0;
+    for runs in [2, 5, 300] {
+        let regrant = Op::Regrant { handle: h.handle, write: true, write_end: runs * RUN_BYTES };
+        w.op(s, regrant).expect("a larger grant");
+        limit = w.read().grant_view(h.inode).expect("there").alloc_limit;
+        assert_eq!(held(&w), expect(limit), "{runs} runs");
+    }
+    assert!(limit >= 300 * RUN_BYTES);
+    // Without a name it is nobody's dirty file any more, and as much the only copy.
+    w.unlink(s, InodeId::ROOT, "f").expect("unlink");
+    assert_eq!(w.read().counts().expect("readable").dirty_inodes, 0);
+    assert_eq!(held(&w), expect(limit));
+    w.close(h.clone()).expect("close");
+    assert_eq!(held(&w), []);
+}

@@ -57,6 +57,19 @@ pub enum AdminCall {
     },
     /// Takes `Shutdown` back (it was refused or given up). Reply `Done`.
     Resume,
+    /// What would be lost if a node never came back; with `yes` it is given up, and the node leaves the map
+    /// (PROTOCOL R24). Refused while the node may have a lease. Reply [`AdminReply::Abandoned`].
+    Abandon {
+        /// The node.
+        node: NodeId,
+        /// Do it.
+        yes: bool,
+    },
+    /// A node that is cut off and holds no group leaves the map: its store was wiped. Reply `Done`.
+    Forget {
+        /// The node.
+        node: NodeId,
+    },
     /// The path of an inode, for messages. Reply [`AdminReply::Path`].
     Path(InodeId),
 }
@@ -72,6 +85,45 @@ pub struct FlushReport {
     pub remaining: u64,
     /// Up to 20 that failed, as (path, why).
     pub failed: Vec<(String, String)>,
+}
+
+/// A file of which a node may have the only copy.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize)]
+pub struct StrandedFile {
+    /// Its path; an inode's number if it has no name.
+    pub path: String,
+    /// Its size, as far as its writers said.
+    pub bytes: u64,
+    /// Bytes of its last object in S3, to which it goes back; `None`: it has none, all of it is lost.
+    pub stored_bytes: Option<u64>,
+}
+
+/// Outcome of an abandon, or what it would be.
+#[derive(
+    Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize,
+)]
+pub struct AbandonReport {
+    /// It was done.
+    pub done: bool,
+    /// Groups that the node holds.
+    pub groups: u32,
+    /// Files that go back to their last object in S3.
+    pub reverted: u64,
+    /// Files that never were in S3.
+    pub lost: u64,
+    /// Up to 1000 of them.
+    pub files: Vec<StrandedFile>,
+}
+
+/// A node without a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize)]
+pub struct CutOff {
+    /// The node.
+    pub node: NodeId,
+    /// Its lease is over for so long, in ms.
+    pub since_ms: u64,
+    /// Its groups of which it may have the only copy of something: they wait for it.
+    pub waiting: Vec<PgId>,
 }
 
 /// How a node is.
@@ -102,6 +154,10 @@ pub struct ClusterStatus {
     pub moves: Vec<PgId>,
     /// Nodes.
     pub nodes: Vec<NodeStatus>,
+    /// Nodes that are cut off: their processes serve nothing.
+    pub cut_off: Vec<CutOff>,
+    /// Files whose data an abandoned node took along.
+    pub lost_files: u64,
     /// Inodes not yet in S3 (data, attributes or name).
     pub dirty_inodes: u64,
     /// Age of the oldest, in ms.
@@ -133,6 +189,8 @@ pub enum AdminReply {
     Status(Box<ClusterStatus>),
     /// Outcome of a flush.
     Flushed(FlushReport),
+    /// Outcome of an abandon.
+    Abandoned(AbandonReport),
     /// A path's components.
     Path(Vec<Name>),
 }

@@ -83,6 +83,35 @@ pub enum Command {
         /// New members.
         members: Vec<ShardRef>,
     },
+    /// A group whose holder is cut off gets another, which is not told its windows: as `SetPg`, and refused
+    /// if the holder may have the only copy of anything (PROTOCOL R23, R24).
+    StandIn {
+        /// The group.
+        pg: PgId,
+        /// Epoch the decision was made at.
+        from: PgEpoch,
+        /// New members.
+        members: Vec<ShardRef>,
+        /// The state machine's sequence after the holder was cut off.
+        cut_off: u64,
+    },
+    /// Gives inodes up of which a node that is cut off may have the only copy; others are skipped.
+    AbandonInodes {
+        /// The node.
+        node: NodeId,
+        /// As in `StandIn`.
+        cut_off: u64,
+        /// The inodes.
+        inodes: Vec<InodeId>,
+    },
+    /// A node that is cut off leaves the map; refused while it may have the only copy of anything. Its
+    /// store may not register again.
+    RemoveNode {
+        /// The node.
+        node: NodeId,
+        /// As in `StandIn`.
+        cut_off: u64,
+    },
     /// Shutting down (no grants, creates, joins), or not any more.
     SetShutdown(bool),
     /// Begins flushes (§2): Dirty(g) → Sealing(g) for each that is dirty; others are skipped.

@@ -4,6 +4,7 @@
 //! piece of it and reports by commands. All of their state is in the state machine, so that any of
 //! them can be stopped at any await and begun anew by another leader.
 
+pub(crate) mod abandon;
 pub(crate) mod cores;
 pub(crate) mod flusher;
 pub(crate) mod keys;
@@ -14,6 +15,7 @@ pub(crate) mod notices;
 pub(crate) mod rescue;
 pub(crate) mod seal;
 pub(crate) mod sessions;
+pub(crate) mod stand_in;
 pub(crate) mod store;
 pub(crate) mod sweep;
 pub(crate) mod windows;

@@ -2,7 +2,8 @@
 //! windows over, new epoch, release at the donor.
 //!
 //! The map says that a group moves; where to is asked for by the controller again if the leader
-//! dies. A donor that does not answer keeps its group: what it holds may be the only copy.
+//! dies. A donor that does not answer keeps its group while what it holds may be the only copy; else the
+//! group gets a stand-in (`stand_in`).
 
 use super::flusher::Flushed;
 use super::{Stop, cores};
@@ -162,9 +163,14 @@ impl Service {
             return Ok(());
         }
         let Some(donor) = group.primary() else {
+            self.clear_for(&map, pg, &group, to).await?;
             self.hand_windows_over(&map, pg, &group, to).await?;
             return self.set_group(pg, &group, to).await;
         };
+        if self.is_cut_off(donor.node) {
+            return self.stand_in(&map, pg, &group, to).await;
+        }
+        self.clear_for(&map, pg, &group, to).await?;
         if !group.moving {
             self.submit_internal(Command::PgMoving(pg, true)).await?;
         }
@@ -232,6 +238,7 @@ impl Service {
     /// reads the map at its return.
     async fn release_groups(&self) {
         let Ok(map) = self.map() else { return };
+        self.discard_left_overs(&map).await;
         for (pg, donor) in self.movers.take_releases() {
             let Ok(group) = entry(&map, pg) else { continue };
             if map.node(donor.node).is_none() || group.members.contains(&donor) {

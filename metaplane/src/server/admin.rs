@@ -82,6 +82,10 @@ impl Service {
                 self.wake_bucket().await?;
                 self.submit_internal(Command::SetShutdown(false)).await.map(done)
             }
+            AdminCall::Abandon { node, yes } => {
+                Ok(AdminReply::Abandoned(self.abandon(node, yes).await?))
+            }
+            AdminCall::Forget { node } => self.forget_node(node).await.map(|()| AdminReply::Done),
             AdminCall::Path(inode) => {
                 let path = self.voter.read(|_, r| r.path_of(inode)).await.map_err(fs_error)??;
                 Ok(AdminReply::Path(path))
@@ -223,7 +227,7 @@ impl Service {
         Ok(())
     }
 
-    fn path_text(&self, inode: InodeId) -> String {
+    pub(crate) fn path_text(&self, inode: InodeId) -> String {
         let path = self.voter.peek(|_, r| r.path_of(inode));
         match path {
             Ok(Ok(parts)) => {

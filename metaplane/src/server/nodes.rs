@@ -21,6 +21,9 @@ impl Service {
                 Ok(NodeReply::Registered { node, map, bucket_config })
             }
             NodeCall::Heartbeat { node, boot, map_version, stats, dirty_groups } => {
+                // Before the map is read: a stand-in that is decided later comes after this lease, one that is
+                // under way is not in the map yet (R23).
+                let leased = self.liveness.begin_lease(node);
                 // Confirms that this process still leads: who does not must not give leases.
                 let (map, known) = self
                     .voter
@@ -32,7 +35,8 @@ impl Service {
                     self.liveness.heard(node, boot, map_version, stats, dirty_groups);
                 }
                 let map = (map.version > map_version).then_some(map);
-                Ok(NodeReply::Lease { lease_ms: self.config.timings.lease_ms, map, stop })
+                let lease_ms = if leased && !stop { self.config.timings.lease_ms } else { 0 };
+                Ok(NodeReply::Lease { lease_ms, map, stop })
             }
         }
     }

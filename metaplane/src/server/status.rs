@@ -2,9 +2,26 @@
 
 use crate::raft::propose::now;
 use crate::service::{Service, fs_error};
-use ebb_metaplane_protocol::admin::NodeStatus;
+use ebb_metaplane_protocol::admin::{CutOff, NodeStatus};
 use ebb_metaplane_protocol::{ClusterStatus, FsResult};
 use std::sync::atomic::Ordering;
+
+/// What a person has to know of a node that is cut off.
+fn cut_off_text(c: &CutOff, groups: usize) -> String {
+    let since = c.since_ms / 1000;
+    let node = c.node;
+    match c.waiting.len() {
+        0 if groups == 0 => format!("node {node} is cut off since {since} s; it holds nothing"),
+        0 => format!(
+            "node {node} is cut off since {since} s; S3 has all that it held, its {groups} groups go to others"
+        ),
+        waiting => format!(
+            "node {node} is cut off since {since} s, and {waiting} of its {groups} groups may have data that S3 \
+             does not: they wait for it. Start it again on its directory; if that is lost, \
+             `ebb node abandon {node}` says what would be given up"
+        ),
+    }
+}
 
 impl Service {
     pub(super) async fn status(&self) -> FsResult<ClusterStatus> {
@@ -37,6 +54,17 @@ impl Service {
             .collect();
         if !self.owns_bucket() {
             warnings.push("the bucket is asleep or not owned: nothing is written to it".into());
+        }
+        let cut_off = self.cut_offs(&map).await?;
+        for c in &cut_off {
+            warnings.push(cut_off_text(c, map.groups_of(c.node).count()));
+        }
+        if counts.lost_files > 0 {
+            warnings.push(format!(
+                "{} files lost their data with a node that was abandoned: opening them is an error until \
+                 they are removed or overwritten",
+                counts.lost_files
+            ));
         }
         let nodes: Vec<NodeStatus> = map.nodes.iter().map(|n| self.liveness.status(n.id)).collect();
         for n in &nodes {
@@ -76,6 +104,8 @@ impl Service {
             wake_wanted,
             moves,
             nodes,
+            cut_off,
+            lost_files: counts.lost_files,
             dirty_inodes: counts.dirty_inodes,
             dirty_oldest_ms: oldest / 1_000_000,
             pending_keys: counts.pending_keys,

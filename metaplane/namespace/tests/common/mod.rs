@@ -268,6 +268,12 @@ impl World {
     }
     /// Writes under the grant in hand, without asking for another. `Err`: the node refused.
     pub fn write_once(&mut self, f: &mut OpenFile, at: u64, bytes: &[u8]) -> Result<(), ()> {
+        // R26: who holds the group by now knows nothing of grants that are older than that.
+        let group = PgId::of(f.inode, RunIndex(0), 64);
+        let since = self.read().map().map_err(drop)?.pgs[usize::from(group.0)].since_map_version;
+        if f.grant.least_map_version < since {
+            return Err(());
+        }
         self.node.entry(f.inode).or_default().write(&f.grant, at, bytes)?;
         let end = at + bytes.len() as u64;
         f.ends.push((f.grant.generation, end));
