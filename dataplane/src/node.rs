@@ -11,7 +11,7 @@ use crate::core::{CoreLimits, Report};
 use crate::heartbeat::{self, Heartbeat, HeartbeatError, Registration};
 use crate::mover;
 use crate::reactor_glue::{CoreError, CoreSetup, Glue, Mail};
-use crate::shards::{Shard, ShardError};
+use crate::shards::{DirectoryLock, Shard, ShardError};
 use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{CoreId, NodeId};
 use ebb_ring::MailSender;
@@ -142,7 +142,8 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
     let cluster = config.cluster_id()?;
 
     let prepare = config.clone();
-    let shards = blocking(0, move || prepare_shards(&prepare)).await??;
+    // The lock is held as long as the node runs.
+    let (_lock, shards) = blocking(0, move || prepare_shards(&prepare)).await??;
     let store = match shards.iter().find_map(Shard::store_id) {
         Some(store) => store,
         None => random()?,
@@ -176,11 +177,17 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
     let reports: Vec<Arc<Mutex<Report>>> = shards.iter().map(|_| Arc::default()).collect();
     let (ended_tx, mut ended) = mpsc::unbounded_channel();
 
-    let mut cores = Vec::with_capacity(shards.len());
-    let parts = shards.into_iter().zip(listeners).zip(job_senders).zip(&reports).enumerate();
-    for (i, (((shard, listener), jobs), report)) in parts {
+    // All shards before the first core: one that is refused finds none of the others at work.
+    let mut opened = Vec::with_capacity(shards.len());
+    for (i, shard) in shards.into_iter().enumerate() {
         let core = i as u16;
         let whose = ebb_store::Identity { cluster, store, node, core: CoreId(core), pg_count };
+        opened.push(blocking(core, move || shard.open(whose)).await??);
+    }
+    let mut cores = Vec::with_capacity(opened.len());
+    let parts = opened.into_iter().zip(listeners).zip(job_senders).zip(&reports).enumerate();
+    for (i, ((((device, mut store), listener), jobs), report)) in parts {
+        let core = i as u16;
         let start = Start {
             core,
             cpu: config.cpus.get(i).copied(),
@@ -193,7 +200,6 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
         let (report, refresh, key) = (Arc::clone(report), Arc::clone(&refresh), key.clone());
         let ended_tx = ended_tx.clone();
         let started = blocking(core, move || -> Result<_, NodeError> {
-            let (device, mut store) = shard.open(whose)?;
             store.set_memory_limit((INDEX_BYTES / start.cores).max(SHARE_MIN));
             let setup = CoreSetup {
                 index: core,
@@ -370,10 +376,16 @@ fn ring_config(arena_bytes: u64) -> ebb_ring::Config {
     }
 }
 
-fn prepare_shards(config: &NodeConfig) -> Result<Vec<Shard>, NodeError> {
+fn prepare_shards(config: &NodeConfig) -> Result<(DirectoryLock, Vec<Shard>), NodeError> {
     let cluster = config.cluster_id()?;
+    let lock = DirectoryLock::take(&config.dir)?;
     let each = config.capacity_bytes / u64::from(config.cores);
-    (0..config.cores).map(|core| Ok(Shard::prepare(&config.dir, core, each, cluster)?)).collect()
+    let shard = |core: u16| match config.devices.get(usize::from(core)) {
+        Some(device) => Shard::prepare_device(device, core, cluster),
+        None => Shard::prepare(&config.dir, core, each, cluster),
+    };
+    let shards = (0..config.cores).map(shard).collect::<Result<_, _>>()?;
+    Ok((lock, shards))
 }
 
 fn listen(config: &NodeConfig) -> Result<(Vec<TcpListener>, Vec<u16>), NodeError> {
