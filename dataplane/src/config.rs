@@ -21,6 +21,10 @@ pub const SCRUB_REST_S: u64 = 24 * 3600;
 pub struct NodeConfig {
     /// Where the shard files are; created if missing.
     pub dir: PathBuf,
+    /// Block devices (disks, partitions, volumes) to use whole instead of files in `dir`, one per core, in
+    /// order. A new one has to be blank.
+    #[serde(default)]
+    pub devices: Vec<PathBuf>,
     /// Address to listen on.
     #[serde(default = "localhost")]
     pub listen: String,
@@ -36,7 +40,7 @@ pub struct NodeConfig {
     /// CPUs to pin the cores to, in order; empty: not pinned.
     #[serde(default)]
     pub cpus: Vec<usize>,
-    /// Bytes of all shard files together. Only used when they are made.
+    /// Bytes of all shard files together. Only used when they are made, and not with `devices`.
     #[serde(default = "capacity_default")]
     pub capacity_bytes: u64,
     /// Bytes of buffers of each core.
@@ -140,6 +144,13 @@ impl NodeConfig {
         if !self.cpus.is_empty() && self.cpus.len() < usize::from(self.cores) {
             return bad("cpus", format!("{:?}", self.cpus), "empty, or one per core");
         }
+        if !self.devices.is_empty() && self.devices.len() != usize::from(self.cores) {
+            return bad("devices", format!("{:?}", self.devices), "empty, or one per core");
+        }
+        let times = |d| self.devices.iter().filter(|o| *o == d).count();
+        if let Some(twice) = self.devices.iter().find(|d| times(*d) > 1) {
+            return bad("devices", format!("{twice:?} twice"), "another device for each core");
+        }
         if self.arena_bytes < ARENA_BYTES_MIN {
             return bad("arena_bytes", self.arena_bytes.to_string(), "at least 48 MiB");
         }
@@ -200,7 +211,10 @@ mod tests {
     #[test]
     fn senseless_values_are_named() {
         let c: NodeConfig = toml::from_str(LEAST).expect("valid");
-        let broken: [(&str, NodeConfig); 4] = [
+        let two = || vec!["/dev/a".into(), "/dev/a".into()];
+        let broken: [(&str, NodeConfig); 6] = [
+            ("devices", NodeConfig { devices: two(), ..c.clone() }),
+            ("devices", NodeConfig { devices: two(), cores: 2, ..c.clone() }),
             ("cores", NodeConfig { cores: 0, ..c.clone() }),
             ("arena_bytes", NodeConfig { arena_bytes: 1, ..c.clone() }),
             ("meta", NodeConfig { meta: vec![], ..c.clone() }),

@@ -4,6 +4,7 @@
 //! drives one ring per core and speaks frames; [`core`] decides, sans-IO; `ebb-store` keeps; `mover`
 //! talks to S3 and `resolve` to the system's resolver on threads of their own.
 
+mod blank;
 mod clock;
 pub mod config;
 pub mod core;

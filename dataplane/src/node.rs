@@ -12,7 +12,7 @@ use crate::heartbeat::{self, Heartbeat, HeartbeatError, Registration};
 use crate::mover;
 use crate::reactor_glue::{Caller, CoreError, CoreSetup, Glue, Mail};
 use crate::resolve;
-use crate::shards::{Shard, ShardError};
+use crate::shards::{DirectoryLock, Shard, ShardError};
 use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{CoreId, NodeId, ShardRef};
 use ebb_ring::MailSender;
@@ -143,7 +143,8 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
     let cluster = config.cluster_id()?;
 
     let prepare = config.clone();
-    let shards = blocking(0, move || prepare_shards(&prepare)).await??;
+    // The lock is held as long as the node runs.
+    let (_lock, shards) = blocking(0, move || prepare_shards(&prepare)).await??;
     let store = match shards.iter().find_map(Shard::store_id) {
         Some(store) => store,
         None => random()?,
@@ -178,11 +179,17 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
     let reports: Vec<Arc<Mutex<Report>>> = shards.iter().map(|_| Arc::default()).collect();
     let (ended_tx, mut ended) = mpsc::unbounded_channel();
 
-    let mut cores = Vec::with_capacity(shards.len());
-    let parts = shards.into_iter().zip(listeners).zip(job_senders).zip(resolvers).zip(&reports);
-    for (i, ((((shard, listener), jobs), resolver), report)) in parts.enumerate() {
+    // All shards before the first core: one that is refused finds none of the others at work.
+    let mut opened = Vec::with_capacity(shards.len());
+    for (i, shard) in shards.into_iter().enumerate() {
         let core = i as u16;
         let whose = ebb_store::Identity { cluster, store, node, core: CoreId(core), pg_count };
+        opened.push(blocking(core, move || shard.open(whose)).await??);
+    }
+    let mut cores = Vec::with_capacity(opened.len());
+    let parts = opened.into_iter().zip(listeners).zip(job_senders).zip(resolvers).zip(&reports);
+    for (i, (((((device, mut shard), listener), jobs), resolver), report)) in parts.enumerate() {
+        let core = i as u16;
         let start = Start {
             core,
             cpu: config.cpus.get(i).copied(),
@@ -197,14 +204,13 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
         let caller = Caller { key: key.clone(), cluster, me, store, boot: who.boot };
         let ended_tx = ended_tx.clone();
         let started = blocking(core, move || -> Result<_, NodeError> {
-            let (device, mut store) = shard.open(whose)?;
-            store.set_memory_limit((INDEX_BYTES / start.cores).max(SHARE_MIN));
+            shard.set_memory_limit((INDEX_BYTES / start.cores).max(SHARE_MIN));
             let setup = CoreSetup {
                 index: core,
                 ring: ring_config(start.arena_bytes),
                 listener,
                 device,
-                store,
+                store: shard,
                 limits: CoreLimits {
                     flush_bytes: (FLUSH_BYTES / start.cores).max(SHARE_MIN),
                     scrub_bytes_per_s: start.scrub_bytes_per_s,
@@ -376,10 +382,16 @@ fn ring_config(arena_bytes: u64) -> ebb_ring::Config {
     }
 }
 
-fn prepare_shards(config: &NodeConfig) -> Result<Vec<Shard>, NodeError> {
+fn prepare_shards(config: &NodeConfig) -> Result<(DirectoryLock, Vec<Shard>), NodeError> {
     let cluster = config.cluster_id()?;
+    let lock = DirectoryLock::take(&config.dir)?;
     let each = config.capacity_bytes / u64::from(config.cores);
-    (0..config.cores).map(|core| Ok(Shard::prepare(&config.dir, core, each, cluster)?)).collect()
+    let shard = |core: u16| match config.devices.get(usize::from(core)) {
+        Some(device) => Shard::prepare_device(device, core, cluster),
+        None => Shard::prepare(&config.dir, core, each, cluster),
+    };
+    let shards = (0..config.cores).map(shard).collect::<Result<_, _>>()?;
+    Ok((lock, shards))
 }
 
 fn listen(config: &NodeConfig) -> Result<(Vec<TcpListener>, Vec<u16>), NodeError> {

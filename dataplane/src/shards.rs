@@ -1,15 +1,19 @@
-//! The shard files of a node: made once, opened, and refused when they are somebody else's.
+//! The shards of a node, files or block devices: made once, opened, and refused when they are somebody
+//! else's (I5), always with the reason and what to do about it.
 //!
 //! A new file is zero-filled under a temporary name (an unwritten extent costs each first write a
-//! metadata update), formatted, synced and renamed: a file with the final name is whole. What is there
-//! and is not ours, or is damaged, is never overwritten.
+//! metadata update), formatted, synced and renamed: a file with the final name is whole. A block device
+//! is formatted where it is, and only if it is blank; it is not zero-filled, the format does not need
+//! that. What is there and is not ours, or is damaged, is never overwritten.
 
+use crate::blank::{self, NotBlank};
 use ebb_dataplane_protocol::{ClusterId, CoreId, NodeId};
 use ebb_ring::{Buf, DeviceFile, FileError, OpenMode};
 use ebb_store::{
     FormatError, Geometry, GeometryError, Identity, OpenDevice, OpenError, Store, format_device,
-    identify,
+    geometry::DEVICE_BYTES_MAX, identify,
 };
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,6 +22,8 @@ use std::time::Duration;
 const COPY_BYTES: usize = 1 << 20;
 /// How long a shard that another process has locked is waited for.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// As long waits who only looks: enough for a process that has just ended.
+const LOOK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// Progress of a fill is logged every so many bytes.
 const PROGRESS_BYTES: u64 = 1 << 30;
@@ -52,8 +58,34 @@ pub enum ShardError {
         /// Why.
         source: FormatError,
     },
+    /// Another node works in the directory.
+    #[error("{dir}: already in use by another process (locked); stop that one first")]
+    DirectoryLocked {
+        /// Which.
+        dir: PathBuf,
+    },
+    /// `devices` names something else.
+    #[error(
+        "{path}: not a block device; `devices` names block devices only. Leave it out to keep the shards \
+         as files in `dir`"
+    )]
+    NotABlockDevice {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A device that holds something.
+    #[error(
+        "{path}: the device is not blank: {found}. It is left as it is: correct the path, or, if nothing \
+         on it is needed any more, empty it yourself (`blkdiscard -z {path}`) and start again"
+    )]
+    NotBlank {
+        /// Which.
+        path: PathBuf,
+        /// What is there.
+        found: NotBlank,
+    },
     /// Not ours, damaged, or unreadable.
-    #[error("{path}: {source}. It is left as it is: restore it, or move it away to start empty")]
+    #[error("{path}: {source}. It is left as it is: {}", source.advice())]
     Open {
         /// Which.
         path: PathBuf,
@@ -70,13 +102,43 @@ pub enum ShardError {
     },
 }
 
+/// Says that a node works in a directory, until it is dropped. Before the shard files are there, nothing
+/// else keeps two nodes from making them at the same time.
+#[derive(Debug)]
+pub(crate) struct DirectoryLock {
+    _dir: File,
+}
+
+impl DirectoryLock {
+    /// Creates the directory if it is missing, and locks it.
+    pub(crate) fn take(dir: &Path) -> Result<Self, ShardError> {
+        let fail = |source| ShardError::Directory { dir: dir.to_owned(), source };
+        std::fs::create_dir_all(dir).map_err(fail)?;
+        let file = File::open(dir).map_err(fail)?;
+        let mut waited = Duration::ZERO;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Self { _dir: file }),
+                Err(TryLockError::Error(source)) => return Err(fail(source)),
+                Err(TryLockError::WouldBlock) if waited < LOCK_PATIENCE => {
+                    std::thread::sleep(LOCK_PAUSE);
+                    waited += LOCK_PAUSE;
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(ShardError::DirectoryLocked { dir: dir.to_owned() });
+                }
+            }
+        }
+    }
+}
+
 /// Opens a device file. A process that was killed holds its lock a little longer than it lives: the
 /// kernel takes its ring apart in the background.
-fn open_device(path: &Path, mode: OpenMode) -> Result<DeviceFile, FileError> {
+fn open_device(path: &Path, patience: Duration) -> Result<DeviceFile, FileError> {
     let mut waited = Duration::ZERO;
     loop {
-        match DeviceFile::open(path, mode) {
-            Err(FileError::Locked { .. }) if waited < LOCK_PATIENCE => {
+        match DeviceFile::open(path, OpenMode::Existing) {
+            Err(FileError::Locked { .. } | FileError::Busy { .. }) if waited < patience => {
                 if waited.is_zero() {
                     tracing::info!(path = %path.display(), "in use; waiting for its last process to go");
                 }
@@ -91,7 +153,7 @@ fn open_device(path: &Path, mode: OpenMode) -> Result<DeviceFile, FileError> {
 /// Walks over a shard that no process uses, and compares every block with its checksum. Changes
 /// nothing. Fails where opening it would.
 pub fn check(path: &Path) -> Result<ebb_store::Report, ShardError> {
-    let file = DeviceFile::open(path, OpenMode::Existing)?;
+    let file = open_device(path, LOOK_PATIENCE)?;
     ebb_store::verify(&mut BlockingDevice(&file))
         .map_err(|source| ShardError::Open { path: path.to_owned(), source })
 }
@@ -145,8 +207,10 @@ impl OpenDevice for BlockingDevice<'_> {
 pub(crate) enum Shard {
     /// There before.
     Existing(DeviceFile, Identity),
-    /// Zero-filled, not formatted: whose it is has to be learned first.
+    /// A file under its temporary name, zero-filled, not formatted: whose it is has to be learned first.
     Fresh(DeviceFile, Geometry, PathBuf),
+    /// A blank block device, not formatted.
+    Blank(DeviceFile, Geometry),
 }
 
 /// File of a core's shard.
@@ -155,30 +219,22 @@ pub(crate) fn path_of(dir: &Path, core: u16) -> PathBuf {
 }
 
 impl Shard {
-    /// Opens the shard of a core, or prepares a new one of `bytes`.
+    /// Opens the shard file of a core, or prepares a new one of `bytes`. The directory is locked.
     pub(crate) fn prepare(
         dir: &Path,
         core: u16,
         bytes: u64,
         cluster: ClusterId,
     ) -> Result<Self, ShardError> {
-        std::fs::create_dir_all(dir)
-            .map_err(|source| ShardError::Directory { dir: dir.to_owned(), source })?;
         let path = path_of(dir, core);
-        if path.exists() {
-            let file = open_device(&path, OpenMode::Existing)?;
-            let identity = identify(&mut BlockingDevice(&file))
-                .map_err(|source| ShardError::Open { path: path.clone(), source })?;
-            if identity.cluster != cluster {
-                let (found, expected) = (identity.cluster, cluster);
-                let source = OpenError::OtherCluster { found, expected };
-                return Err(ShardError::Open { path, source });
-            }
-            if identity.core != CoreId(core) {
-                let reason = format!("it is core {}'s shard, not core {core}'s", identity.core);
-                return Err(ShardError::Mismatch { path, reason });
-            }
-            return Ok(Self::Existing(file, identity));
+        let there = path
+            .try_exists()
+            .map_err(|source| ShardError::Directory { dir: dir.to_owned(), source })?;
+        if there {
+            let file = open_device(&path, LOCK_PATIENCE)?;
+            let found = identify(&mut BlockingDevice(&file))
+                .map_err(|source| ShardError::Open { path, source })?;
+            return Self::existing(file, found, core, cluster);
         }
         let geometry = Geometry::for_device(bytes)
             .map_err(|source| ShardError::Geometry { path: path.clone(), source })?;
@@ -198,11 +254,62 @@ impl Shard {
         Ok(Self::Fresh(file, geometry, path))
     }
 
+    /// Opens the block device of a core, all of it; a new one has to be blank.
+    pub(crate) fn prepare_device(
+        path: &Path,
+        core: u16,
+        cluster: ClusterId,
+    ) -> Result<Self, ShardError> {
+        let file = open_device(path, LOCK_PATIENCE)?;
+        let path = path.to_owned();
+        if !file.is_block() {
+            return Err(ShardError::NotABlockDevice { path });
+        }
+        match identify(&mut BlockingDevice(&file)) {
+            Ok(found) => return Self::existing(file, found, core, cluster),
+            Err(OpenError::NotFormatted) => {}
+            Err(source) => return Err(ShardError::Open { path, source }),
+        }
+        let bytes = file.size()?;
+        if bytes > DEVICE_BYTES_MAX {
+            tracing::warn!(path = %path.display(), bytes, used = DEVICE_BYTES_MAX, "a store uses no more");
+        }
+        let geometry = Geometry::for_device(bytes.min(DEVICE_BYTES_MAX))
+            .map_err(|source| ShardError::Geometry { path: path.clone(), source })?;
+        match blank::look(&mut BlockingDevice(&file), bytes) {
+            Ok(None) => Ok(Self::Blank(file, geometry)),
+            Ok(Some(found)) => Err(ShardError::NotBlank { path, found }),
+            Err(source) => {
+                let doing = "looking whether the device is blank";
+                Err(ShardError::Open { path, source: OpenError::Io { doing, source } })
+            }
+        }
+    }
+
+    /// A shard that has a superblock, if it is this core's of this cluster.
+    fn existing(
+        file: DeviceFile,
+        found: Identity,
+        core: u16,
+        cluster: ClusterId,
+    ) -> Result<Self, ShardError> {
+        let path = file.path().to_owned();
+        if found.cluster != cluster {
+            let source = OpenError::OtherCluster { found: found.cluster, expected: cluster };
+            return Err(ShardError::Open { path, source });
+        }
+        if found.core != CoreId(core) {
+            let reason = format!("it is core {}'s shard, not core {core}'s", found.core);
+            return Err(ShardError::Mismatch { path, reason });
+        }
+        Ok(Self::Existing(file, found))
+    }
+
     /// Identity of the store it belongs to, if it has one.
     pub(crate) fn store_id(&self) -> Option<u128> {
         match self {
             Self::Existing(_, identity) => Some(identity.store),
-            Self::Fresh(..) => None,
+            Self::Fresh(..) | Self::Blank(..) => None,
         }
     }
 
@@ -213,7 +320,7 @@ impl Shard {
             Self::Existing(file, _) => {
                 file.size().ok().and_then(|n| Geometry::for_device(n).ok()).map_or(0, |g| data(&g))
             }
-            Self::Fresh(_, geometry, _) => data(geometry),
+            Self::Fresh(_, geometry, _) | Self::Blank(_, geometry) => data(geometry),
         }
     }
 
@@ -240,6 +347,13 @@ impl Shard {
                 }
                 (file, path)
             }
+            Self::Blank(file, geometry) => {
+                let path = file.path().to_owned();
+                tracing::info!(path = %path.display(), bytes = geometry.device_bytes, "formatting a blank device");
+                format_device(&mut BlockingDevice(&file), geometry, identity)
+                    .map_err(|source| ShardError::Format { path: path.clone(), source })?;
+                (file, path)
+            }
             Self::Fresh(file, geometry, path) => {
                 format_device(&mut BlockingDevice(&file), geometry, identity)
                     .map_err(|source| ShardError::Format { path: path.clone(), source })?;
@@ -251,7 +365,7 @@ impl Shard {
                     .and_then(|()| std::fs::File::open(&dir))
                     .and_then(|d| d.sync_all());
                 renamed.map_err(|source| ShardError::Directory { dir, source })?;
-                (open_device(&path, OpenMode::Existing)?, path)
+                (open_device(&path, LOCK_PATIENCE)?, path)
             }
         };
         let store = Store::open(&mut BlockingDevice(&file), identity.cluster)

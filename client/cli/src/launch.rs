@@ -121,6 +121,7 @@ fn data_config(
 ) -> Result<String, String> {
     let node = ebb_dataplane::NodeConfig {
         dir: layout.node(name),
+        devices: Vec::new(),
         listen: config.host.clone(),
         advertise: None,
         // The ports it had before, so that its clients find it where it was.

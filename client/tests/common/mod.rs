@@ -154,6 +154,7 @@ impl TestCluster {
                 ports,
                 cores: 1,
                 cpus: Vec::new(),
+                devices: Vec::new(),
                 capacity_bytes,
                 arena_bytes: 64 << 20,
                 cluster: cluster.to_string(),

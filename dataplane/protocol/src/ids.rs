@@ -130,9 +130,9 @@ impl InodeId {
 }
 
 impl Generation {
-    /// The next generation.
+    /// The next generation; the last one is followed by itself, never by a lower one.
     pub const fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 
@@ -183,5 +183,16 @@ impl PgId {
     /// The placement group of a chunk.
     pub const fn of_chunk(inode: InodeId, chunk: ChunkIndex, pg_count: u16) -> Self {
         Self::of(inode, chunk.run(), pg_count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_the_last_generation_comes_no_lower_one() {
+        assert_eq!(Generation(1).next(), Generation(2));
+        assert_eq!(Generation(u64::MAX).next(), Generation(u64::MAX));
     }
 }

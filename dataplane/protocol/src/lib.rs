@@ -13,6 +13,7 @@ pub mod control;
 pub mod data;
 pub mod grant;
 pub mod header;
+pub mod hostile;
 pub mod ids;
 pub mod map;
 pub mod status;

@@ -142,9 +142,9 @@ pub struct ClusterMap {
 }
 
 impl ClusterMap {
-    /// The number of placement groups.
+    /// The number of placement groups. A map has at most 65,535; a peer's longer one counts as that.
     pub fn pg_count(&self) -> u16 {
-        u16::try_from(self.pgs.len()).expect("placement groups are counted in u16")
+        u16::try_from(self.pgs.len()).unwrap_or(u16::MAX)
     }
     /// The group of a chunk. `None` before the cluster is formatted.
     pub fn pg_of(&self, inode: InodeId, chunk: ChunkIndex) -> Option<(PgId, &PgEntry)> {
@@ -167,8 +167,22 @@ impl ClusterMap {
     pub fn groups_of(&self, node: NodeId) -> impl Iterator<Item = (PgId, &PgEntry)> {
         self.pgs
             .iter()
+            .take(usize::from(u16::MAX))
             .enumerate()
             .filter(move |(_, pg)| pg.members.iter().any(|m| m.node == node))
             .map(|(i, pg)| (PgId(i as u16), pg))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_with_more_groups_than_can_be_numbered_is_no_panic() {
+        let map = ClusterMap { pgs: vec![PgEntry::default(); 70_000], ..ClusterMap::default() };
+        assert_eq!(map.pg_count(), u16::MAX);
+        assert!(map.pg_of(InodeId(1), ChunkIndex(2)).is_some());
+        assert_eq!(map.groups_of(NodeId(0)).count(), 0);
     }
 }

@@ -302,6 +302,23 @@ pub enum FileError {
         /// The file.
         path: PathBuf,
     },
+    /// A mounted block device, or one that an array, a volume or another server holds.
+    #[error(
+        "{path}: this device is in use: mounted, part of an array or a volume, or opened by another \
+         process; unmount or stop that first (`lsblk {path}` shows who has it)"
+    )]
+    Busy {
+        /// The device.
+        path: PathBuf,
+    },
+    /// A directory, a pipe, a terminal and the like.
+    #[error("{path}: this is {kind}; a shard is a regular file or a block device")]
+    NotADevice {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
     /// The file system does not do O_DIRECT.
     #[error("{path}: no direct I/O on this file system; use ext4, XFS or a block device")]
     NoDirectIo {

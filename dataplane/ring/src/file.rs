@@ -4,7 +4,7 @@
 //! share a shard. Preallocated space is also zero-filled: a write into an unwritten extent costs
 //! 1.6 to 2.7 times an overwrite, because the file system must journal the conversion.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -47,6 +47,22 @@ pub struct DeviceFile {
     file: Flock<File>,
     path: PathBuf,
     align: DioAlign,
+    is_block: bool,
+}
+
+/// What a file is, if it is neither a regular file nor a block device.
+fn other_kind(t: FileType) -> Option<&'static str> {
+    if t.is_file() || t.is_block_device() {
+        None
+    } else if t.is_dir() {
+        Some("a directory")
+    } else if t.is_char_device() {
+        Some("a character device")
+    } else if t.is_fifo() {
+        Some("a pipe")
+    } else {
+        Some("a socket or another special file")
+    }
 }
 
 impl DeviceFile {
@@ -54,7 +70,12 @@ impl DeviceFile {
     /// block device, which refuses a mounted one).
     pub fn open(path: &Path, mode: OpenMode) -> Result<DeviceFile, FileError> {
         let os = |what, source| FileError::Os { path: path.to_owned(), what, source };
-        let is_block = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+        // Looked at before opening: opening a pipe or a terminal has effects of its own.
+        let kind = std::fs::metadata(path).map(|m| m.file_type()).ok();
+        if let Some(kind) = kind.and_then(other_kind) {
+            return Err(FileError::NotADevice { path: path.to_owned(), kind });
+        }
+        let is_block = kind.is_some_and(|t| t.is_block_device());
         let mut flags = libc::O_DIRECT;
         if is_block {
             flags |= libc::O_EXCL;
@@ -72,7 +93,7 @@ impl DeviceFile {
         }
         let file = options.open(path).map_err(|e| match e.raw_os_error() {
             Some(libc::EINVAL) => FileError::NoDirectIo { path: path.to_owned() },
-            Some(libc::EBUSY) => FileError::Locked { path: path.to_owned() },
+            Some(libc::EBUSY) => FileError::Busy { path: path.to_owned() },
             _ => os("open", e),
         })?;
         let file =
@@ -92,7 +113,7 @@ impl DeviceFile {
         if most as usize > BLOCK {
             return Err(FileError::Alignment { path: path.to_owned(), align: most });
         }
-        Ok(DeviceFile { file, path: path.to_owned(), align })
+        Ok(DeviceFile { file, path: path.to_owned(), align, is_block })
     }
 
     /// Where it is.
@@ -103,6 +124,11 @@ impl DeviceFile {
     /// Alignment that reads and writes must keep; at most [`BLOCK`].
     pub fn align(&self) -> DioAlign {
         self.align
+    }
+
+    /// Whether it is a block device; a regular file otherwise.
+    pub fn is_block(&self) -> bool {
+        self.is_block
     }
 
     pub(crate) fn as_file(&self) -> &File {
@@ -116,7 +142,8 @@ impl DeviceFile {
     }
 
     /// Reserves `len` bytes of a regular file and writes zeros over `0..len`, then makes that
-    /// durable. `progress` hears the bytes done so far. On a block device it only writes.
+    /// durable. `progress` hears the bytes done so far. On a block device it only writes; a store needs none
+    /// of it there (docs/FORMAT.md §1).
     pub fn zero_fill(&self, len: u64, progress: &mut dyn FnMut(u64)) -> Result<(), FileError> {
         let meta = self.file.metadata().map_err(|e| self.err("stat", e))?;
         if meta.is_file() {

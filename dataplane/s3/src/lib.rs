@@ -15,6 +15,7 @@ pub mod client;
 pub mod config;
 pub mod error;
 pub mod fault;
+pub mod hostile;
 pub mod operation;
 pub mod probe;
 pub mod server;

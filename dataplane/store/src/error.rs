@@ -7,10 +7,10 @@ use ebb_dataplane_protocol::{ClusterId, Generation, InodeId, PgEpoch, PgId};
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// No superblock: the device was never formatted, or a format did not finish.
-    #[error("no store on this device (no superblock found): format it first")]
+    #[error("not a shard: no superblock found (something else, or a format that did not finish)")]
     NotFormatted,
     /// The store belongs to another cluster.
-    #[error("the store belongs to cluster {found}, not to {expected}: wrong directory?")]
+    #[error("the store belongs to cluster {found}, not to {expected}")]
     OtherCluster {
         /// In the superblock.
         found: ClusterId,
@@ -24,6 +24,12 @@ pub enum OpenError {
         found: u32,
         /// [`crate::geometry::FORMAT_VERSION`].
         expected: u32,
+    },
+    /// A feature that this program does not know.
+    #[error("the store uses features that this program does not know (bits {bits:#x})")]
+    UnknownFeatures {
+        /// In the superblock.
+        bits: u64,
     },
     /// The device is shorter than when it was formatted.
     #[error("the device has {found} bytes, the store was made on {expected}: it was cut short")]
@@ -65,7 +71,7 @@ pub enum OpenError {
     #[error("inconsistent store: {0}")]
     Inconsistent(String),
     /// The device failed.
-    #[error("device error while {doing}")]
+    #[error("device error while {doing}: {source}")]
     Io {
         /// What was done.
         doing: &'static str,
@@ -73,6 +79,36 @@ pub enum OpenError {
         #[source]
         source: std::io::Error,
     },
+}
+
+impl OpenError {
+    /// What a person can do about it. None of it touches what is on the device.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::NotFormatted => "correct the path, or move it away to start empty",
+            Self::OtherCluster { .. } => {
+                "was a directory copied, or a cluster made anew? Start it with its own cluster's \
+                 configuration and key, or move it away to start empty"
+            }
+            Self::OtherVersion { .. } | Self::UnknownFeatures { .. } => {
+                "start the version of ebb that wrote it, empty the node (`ebb scale`), then start this \
+                 version without the old file"
+            }
+            Self::Shorter { .. } => {
+                "bring it back to its length (a copy that stopped early? a partition made smaller?), or \
+                 restore it; moving it away to start empty gives up what was dirty on it"
+            }
+            Self::Superblocks { .. }
+            | Self::Checkpoint { .. }
+            | Self::Journal { .. }
+            | Self::Inconsistent(_) => {
+                "restore it, or move it away to start empty: what was dirty on it is given up then"
+            }
+            Self::Io { .. } => {
+                "look at the kernel's log (`dmesg`) and the device's health; try again on a device that reads"
+            }
+        }
+    }
 }
 
 /// Why a device cannot be formatted like this.

@@ -105,6 +105,7 @@ impl Extent {
         let tail = tail & 0x7fff;
         let sound = zero == 0
             && blocks > 0
+            && location.checked_add(u32::from(blocks)).is_some()
             && u32::from(first) + u32::from(blocks) <= CHUNK_BLOCKS
             && (1..=FULL).contains(&tail);
         sound.then_some(Self { first, tail, location, origin, crcs })
@@ -332,6 +333,16 @@ mod tests {
             origin: Origin::Dirty(Generation(g)),
             crcs: (0..blocks).map(|i| u32::from(first + i)).collect(),
         }
+    }
+
+    #[test]
+    fn an_extent_past_the_last_block_number_is_no_extent() {
+        let mut bytes = Vec::new();
+        ext(0, 2, u32::MAX - 1, 1).encode(&mut bytes);
+        assert_eq!(Extent::decode(&mut Reader::new(&bytes)), None);
+        bytes.clear();
+        ext(0, 1, u32::MAX - 1, 1).encode(&mut bytes);
+        assert!(Extent::decode(&mut Reader::new(&bytes)).is_some());
     }
 
     #[test]

@@ -56,12 +56,15 @@ impl Geometry {
         {
             return bad("journal_bytes", self.journal_bytes, "a multiple of 4096, 1 MiB to 4 GiB");
         }
-        if !self.checkpoint_bytes.is_multiple_of(B) || self.checkpoint_bytes < CHECKPOINT_BYTES_MIN
+        // Bounded before anything is computed from it: it may come from a forged superblock.
+        if !self.checkpoint_bytes.is_multiple_of(B)
+            || self.checkpoint_bytes < CHECKPOINT_BYTES_MIN
+            || self.checkpoint_bytes > DEVICE_BYTES_MAX
         {
             return bad(
                 "checkpoint_bytes",
                 self.checkpoint_bytes,
-                "a multiple of 4096 from 256 KiB",
+                "a multiple of 4096, 256 KiB to 16 TiB",
             );
         }
         let least = HEAD_BYTES
@@ -116,6 +119,15 @@ pub struct Identity {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_of_a_forged_superblock_are_bounded_before_they_are_added_up() {
+        let g = Geometry::for_device(16 << 20).expect("large enough");
+        for checkpoint_bytes in [1 << 62, (1 << 63) - 4096, u64::MAX - 4095] {
+            let forged = Geometry { checkpoint_bytes, device_bytes: DEVICE_BYTES_MAX, ..g };
+            assert!(forged.check().is_err(), "{forged:?}");
+        }
+    }
 
     #[test]
     fn parts_do_not_overlap_and_data_is_aligned() {

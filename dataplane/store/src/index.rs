@@ -370,9 +370,17 @@ impl Index {
         }
     }
 
+    /// Whether a run is partly in the journal and partly not: no store makes one.
+    pub(crate) fn straddles(&self, run: Run) -> bool {
+        let inside = self.ring.contains(&run.start);
+        inside != self.ring.contains(&run.end().saturating_sub(1))
+            || (!inside && run.start < self.ring.start && run.end() > self.ring.start)
+    }
+
     /// Counts a chunk that was loaded whole.
     pub(crate) fn load_chunk(&mut self, key: ChunkKey, mut chunk: Chunk) -> bool {
-        if chunk.is_empty() || self.chunks.contains_key(&key) {
+        let torn = chunk.all_extents().any(|e| self.straddles(e.run()));
+        if torn || chunk.is_empty() || self.chunks.contains_key(&key) {
             return false;
         }
         chunk.extents.tighten();
@@ -471,5 +479,29 @@ fn tally(map: &mut BTreeMap<InodeId, u32>, inode: InodeId, before: bool, after: 
             }
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Found by fuzzing: a forged record with such a run ended recovery in a panic instead of a refusal.
+    #[test]
+    fn a_run_partly_in_the_journal_is_noticed_wherever_it_lies() {
+        let index = Index::new(256..512, NodeId(0), 8);
+        let run = |start, blocks| index.straddles(Run { start, blocks });
+        assert!(run(511, 2) && run(250, 10) && run(250, 300) && run(400, 200));
+        assert!(!run(256, 256) && !run(300, 1) && !run(512, 9) && !run(0, 256) && !run(0, 0));
+        let extent = Extent {
+            first: 0,
+            tail: BLOCK as u16,
+            location: 511,
+            origin: Origin::Dirty(Generation(1)),
+            crcs: [1, 2].into(),
+        };
+        let torn = Chunk { extents: ExtentList(vec![extent]), ..Chunk::default() };
+        let mut index = Index::new(256..512, NodeId(0), 8);
+        assert!(!index.load_chunk((InodeId(1), ChunkIndex(0)), torn), "refused from a checkpoint");
     }
 }

@@ -21,6 +21,7 @@ pub mod device;
 pub mod error;
 mod extent;
 pub mod geometry;
+pub mod hostile;
 mod index;
 mod journal;
 mod memory;

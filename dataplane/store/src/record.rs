@@ -203,6 +203,19 @@ impl Record {
         }
     }
 
+    /// Device blocks that the record names.
+    pub(crate) fn runs(&self) -> Vec<Run> {
+        match self {
+            Record::Write(w) => w.runs.clone(),
+            Record::Fill(f) => f.runs.clone(),
+            Record::Relocate { moves, .. } => moves
+                .iter()
+                .flat_map(|m| [m.from, m.to].map(|start| Run { start, blocks: m.blocks }))
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// Appends the record. Its length does not depend on where inline data goes.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let start = out.len();
@@ -419,7 +432,10 @@ impl Record {
                 }
                 let mut moves = Vec::with_capacity(n);
                 for _ in 0..n {
-                    moves.push(Move { from: r.u32()?, to: r.u32()?, blocks: r.u32()? });
+                    let m = Move { from: r.u32()?, to: r.u32()?, blocks: r.u32()? };
+                    m.from.checked_add(m.blocks)?;
+                    m.to.checked_add(m.blocks)?;
+                    moves.push(m);
                 }
                 Record::Relocate { inode, chunk, moves }
             }
@@ -452,6 +468,17 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_move_past_the_last_block_number_is_no_record() {
+        for (from, to) in [(u32::MAX, 1), (1, u32::MAX)] {
+            let moves = vec![Move { from, to, blocks: 2 }];
+            let record = Record::Relocate { inode: InodeId(1), chunk: ChunkIndex(0), moves };
+            let mut bytes = Vec::new();
+            record.encode(&mut bytes);
+            assert_eq!(Record::decode(&mut Reader::new(&bytes)), None);
+        }
+    }
 
     #[test]
     fn every_record_round_trips_and_no_truncation_decodes() {

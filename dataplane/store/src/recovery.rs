@@ -220,6 +220,14 @@ fn replay(
     let mut batches = 0;
     while let Some((records, next)) = read_batch(device, superblock, tail, position)? {
         for record in &records {
+            if let Some(run) = record.runs().into_iter().find(|r| index.straddles(*r)) {
+                return Err(OpenError::Inconsistent(format!(
+                    "batch {} names blocks {}..{}, which are partly in the journal",
+                    position.sequence,
+                    run.start,
+                    run.end()
+                )));
+            }
             index.apply(record, position.sequence);
         }
         position = next;

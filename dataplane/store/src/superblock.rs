@@ -76,15 +76,15 @@ impl Superblock {
         }
         match Self::fields(&mut r) {
             Some(Ok(sb)) => Copy::Valid(sb),
-            Some(Err(version)) => Copy::OtherVersion(version),
+            Some(Err(other)) => other,
             None => Copy::Damaged,
         }
     }
 
-    fn fields(r: &mut Reader<'_>) -> Option<Result<Self, u32>> {
+    fn fields(r: &mut Reader<'_>) -> Option<Result<Self, Copy>> {
         let version = r.u32()?;
         if version != FORMAT_VERSION {
-            return Some(Err(version));
+            return Some(Err(Copy::OtherVersion(version)));
         }
         let block = r.u32()?;
         let identity = Identity {
@@ -114,13 +114,15 @@ impl Superblock {
         let ring = geometry.journal_bytes / BLOCK as u64;
         let sound = block == BLOCK as u32
             && zero == 0
-            && features == 0
             && geometry.check().is_ok()
             && identity.pg_count > 0
             && u64::from(sb.replay_page) < ring
             && u64::from(sb.live_pages) <= ring
             && sb.checkpoint_bytes <= geometry.checkpoint_bytes
             && sb.checkpoint_bytes.is_multiple_of(BLOCK as u64);
+        if sound && features != 0 {
+            return Some(Err(Copy::UnknownFeatures(features)));
+        }
         sound.then_some(Ok(sb))
     }
 }
@@ -131,6 +133,8 @@ pub(crate) enum Copy {
     Absent,
     Damaged,
     OtherVersion(u32),
+    /// This version, with feature bits that nobody has given a meaning yet.
+    UnknownFeatures(u64),
     Valid(Superblock),
 }
 
@@ -151,6 +155,11 @@ pub(crate) fn choose(copies: &[Copy]) -> Result<Superblock, OpenError> {
         copies.iter().find_map(|c| if let Copy::OtherVersion(v) = c { Some(*v) } else { None })
     {
         return Err(OpenError::OtherVersion { found, expected: FORMAT_VERSION });
+    }
+    if let Some(bits) =
+        copies.iter().find_map(|c| if let Copy::UnknownFeatures(b) = c { Some(*b) } else { None })
+    {
+        return Err(OpenError::UnknownFeatures { bits });
     }
     if copies.iter().all(|c| *c == Copy::Absent) {
         return Err(OpenError::NotFormatted);

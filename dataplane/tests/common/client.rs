@@ -144,6 +144,23 @@ impl Client {
         self.write_as(file, chunk, offset, data, context).await.header.status
     }
 
+    /// As `write_status`; `None` if the connection ended instead.
+    pub async fn try_write(
+        &self,
+        file: &File,
+        chunk: u32,
+        offset: u32,
+        data: &[u8],
+    ) -> Option<Status> {
+        let context = self.context(file, self.next_sequence());
+        let header = self.header(Opcode::Write, file, chunk, offset, data.len() as u32);
+        let mut body = context.encode().to_vec();
+        body.extend(encode_checksums(&piece_checksums(u64::from(offset), data)));
+        let payload = bytes::Bytes::copy_from_slice(data);
+        let reply = self.connection.call(header, body.into(), payload, TIMEOUT).await;
+        reply.ok().map(|r| r.header.status)
+    }
+
     /// Writes; `Busy` and the like are tried again as a client would.
     pub async fn write(&self, file: &File, chunk: u32, offset: u32, data: &[u8]) {
         let context = self.context(file, self.next_sequence());

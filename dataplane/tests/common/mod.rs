@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod client;
+pub mod loopdev;
 
 use ebb_dataplane::NodeConfig;
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
@@ -179,6 +180,7 @@ impl World {
         std::fs::write(&key_file, key().to_hex()).expect("key file");
         let config = NodeConfig {
             dir: dir.path().join("node"),
+            devices: Vec::new(),
             listen: "127.0.0.1".into(),
             advertise: None,
             ports: Vec::new(),

@@ -10,6 +10,7 @@ pub mod attr;
 pub mod command;
 pub mod error;
 pub mod flush;
+pub mod hostile;
 pub mod node;
 pub mod op;
 pub mod own;

@@ -31,6 +31,7 @@ impl Nodes {
         for n in 0..count {
             let config = ebb_dataplane::NodeConfig {
                 dir: world.dir.path().join(format!("node{n}")),
+                devices: Vec::new(),
                 listen: "127.0.0.1".to_owned(),
                 advertise: None,
                 ports: Vec::new(),

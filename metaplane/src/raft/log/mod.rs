@@ -7,6 +7,7 @@
 
 mod appender;
 mod frame;
+pub mod hostile;
 mod index;
 mod recovery;
 mod segment;

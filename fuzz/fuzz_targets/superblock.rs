@@ -1,0 +1,3 @@
+//! A superblock.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| ebb_store::hostile::superblock(data));

@@ -1,0 +1,88 @@
+//! The metadata plane's payloads under attack (`ebb_dataplane_protocol::hostile`): requests, answers, and
+//! what is in the Raft log. Nothing here is used by a server.
+
+use crate::*;
+use ebb_dataplane_protocol::hostile::{Decoder, archive};
+use ebb_dataplane_protocol::{Generation, HandleId, InodeId, codec};
+
+/// Requests on a metadata port.
+pub fn request(bytes: &[u8]) {
+    archive::<Request>(bytes);
+}
+/// Their answers, which clients and nodes decode.
+pub fn response(bytes: &[u8]) {
+    archive::<Response>(bytes);
+}
+/// Entries of the Raft log, and what applying them gives.
+pub fn log_entry(bytes: &[u8]) {
+    archive::<LogEntry>(bytes);
+    archive::<CommandReply>(bytes);
+}
+
+fn create() -> Op {
+    Op::Create {
+        parent: InodeId(1),
+        name: b"name".to_vec(),
+        mode: 0o644,
+        uid: 1,
+        gid: 2,
+        exclusive: true,
+        open: op::OpenMode { write: true, truncate: false },
+    }
+}
+
+fn commit() -> Op {
+    Op::Release {
+        handle: HandleId(3),
+        commit: Some(op::CommitWrite {
+            inode: InodeId(2),
+            ends: vec![(Generation(1), 4096), (Generation(2), 9)],
+            mtime: Some(Time(5)),
+            set: attr::SetAttr::default(),
+        }),
+    }
+}
+
+fn requests() -> Vec<Vec<u8>> {
+    let mutate = |op| Request::Mutate {
+        session: SessionId(1),
+        sequence: Sequence(2),
+        answered_below: Sequence(2),
+        op,
+    };
+    let open = SessionCall::Open { client: 7, label: "host".into() };
+    [mutate(create()), mutate(commit()), Request::Session(open)].iter().map(codec::encode).collect()
+}
+
+fn responses() -> Vec<Vec<u8>> {
+    let opened = SessionReply::Opened { session: SessionId(1), ttl_ms: 9 };
+    let link = QueryReply::Link(b"target".to_vec());
+    [Response::Session(Ok(opened)), Response::Query(Ok(link)), Response::Op(Err(FsError::NotFound))]
+        .iter()
+        .map(codec::encode)
+        .collect()
+}
+
+fn log_entries() -> Vec<Vec<u8>> {
+    let client = |op| Command::Client {
+        session: SessionId(1),
+        sequence: Sequence(2),
+        answered_below: Sequence(2),
+        op,
+    };
+    let commands = vec![
+        client(create()),
+        client(commit()),
+        Command::KeyBegin(vec![("a/b".into(), 9), ("c".into(), 8)]),
+        Command::EndSessions(vec![SessionId(4)]),
+    ];
+    let reply = CommandReply::Keys(vec!["a".into()]);
+    vec![codec::encode(&LogEntry { now: Time(1), commands }), codec::encode(&reply)]
+}
+
+/// This crate's decoders.
+pub const DECODERS: [Decoder; 3] = [
+    Decoder { name: "request", seeds: requests, run: request },
+    Decoder { name: "response", seeds: responses, run: response },
+    Decoder { name: "log_entry", seeds: log_entries, run: log_entry },
+];
