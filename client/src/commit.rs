@@ -97,7 +97,10 @@ impl OpenInode {
     }
 
     /// Attribute changes that wait for the next commit, since this client is writing the file.
-    pub(crate) fn ride(&self, set: SetAttr) {
+    ///
+    /// Who sets modes and times of a file just made has written it (tar, cp -p, rsync): what is still
+    /// gathered goes now, and its close needn't wait for a whole round trip.
+    pub(crate) fn ride(self: &Arc<Self>, set: SetAttr) {
         let mut state = self.state();
         let fixed = |t: TimeChange| match t {
             TimeChange::Now => TimeChange::At(crate::now()),
@@ -109,6 +112,13 @@ impl OpenInode {
         state.set.atime = set.atime.map(fixed).or(state.set.atime);
         state.set.mtime = set.mtime.map(fixed).or(state.set.mtime);
         state.note_uncommitted();
+        if !state.fresh || state.buffer.is_empty() {
+            return;
+        }
+        state.buffer.make_due();
+        let ready = state.buffer.launch();
+        drop(state);
+        self.send_all(ready);
     }
 
     /// Truncates or extends, with writes of this client held back meanwhile: those before it are
