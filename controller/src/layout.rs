@@ -44,6 +44,9 @@ pub struct ClusterConfig {
     pub node_capacity_bytes: u64,
     /// Arena bytes of each core.
     pub arena_bytes: u64,
+    /// RAM for the indexes of each data node.
+    #[serde(default = "index_default")]
+    pub index_bytes: u64,
     /// Dirty data goes to S3 after this long, in ms.
     pub flush_after_ms: u64,
     /// Address the servers listen on.
@@ -55,6 +58,11 @@ pub struct ClusterConfig {
     /// The next start may take the bucket from a cluster that was not taken down.
     #[serde(default)]
     pub steal_bucket: bool,
+}
+
+/// What a node takes for its indexes unless `ebb up --index` says otherwise.
+const fn index_default() -> u64 {
+    144 << 20
 }
 
 /// A cluster id in a TOML file (which knows no 128-bit integers).
@@ -243,6 +251,7 @@ mod tests {
             cores_per_node: 1,
             node_capacity_bytes: 1 << 31,
             arena_bytes: 1 << 27,
+            index_bytes: index_default(),
             flush_after_ms: 5000,
             host: "127.0.0.1".into(),
             meta_port: 0,

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 /// Cores of a node at most.
 pub const CORES_MAX: u16 = 256;
+/// Least RAM for the indexes of a node.
+pub const INDEX_BYTES_MIN: u64 = 16 << 20;
 /// Least arena of a core: one buffer per class and pool, and room to work.
 pub const ARENA_BYTES_MIN: u64 = 48 << 20;
 
@@ -46,6 +48,10 @@ pub struct NodeConfig {
     /// Bytes of buffers of each core.
     #[serde(default = "arena_default")]
     pub arena_bytes: u64,
+    /// RAM for the indexes of all cores: about 400 bytes for a small file, 1.1 KiB for each MiB of large ones.
+    /// What it has no room for is evicted, or flushed first.
+    #[serde(default = "index_default")]
+    pub index_bytes: u64,
     /// The cluster, 32 hexadecimal digits.
     pub cluster: String,
     /// File of the cluster key.
@@ -77,6 +83,9 @@ fn scrub_default() -> u64 {
 }
 fn scrub_rest_default() -> u64 {
     SCRUB_REST_S
+}
+fn index_default() -> u64 {
+    ebb_store::MEMORY_BYTES_DEFAULT
 }
 fn arena_default() -> u64 {
     128 << 20
@@ -154,6 +163,9 @@ impl NodeConfig {
         if self.arena_bytes < ARENA_BYTES_MIN {
             return bad("arena_bytes", self.arena_bytes.to_string(), "at least 48 MiB");
         }
+        if self.index_bytes < INDEX_BYTES_MIN {
+            return bad("index_bytes", self.index_bytes.to_string(), "at least 16 MiB");
+        }
         if self.meta.is_empty() {
             return bad("meta", "empty".into(), "at least one host:port");
         }
@@ -217,6 +229,7 @@ mod tests {
             ("devices", NodeConfig { devices: two(), cores: 2, ..c.clone() }),
             ("cores", NodeConfig { cores: 0, ..c.clone() }),
             ("arena_bytes", NodeConfig { arena_bytes: 1, ..c.clone() }),
+            ("index_bytes", NodeConfig { index_bytes: 1 << 20, ..c.clone() }),
             ("meta", NodeConfig { meta: vec![], ..c.clone() }),
             ("cluster", NodeConfig { cluster: "x".into(), ..c }),
         ];

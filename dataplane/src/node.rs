@@ -29,9 +29,6 @@ use tokio::sync::{Notify, mpsc, watch};
 
 /// Upload bodies in memory, for all cores of a node.
 const FLUSH_BYTES: u64 = 48 << 20;
-/// Index memory of all cores of a node. With the bodies, and what the process itself takes, it stays
-/// below 256 MiB beside the arenas.
-const INDEX_BYTES: u64 = ebb_store::MEMORY_BYTES_DEFAULT;
 /// Least share of a core of either.
 const SHARE_MIN: u64 = 16 << 20;
 /// How often, and how far apart, a port in use is tried again.
@@ -194,6 +191,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
             core,
             cpu: config.cpus.get(i).copied(),
             arena_bytes: config.arena_bytes,
+            index_bytes: config.index_bytes,
             scrub_bytes_per_s: config.scrub_bytes_per_s,
             scrub_rest_ms: config.scrub_rest_s.saturating_mul(1000),
             cores: u64::from(config.cores),
@@ -204,7 +202,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
         let caller = Caller { key: key.clone(), cluster, me, store, boot: who.boot };
         let ended_tx = ended_tx.clone();
         let started = blocking(core, move || -> Result<_, NodeError> {
-            shard.set_memory_limit((INDEX_BYTES / start.cores).max(SHARE_MIN));
+            shard.set_memory_limit((start.index_bytes / start.cores).max(SHARE_MIN));
             let setup = CoreSetup {
                 index: core,
                 ring: ring_config(start.arena_bytes),
@@ -296,6 +294,7 @@ struct Start {
     core: u16,
     cpu: Option<usize>,
     arena_bytes: u64,
+    index_bytes: u64,
     scrub_bytes_per_s: u64,
     scrub_rest_ms: u64,
     cores: u64,

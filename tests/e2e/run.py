@@ -18,6 +18,7 @@ import harness  # noqa: E402
 
 MODULES = [
     "cycle",
+    "full",
     "semantics",
     "outside",
     "kills",

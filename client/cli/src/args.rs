@@ -99,7 +99,10 @@ pub(crate) struct Up {
     /// Buffer arena of each core
     #[arg(long, value_name = "BYTES", default_value = "128MiB", value_parser = parse_bytes)]
     pub arena: u64,
-    /// Dirty data goes to S3 after this many ms
+    /// RAM for the index of each data node, at least 16MiB: about 400 bytes for a small file, 1.1 KiB per MiB of large ones
+    #[arg(long, value_name = "BYTES", default_value = "144MiB", value_parser = parse_bytes)]
+    pub index: u64,
+    /// Dirty data goes to S3 after this many ms, or earlier when a node fills up
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     pub flush_after: u64,
     /// Take over a bucket whose cluster is gone for good without `ebb down`; what it had not flushed is lost

@@ -130,6 +130,7 @@ fn data_config(
         cpus: vec![],
         capacity_bytes: config.node_capacity_bytes,
         arena_bytes: config.arena_bytes,
+        index_bytes: config.index_bytes,
         cluster: config.cluster.0.to_string(),
         key_file: layout.key(),
         meta: vec![format!("{}:{}", config.host, config.meta_port)],

@@ -121,6 +121,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         cores_per_node: args.cores,
         node_capacity_bytes: args.node_capacity,
         arena_bytes: args.arena,
+        index_bytes: args.index,
         flush_after_ms: args.flush_after,
         host: args.host.clone(),
         meta_port: args.meta_port,

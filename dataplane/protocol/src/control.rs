@@ -279,6 +279,9 @@ pub struct CoreStats {
     pub scrub_passes: u64,
     /// Blocks that are damaged and not in S3, as of the last pass and this one so far.
     pub damaged_blocks: u64,
+    /// What is dirty takes so many thousandths of what there is for it: blocks of the device, the index on it,
+    /// RAM, whichever is scarcest. 1000: a write was refused for want of space a moment ago.
+    pub pressure_permille: u16,
 }
 
 /// A reply to [`Control`].

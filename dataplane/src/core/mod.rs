@@ -384,6 +384,7 @@ impl<B: Buffer> ShardCore<B> {
             dirty_bytes: s.dirty_bytes,
             clean_bytes: s.clean_bytes,
             pins: s.pinned_inodes,
+            pressure_permille: self.pressure(&s),
             ..self.stats
         }
     }

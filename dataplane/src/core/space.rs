@@ -1,6 +1,7 @@
 //! Room for writes: clean data goes, oldest first, before anybody hears `NoSpace` (I11).
 
 use super::{Buffer, ShardCore, Waiter};
+use ebb_store::StoreStats;
 
 /// Evicted at a time at least, so that one journal record buys more than one write's space.
 const EVICT_BYTES_MIN: u64 = 8 << 20;
@@ -8,8 +9,11 @@ const EVICT_BYTES_MIN: u64 = 8 << 20;
 const FREE_SHARE: u64 = 32;
 /// Between two looks, in ms.
 const LOOK_MS: u64 = 20;
-/// The same, at most.
+/// Share that is kept free, at most.
 const FREE_BYTES_MAX: u64 = 256 << 20;
+
+/// How long a refused write counts: a few heartbeats.
+const REFUSED_MS: u64 = 2_000;
 
 #[derive(Default)]
 pub(crate) struct Space {
@@ -17,6 +21,8 @@ pub(crate) struct Space {
     evicting: bool,
     /// When to look again: looking is not free.
     look_at_ms: u64,
+    /// Until then a refused write counts as pressure.
+    refused_until_ms: u64,
 }
 
 impl<B: Buffer> ShardCore<B> {
@@ -37,6 +43,16 @@ impl<B: Buffer> ShardCore<B> {
             Err(ebb_store::ControlError::Wait(_)) => true,
             Err(_) => false,
         }
+    }
+
+    /// A write was refused: only flushing makes room.
+    pub(crate) fn space_refused(&mut self) {
+        self.space.refused_until_ms = self.now_ms + REFUSED_MS;
+    }
+
+    /// See [`CoreStats::pressure_permille`].
+    pub(crate) fn pressure(&self, s: &StoreStats) -> u16 {
+        if self.now_ms < self.space.refused_until_ms { 1000 } else { s.dirty_permille() }
     }
 
     pub(crate) fn space_freed(&mut self) {

@@ -169,6 +169,7 @@ impl<B: Buffer> ShardCore<B> {
                 if self.evict_for(needed) || self.store.stats().waiting_bytes > 0 {
                     return false;
                 }
+                self.space_refused();
                 self.finish_write(key, Err(Refusal::after(Status::NoSpace, RETRY_SPACE_MS)));
                 true
             }

@@ -14,6 +14,8 @@ pub const TAIL_BYTES: u64 = 1 << 20;
 pub const JOURNAL_BYTES_MIN: u64 = 1 << 20;
 /// Least checkpoint area.
 pub const CHECKPOINT_BYTES_MIN: u64 = 256 << 10;
+/// Checkpoint area for some two million small files.
+pub const SMALL_FILES_INDEX_BYTES: u64 = 512 << 20;
 /// Largest device: locations are 32-bit block numbers.
 pub const DEVICE_BYTES_MAX: u64 = (u32::MAX as u64) * BLOCK as u64;
 
@@ -33,12 +35,15 @@ pub struct Geometry {
 
 impl Geometry {
     /// A sensible geometry for a device: a journal of 1/64 (1 MiB to 256 MiB) and checkpoint areas of
-    /// 16 bytes per data block (large extents need 4, small files about 100 per file).
+    /// 16 bytes per data block (large extents need 4), but up to [`SMALL_FILES_INDEX_BYTES`] enough for a device
+    /// full of files of a block each, which take about 115 bytes, half of the area being kept for pins. A larger
+    /// index than that no node has the RAM for.
     pub fn for_device(device_bytes: u64) -> Result<Self, GeometryError> {
         let device_bytes = device_bytes / B * B;
         let journal_bytes = (device_bytes / 64 / B * B).clamp(JOURNAL_BYTES_MIN, 256 << 20);
-        let checkpoint_bytes =
-            (device_bytes / 256 / B * B).clamp(CHECKPOINT_BYTES_MIN, DEVICE_BYTES_MAX);
+        let small_files = (device_bytes / 24).min(SMALL_FILES_INDEX_BYTES);
+        let checkpoint_bytes = (device_bytes / 256).max(small_files) / B * B;
+        let checkpoint_bytes = checkpoint_bytes.clamp(CHECKPOINT_BYTES_MIN, DEVICE_BYTES_MAX);
         let g = Self { device_bytes, journal_bytes, checkpoint_bytes };
         g.check()?;
         Ok(g)

@@ -206,6 +206,7 @@ impl Store {
             index_bytes: self.index.counters.encoded,
             index_bytes_max: self.index_bytes_max(),
             memory_bytes: self.index.memory_bytes() + self.alloc.memory_bytes() as u64,
+            memory_bytes_max: self.memory_bytes_max,
             batches: self.journal.batches,
             checkpoints: self.checkpoints,
             waiting_bytes: self.deferred_blocks * B,

@@ -370,12 +370,30 @@ pub struct StoreStats {
     pub index_bytes_max: u64,
     /// RAM of index, bitmap and windows, within 15 % of what an allocator gives.
     pub memory_bytes: u64,
+    /// Its limit ([`crate::Store::set_memory_limit`]).
+    pub memory_bytes_max: u64,
     /// Batches written since open.
     pub batches: u64,
     /// Checkpoints completed since open.
     pub checkpoints: u64,
     /// Freed bytes that wait for readers.
     pub waiting_bytes: u64,
+}
+
+impl StoreStats {
+    /// How much of what there is for dirty data it takes, in thousandths: of the blocks, or of the index (on the
+    /// device and in RAM), where many small files need more of that than of blocks. Clean data counts for
+    /// nothing: it goes when dirty data needs its place.
+    pub fn dirty_permille(&self) -> u16 {
+        let of = |part: u64, whole: u64| part.saturating_mul(1000) / whole.max(1);
+        // Writes leave the other half of the index to pins.
+        let index = of(self.index_bytes, self.index_bytes_max / 2)
+            .max(of(self.memory_bytes, self.memory_bytes_max));
+        // Whose entries they are isn't counted; by bytes is near enough.
+        let held = (self.dirty_bytes + self.clean_bytes).max(1);
+        let index = (u128::from(index) * u128::from(self.dirty_bytes) / u128::from(held)) as u64;
+        of(self.dirty_bytes, self.capacity_bytes).max(index).min(1000) as u16
+    }
 }
 
 /// Records that wait for a batch.

@@ -31,6 +31,9 @@ const PUT_BYTES_MAX: u64 = 32 << 20;
 /// Stores of one batch in flight at most (a PutObjects call counts as one).
 const STORES_MAX: usize = 16;
 /// First pause of an inode that failed; doubles.
+/// Age in ms of what is flushed while a node fills up, if it isn't due before: what is written right now would
+/// only be written again.
+const PRESSED_AGE_MS: i64 = 1_000;
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// Failures remembered; past it the memory starts anew.
@@ -155,6 +158,7 @@ impl Service {
             let older_than = if self.flushes.all.load(Ordering::Acquire) {
                 Time(i64::MAX)
             } else {
+                let age = if self.liveness.pressed() { age.min(PRESSED_AGE_MS) } else { age };
                 Time(now().0.saturating_sub(age.saturating_mul(1_000_000)))
             };
             let Ok(slot) = Arc::clone(&self.flushes.batches).acquire_owned().await else {

@@ -13,6 +13,11 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+/// From here on dirty data is flushed before it is due.
+const PRESSURE_PERMILLE: u16 = 500;
+/// What a node said of that earlier is no longer so.
+const PRESSURE_AGE_MAX: Duration = Duration::from_secs(5);
+
 /// What a node said last.
 #[derive(Clone, Debug)]
 struct Heard {
@@ -194,6 +199,14 @@ impl Liveness {
                 entry.is_some_and(|e| e.members.iter().all(|m| m.node != *node))
             })
             .collect()
+    }
+
+    /// Whether dirty data is about to fill a node: it should go to S3 before it is due.
+    pub(crate) fn pressed(&self) -> bool {
+        let table = self.table();
+        let lately = table.heard.values().filter(|h| h.at.elapsed() <= PRESSURE_AGE_MAX);
+        let mut stats = lately.flat_map(|h| &h.stats);
+        stats.any(|c| c.pressure_permille >= PRESSURE_PERMILLE)
     }
 
     /// Dirty bytes of all nodes.

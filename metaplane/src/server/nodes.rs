@@ -33,6 +33,9 @@ impl Service {
                 let stop = known != Some(boot);
                 if !stop {
                     self.liveness.heard(node, boot, map_version, stats, dirty_groups);
+                    if self.liveness.pressed() {
+                        self.wakes.flush.notify_one();
+                    }
                 }
                 let map = (map.version > map_version).then_some(map);
                 let lease_ms = if leased && !stop { self.config.timings.lease_ms } else { 0 };

@@ -39,6 +39,7 @@ impl Nodes {
                 cpus: Vec::new(),
                 capacity_bytes: 512 << 20,
                 arena_bytes: 64 << 20,
+                index_bytes: 144 << 20,
                 cluster: "7".to_owned(),
                 key_file: world.dir.path().join("key"),
                 meta: vec![address.to_owned()],
