@@ -207,6 +207,10 @@ pub struct WindowEntry {
     pub sequence: Sequence,
     /// The tag it was taken under.
     pub generation: Generation,
+    /// The inode it wrote to.
+    pub inode: InodeId,
+    /// And the chunk: a copy of a group brings an entry with its bytes, never without (R46).
+    pub chunk: ChunkIndex,
 }
 
 /// What a core holds of a placement group.

@@ -280,6 +280,8 @@ fn controls() -> Vec<Vec<u8>> {
         below: Sequence(2),
         sequence: Sequence(3),
         generation,
+        inode,
+        chunk: ChunkIndex(4),
     };
     let done = FlushDone {
         inode,
@@ -315,6 +317,7 @@ fn controls() -> Vec<Vec<u8>> {
         pgs: vec![PgEntry {
             epoch: PgEpoch(1),
             members: vec![shard],
+            syncing: Vec::new(),
             since_map_version: MapVersion(1),
             windows_since: PgEpoch(0),
             moving: false,

@@ -12,6 +12,7 @@ use super::{Buffer, Command, Owed, PATIENCE_MS, PeerInfo, RETRY_BUSY_MS, ShardCo
 use ebb_dataplane_protocol::control::{
     BATCH_MAX, Control, ControlReply, FlushDone, SealItem, SealedItem, WindowEntry,
 };
+use ebb_dataplane_protocol::replica::Ship;
 use ebb_dataplane_protocol::{
     FileView, Generation, Grant, InodeId, MapVersion, PgEpoch, PgId, SignedGrant, Status, codec,
 };
@@ -41,6 +42,47 @@ pub(crate) enum Step {
     DiscardPg(PgId, PgEpoch),
 }
 
+impl Step {
+    /// Whose it is.
+    fn scope(&self) -> Option<Scope> {
+        match self {
+            Step::Seal(scope, _) | Step::FlushAborted(scope, _) | Step::Drop(scope) => Some(*scope),
+            Step::FlushDone(pg, done) => Some(Scope { inode: done.inode, pg: *pg }),
+            Step::View(update) => Some(update.scope),
+            _ => None,
+        }
+    }
+
+    /// What the other members of its group are told.
+    fn ship(&self) -> Option<(PgId, Ship)> {
+        Some(match self {
+            Step::Seal(scope, g) => (scope.pg, Ship::Seal(scope.inode, *g)),
+            Step::FlushDone(pg, done) => (*pg, Ship::FlushDone(*done)),
+            Step::FlushAborted(scope, g) => (scope.pg, Ship::FlushAborted(scope.inode, *g)),
+            Step::View(u) => {
+                let view = Ship::View {
+                    inode: u.scope.inode,
+                    version: u.version,
+                    content: u.base.content,
+                    valid_bytes: u.base.valid_bytes,
+                    cuts: u.cuts.clone(),
+                };
+                (u.scope.pg, view)
+            }
+            Step::Drop(scope) => (scope.pg, Ship::Drop(scope.inode)),
+            Step::TakeWindows(pg, _, entries) => (*pg, Ship::Windows(entries.clone())),
+            Step::Freeze(pg, epoch) => (*pg, Ship::Freeze(*epoch)),
+            Step::Thaw(pg, epoch) => (*pg, Ship::Thaw(*epoch)),
+            Step::Install(..)
+            | Step::Forget(_)
+            | Step::EvictClean(_)
+            // Who gives a group away has no others to tell: they are told by the map.
+            | Step::ReleasePg(..)
+            | Step::DiscardPg(..) => return None,
+        })
+    }
+}
+
 /// What the answer is made of.
 #[derive(Debug)]
 pub(crate) enum Finish {
@@ -60,6 +102,8 @@ pub(crate) struct ControlTask {
     finish: Finish,
     /// Every ticket is durable.
     durable: bool,
+    /// Mutations of groups up to these have to be everywhere before the answer (R42).
+    barriers: Vec<(PgId, u64)>,
 }
 
 /// A request that waits for a newer map.
@@ -208,7 +252,15 @@ impl<B: Buffer> ShardCore<B> {
 
     pub(crate) fn run_control(&mut self, owed: Owed, steps: Vec<Step>, finish: Finish) {
         let id = ControlId(self.next_id());
-        let task = ControlTask { owed, steps, next: 0, ticket: None, finish, durable: true };
+        let task = ControlTask {
+            owed,
+            steps,
+            next: 0,
+            ticket: None,
+            finish,
+            durable: true,
+            barriers: Vec::new(),
+        };
         self.controls.insert(id, task);
         self.run_steps(id);
     }
@@ -226,8 +278,15 @@ impl<B: Buffer> ShardCore<B> {
                 self.step_taken(id, None);
                 continue;
             }
+            if step.scope().is_some_and(|scope| self.is_held(scope)) {
+                self.parked_controls.push_back(id);
+                return;
+            }
             match self.take_step(&step) {
-                Ok(ticket) => self.step_taken(id, ticket),
+                Ok(ticket) => {
+                    self.ship_step(id, &step, ticket);
+                    self.step_taken(id, ticket);
+                }
                 Err(ControlError::Wait(wait)) => {
                     debug_assert!(waits_for_batch(wait));
                     self.parked_controls.push_back(id);
@@ -319,7 +378,33 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
+    /// The other members of its group get a step that was taken.
+    fn ship_step(&mut self, id: ControlId, step: &Step, ticket: Option<Ticket>) {
+        let Some((pg, ship)) = step.ship() else { return };
+        if let Some(ticket) = ticket.filter(|_| self.leads(pg)) {
+            self.ship(pg, ticket, ship, Vec::new());
+        }
+        // Also where nothing was to do any more: the first time may not be everywhere yet.
+        if let (Some(barrier), Some(task)) = (self.op_barrier(pg), self.controls.get_mut(&id)) {
+            task.barriers.retain(|b| b.0 != pg);
+            task.barriers.push((pg, barrier));
+        }
+    }
+
+    /// Gives a task up.
+    pub(crate) fn refuse_control(&mut self, id: ControlId, refusal: Refusal) {
+        if let Some(task) = self.controls.remove(&id) {
+            self.refuse(task.owed, refusal);
+        }
+    }
+
     fn finish_control(&mut self, id: ControlId) {
+        if let Some(task) = self.controls.get(&id) {
+            let open = |b: &(PgId, u64)| Some((b.0, self.open_op_below(b.0, b.1)?));
+            if let Some((pg, number)) = task.barriers.iter().find_map(open) {
+                return self.wait_op(pg, number, vec![Waiter::Control(id)]);
+            }
+        }
         let Some(task) = self.controls.remove(&id) else { return };
         debug_assert!(task.next == task.steps.len());
         match task.finish {

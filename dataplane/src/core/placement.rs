@@ -84,6 +84,22 @@ impl Placement {
         self.map.as_ref().map_or(0, |m| m.pg_count())
     }
 
+    /// The other members of a group that is held here: its epoch, those in-sync, those on the way.
+    pub(crate) fn others(&self, pg: PgId) -> Option<(PgEpoch, Vec<ShardRef>, Vec<ShardRef>)> {
+        let epoch = self.own_epoch(pg)?;
+        let entry = self.map.as_ref()?.pgs.get(usize::from(pg.0))?;
+        Some((epoch, entry.members[1..].to_vec(), entry.syncing.clone()))
+    }
+
+    /// The epoch and the primary of a group of which this core is another member, and the map in which
+    /// that primary took over.
+    pub(crate) fn followed(&self, pg: PgId) -> Option<(PgEpoch, ShardRef, MapVersion)> {
+        let entry = self.map.as_ref()?.pgs.get(usize::from(pg.0))?;
+        let (me, leader) = (self.me?, entry.primary()?);
+        let member = entry.members[1..].contains(&me) || entry.syncing.contains(&me);
+        member.then_some((entry.epoch, leader, entry.since_map_version))
+    }
+
     /// The groups held here, by the map, in which bytes of an inode below `limit` are placed.
     pub(crate) fn groups_below(&self, inode: InodeId, limit: u64) -> Vec<PgId> {
         let Some(map) = &self.map else { return Vec::new() };
@@ -169,6 +185,7 @@ mod tests {
         let entry = PgEntry {
             epoch: PgEpoch(epoch),
             members: vec![primary],
+            syncing: Vec::new(),
             since_map_version: MapVersion(version),
             moving,
             ..PgEntry::default()

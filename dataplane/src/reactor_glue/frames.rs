@@ -250,6 +250,7 @@ fn expected(header: &Header, ready: bool) -> Result<(), &'static str> {
     match header.opcode {
         Opcode::Write if header.payload_bytes == header.length && header.length > 0 => Ok(()),
         Opcode::Write => Err("a write whose payload is not its length"),
+        Opcode::Replicate => Ok(()),
         Opcode::Hello | Opcode::Prove | Opcode::Meta | Opcode::Raft => {
             Err("an opcode of another port or stage")
         }

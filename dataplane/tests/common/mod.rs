@@ -114,6 +114,7 @@ pub struct World {
 pub fn map(version: u64, cores: u16) -> ClusterMap {
     let pgs = (0..PGS)
         .map(|i| PgEntry {
+            syncing: Vec::new(),
             epoch: PgEpoch(1),
             members: vec![ShardRef { node: NODE, core: CoreId(i % cores) }],
             since_map_version: MapVersion(1),

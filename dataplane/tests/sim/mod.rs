@@ -149,6 +149,7 @@ impl Sim {
         format_device(&mut device, geometry, identity).expect("formats");
         let pgs = (0..PGS)
             .map(|_| PgEntry {
+                syncing: Vec::new(),
                 epoch: PgEpoch(1),
                 members: vec![ME],
                 since_map_version: MapVersion(1),

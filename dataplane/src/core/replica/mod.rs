@@ -1,0 +1,61 @@
+//! Replication of placement groups (PROTOCOL R41–R48): primary-backup, one stream per member.
+//!
+//! [`lead`] is the primary's side: every mutation that it appends of a group with other members goes to
+//! them in the same order, and is answered only when all that count have it. [`copy`] brings a member
+//! that has missed something up to date, in the same stream. [`follow`] is the member's side.
+//!
+//! Who is a member, and which of them count, is in the map; this core asks for changes (its report) and
+//! makes none.
+
+pub(crate) mod copy;
+pub(crate) mod follow;
+pub(crate) mod lead;
+
+use super::Owed;
+use ebb_dataplane_protocol::{PgEpoch, PgId, ShardRef};
+use std::collections::{HashMap, VecDeque};
+
+/// What a core asks of the metadata plane for its groups.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// Members that have everything: to be made in-sync (R47).
+    pub in_sync: Vec<(PgId, PgEpoch, ShardRef)>,
+    /// In-sync members that cannot be reached: to be dropped (R43).
+    pub unreachable: Vec<(PgId, PgEpoch, ShardRef)>,
+}
+
+/// Both sides' state.
+pub(crate) struct Replication<B> {
+    pub(crate) leads: HashMap<PgId, lead::Lead<B>>,
+    pub(crate) follows: HashMap<PgId, follow::Follow<B>>,
+    /// Requests that speak of a map which isn't here yet, and what came after them.
+    pub(crate) early: VecDeque<follow::Early<B>>,
+    /// Writes whose stream ended while their data was on its way to the device.
+    pub(crate) orphans: Vec<follow::Item<B>>,
+    /// The one copy under way.
+    pub(crate) copying: Option<copy::Copying<B>>,
+    /// The newest record of each group that was appended in a role this core no longer has.
+    pub(crate) last: HashMap<PgId, ebb_store::Ticket>,
+    /// Tickets of mutations that other members have to have as well: group, time of leading it, number.
+    pub(crate) shipped: HashMap<ebb_store::Ticket, (PgId, u64, u64)>,
+}
+
+impl<B> Default for Replication<B> {
+    fn default() -> Self {
+        Self {
+            leads: HashMap::new(),
+            follows: HashMap::new(),
+            early: VecDeque::new(),
+            orphans: Vec::new(),
+            copying: None,
+            last: HashMap::new(),
+            shipped: HashMap::new(),
+        }
+    }
+}
+
+/// What waits for a mutation of another core to be durable here.
+#[derive(Debug)]
+pub(crate) struct Told {
+    pub(crate) owed: Owed,
+}

@@ -1,0 +1,701 @@
+//! The world of the replication simulator: cores, devices, links, a metadata plane of one map.
+#![allow(unreachable_pub)]
+
+mod clients;
+
+use super::device::Device;
+use clients::{Files, Request as Asked};
+use ebb_dataplane::core::*;
+use ebb_dataplane_protocol::auth::{ClusterKey, PeerHello, Role};
+use ebb_dataplane_protocol::*;
+use ebb_store::{AlignedBuf, Geometry, Identity, Store, format_device};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+pub const CLUSTER: ClusterId = ClusterId(3);
+pub const PGS: u16 = 2;
+const NODES: u32 = 3;
+const DEVICE_BYTES: u64 = 24 << 20;
+const LEASE_MS: u64 = 400;
+const DRIFT_MS: u64 = 50;
+
+pub fn key() -> ClusterKey {
+    ClusterKey::new([3; 32])
+}
+
+pub fn shard(node: u32) -> ShardRef {
+    ShardRef { node: NodeId(node), core: CoreId(0) }
+}
+
+/// Memory without bounds: what buffers do when there are none is the other simulator's business.
+struct Heap;
+
+impl Buffers<AlignedBuf> for Heap {
+    fn take(&mut self, bytes: usize, _: Purpose) -> Option<AlignedBuf> {
+        let mut buf = AlignedBuf::zeroed(bytes.next_multiple_of(4096));
+        buf.fill(0xaa);
+        Some(buf)
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Tally {
+    pub acked: u64,
+    pub reads: u64,
+    pub flushed: u64,
+    pub aborted: u64,
+    pub crashes: u64,
+    pub losses: u64,
+    pub takeovers: u64,
+    pub dropped: u64,
+    pub joined: u64,
+    pub cuts: u64,
+}
+
+impl Tally {
+    pub fn add(&mut self, o: &Tally) {
+        self.acked += o.acked;
+        self.reads += o.reads;
+        self.flushed += o.flushed;
+        self.aborted += o.aborted;
+        self.crashes += o.crashes;
+        self.losses += o.losses;
+        self.takeovers += o.takeovers;
+        self.dropped += o.dropped;
+        self.joined += o.joined;
+        self.cuts += o.cuts;
+    }
+}
+
+struct Node {
+    device: Device,
+    core: Option<ShardCore<AlignedBuf>>,
+    in_flight: Vec<Command<AlignedBuf>>,
+    /// The latest end of a lease it was given.
+    lease_until: u64,
+    /// Of the metadata plane.
+    cut_off: bool,
+    /// Comes back then, if it is down.
+    back_at: u64,
+}
+
+/// One connection from one core to another.
+struct Link {
+    id: LinkId,
+    calls: VecDeque<Call<AlignedBuf>>,
+    /// Delivered, not answered: request id and the caller's token.
+    served: BTreeMap<u64, Token>,
+    answers: VecDeque<(Token, Header, Vec<u8>)>,
+}
+
+pub struct World {
+    pub rng: SmallRng,
+    pub now: u64,
+    nodes: BTreeMap<u32, Node>,
+    links: BTreeMap<(u32, u32), Link>,
+    cut_links: BTreeSet<(u32, u32)>,
+    next_link: u64,
+    next_request: u64,
+    pub map: ClusterMap,
+    /// What clients and the leader asked.
+    asked: BTreeMap<u64, (u32, Asked)>,
+    pub s3: BTreeMap<String, (String, Vec<u8>)>,
+    pub files: Files,
+    traced: bool,
+    calm: bool,
+    pub tally: Tally,
+}
+
+fn open(device: &mut Device) -> ShardCore<AlignedBuf> {
+    let store = Store::open(device, CLUSTER).expect("recovers");
+    ShardCore::new(store, key(), CLUSTER, CoreLimits::default(), Box::new(Heap))
+}
+
+fn fresh(node: u32, store: u128) -> Device {
+    let mut device = Device::new(DEVICE_BYTES);
+    let geometry = Geometry::for_device(DEVICE_BYTES).expect("large enough");
+    let identity =
+        Identity { cluster: CLUSTER, store, node: NodeId(node), core: CoreId(0), pg_count: PGS };
+    format_device(&mut device, geometry, identity).expect("formats");
+    device
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        let pg = |members: &[u32]| PgEntry {
+            epoch: PgEpoch(1),
+            members: members.iter().map(|n| shard(*n)).collect(),
+            syncing: Vec::new(),
+            since_map_version: MapVersion(1),
+            windows_since: PgEpoch(0),
+            moving: false,
+        };
+        let map = ClusterMap {
+            version: MapVersion(1),
+            cluster: CLUSTER,
+            pgs: vec![pg(&[1, 2]), pg(&[2, 3])],
+            ..ClusterMap::default()
+        };
+        let nodes = (1..=NODES).map(|n| {
+            let mut device = fresh(n, u128::from(n));
+            let core = Some(open(&mut device));
+            let node = Node {
+                device,
+                core,
+                in_flight: Vec::new(),
+                lease_until: 0,
+                cut_off: false,
+                back_at: 0,
+            };
+            (n, node)
+        });
+        let mut world = Self {
+            rng: SmallRng::seed_from_u64(seed),
+            now: 1,
+            nodes: nodes.collect(),
+            links: BTreeMap::new(),
+            cut_links: BTreeSet::new(),
+            next_link: 1,
+            next_request: 1,
+            map,
+            asked: BTreeMap::new(),
+            s3: BTreeMap::new(),
+            files: Files::new(),
+            traced: std::env::var_os("EBB_SIM_TRACE").is_some(),
+            calm: false,
+            tally: Tally::default(),
+        };
+        world.heartbeats();
+        world
+    }
+
+    pub fn trace(&self, text: impl FnOnce() -> String) {
+        if self.traced {
+            println!("    {:6} {}", self.now, text());
+        }
+    }
+
+    pub fn run(&mut self, steps: usize) {
+        for _ in 0..steps {
+            match self.rng.random_range(0..1000) {
+                0..200 => self.client_step(),
+                200..230 => self.leader_step(),
+                230..236 => self.trouble(),
+                236..260 => self.meta_step(),
+                _ => self.turn(),
+            }
+        }
+    }
+
+    // --- time, devices, network ---------------------------------------------------------------------
+
+    fn turn(&mut self) {
+        self.now += self.rng.random_range(0..6);
+        if self.rng.random_bool(0.05) {
+            self.heartbeats();
+        }
+        for _ in 0..self.rng.random_range(1..8) {
+            self.one_thing();
+        }
+        let alive: Vec<u32> =
+            self.nodes.iter().filter(|n| n.1.core.is_some()).map(|n| *n.0).collect();
+        for n in alive {
+            if self.calm || self.rng.random_bool(0.7) {
+                self.end_turn(n);
+            }
+        }
+        let back: Vec<u32> = self
+            .nodes
+            .iter()
+            .filter(|(_, n)| n.core.is_none() && n.back_at <= self.now)
+            .map(|n| *n.0)
+            .collect();
+        for n in back {
+            self.trace(|| format!("node {n} is back"));
+            let node = self.nodes.get_mut(&n).expect("known");
+            node.core = Some(open(&mut node.device));
+            self.registered(n);
+        }
+    }
+
+    /// A new process registers: what the old one asked for is void where it leads others (R45).
+    fn registered(&mut self, n: u32) {
+        for at in 0..usize::from(PGS) {
+            let e = &self.map.pgs[at];
+            if e.primary() == Some(shard(n)) && e.members.len() + e.syncing.len() > 1 {
+                let version = MapVersion(self.map.version.0 + 1);
+                self.change(at, |e| e.since_map_version = version);
+            }
+        }
+    }
+
+    fn end_turn(&mut self, n: u32) {
+        let now = self.now;
+        if let Some(core) = self.nodes.get_mut(&n).and_then(|node| node.core.as_mut()) {
+            core.end_turn(now);
+            self.collect(n);
+        }
+    }
+
+    fn handle(&mut self, n: u32, event: Event<AlignedBuf>) {
+        let now = self.now;
+        if let Some(core) = self.nodes.get_mut(&n).and_then(|node| node.core.as_mut()) {
+            core.handle(now, event);
+            self.collect(n);
+        }
+    }
+
+    fn collect(&mut self, n: u32) {
+        let Some(node) = self.nodes.get_mut(&n) else { return };
+        let Some(core) = node.core.as_mut() else { return };
+        let commands: Vec<Command<AlignedBuf>> = core.drain().collect();
+        for command in commands {
+            match command {
+                Command::Reply(reply) => self.replied(n, reply),
+                Command::RefreshMap => {}
+                Command::Failed(why) => panic!("no device fails here: {why}"),
+                Command::Call(call) => self.call(n, call),
+                Command::Sync { token } => {
+                    let node = self.nodes.get_mut(&n).expect("known");
+                    node.device.sync_all();
+                    node.in_flight.push(Command::Sync { token });
+                }
+                other => self.nodes.get_mut(&n).expect("known").in_flight.push(other),
+            }
+        }
+    }
+
+    /// A device completion, a delivery, or an answer: whatever the seed picks.
+    fn one_thing(&mut self) {
+        let n = self.rng.random_range(1..=NODES);
+        if self.rng.random_bool(0.5) {
+            let node = self.nodes.get_mut(&n).expect("known");
+            if !node.in_flight.is_empty() {
+                let i = self.rng.random_range(0..node.in_flight.len());
+                let command = node.in_flight.swap_remove(i);
+                self.complete(n, command);
+            }
+            return;
+        }
+        let pairs: Vec<(u32, u32)> = self.links.keys().copied().collect();
+        if pairs.is_empty() {
+            return;
+        }
+        let pair = pairs[self.rng.random_range(0..pairs.len())];
+        if self.cut_links.contains(&pair) || self.cut_links.contains(&(pair.1, pair.0)) {
+            // Nothing gets through; after a while somebody's patience ends.
+            if self.rng.random_bool(0.02) || self.calm {
+                self.break_link(pair);
+            }
+            return;
+        }
+        if self.rng.random_bool(0.5) {
+            self.deliver(pair);
+        } else {
+            let link = self.links.get_mut(&pair).expect("known");
+            if let Some((token, header, body)) = link.answers.pop_front() {
+                let id = link.id;
+                let outcome = Ok((header, body));
+                self.handle(pair.0, Event::Answer(Answer { token, link: id, outcome, buf: None }));
+            }
+        }
+    }
+
+    fn call(&mut self, from: u32, call: Call<AlignedBuf>) {
+        let pair = (from, call.peer.node.0);
+        let known = self.links.get(&pair).map(|l| l.id);
+        let elsewhere = call.header.opcode != Opcode::Replicate;
+        if elsewhere || (call.link.is_some() && call.link != known) {
+            // Its answer comes later, never before the call itself returned.
+            self.nodes.get_mut(&from).expect("known").in_flight.push(Command::Call(call));
+            return;
+        }
+        let next = &mut self.next_link;
+        let link = self.links.entry(pair).or_insert_with(|| {
+            *next += 1;
+            Link {
+                id: LinkId(*next),
+                calls: VecDeque::new(),
+                served: BTreeMap::new(),
+                answers: VecDeque::new(),
+            }
+        });
+        link.calls.push_back(call);
+    }
+
+    fn deliver(&mut self, pair: (u32, u32)) {
+        if self.nodes[&pair.1].core.is_none() {
+            return self.break_link(pair);
+        }
+        let Some(link) = self.links.get_mut(&pair) else { return };
+        let Some(call) = link.calls.pop_front() else { return };
+        self.next_request += 1;
+        let id = self.next_request;
+        link.served.insert(id, call.token);
+        let conn = ConnRef(link.id.0);
+        let mut bytes: Vec<u8> = Vec::new();
+        for (buf, range) in &call.payload {
+            bytes.extend_from_slice(&buf[range.clone()]);
+        }
+        assert_eq!(bytes.len(), call.header.payload_bytes as usize);
+        let payload = (!bytes.is_empty()).then(|| {
+            let mut buf = AlignedBuf::zeroed(bytes.len().next_multiple_of(4096));
+            buf[..bytes.len()].copy_from_slice(&bytes);
+            buf
+        });
+        let mut header = call.header.with_body(&call.body);
+        header.request_id = id;
+        let hello =
+            PeerHello { from: shard(pair.0), store: 0, boot: 0, to: shard(pair.1), to_store: 0 };
+        let peer = PeerInfo { role: Role::Node, session: SessionId(0), node: Some(hello) };
+        let request = Request { conn, peer, header, body: call.body, payload };
+        self.handle(pair.1, Event::Request(request));
+    }
+
+    fn break_link(&mut self, pair: (u32, u32)) {
+        let Some(link) = self.links.remove(&pair) else { return };
+        let waiting = link.calls.iter().map(|c| c.token).chain(link.served.into_values());
+        let answered = link.answers.iter().map(|a| a.0);
+        let tokens: Vec<Token> = waiting.chain(answered).collect();
+        for token in tokens {
+            let outcome = Err(PeerError::Broken);
+            self.handle(pair.0, Event::Answer(Answer { token, link: link.id, outcome, buf: None }));
+        }
+    }
+
+    fn replied(&mut self, n: u32, reply: Reply<AlignedBuf>) {
+        let id = reply.header.request_id;
+        if let Some((_, asked)) = self.asked.remove(&id) {
+            return self.answered(asked, reply);
+        }
+        let link = self.links.values_mut().find(|l| ConnRef(l.id.0) == reply.conn);
+        if let Some(link) = link
+            && let Some(token) = link.served.remove(&id)
+        {
+            link.answers.push_back((token, reply.header, reply.body));
+        }
+        let _ = n;
+    }
+
+    fn complete(&mut self, n: u32, command: Command<AlignedBuf>) {
+        let node = self.nodes.get_mut(&n).expect("known");
+        match command {
+            Command::Read { token, offset, mut buf, range } => {
+                node.device.read(offset, &mut buf[range]);
+                self.handle(n, Event::Read { token, buf, ok: true });
+            }
+            Command::Write { token, offset, buf, range } => {
+                node.device.write(offset, &buf[range], false);
+                drop(buf);
+                self.handle(n, Event::Written { token, ok: true });
+            }
+            Command::WriteMeta { token, offset, bytes, durable } => {
+                node.device.write(offset, &bytes, durable);
+                self.handle(n, Event::Written { token, ok: true });
+            }
+            Command::Sync { token } => self.handle(n, Event::Written { token, ok: true }),
+            Command::Job(job) => {
+                let done = self.s3_call(job);
+                self.handle(n, Event::Job(done));
+            }
+            // Its link was gone when it was made, or it asks a former holder: nobody is there.
+            Command::Call(call) => {
+                let (link, outcome) = match call.link {
+                    Some(link) => (link, Err(PeerError::Broken)),
+                    None => (LinkId(0), Err(PeerError::Unreachable { retry_after_ms: 100 })),
+                };
+                let buf = call.want.map(|w| w.buf);
+                let answer = Answer { token: call.token, link, outcome, buf };
+                self.handle(n, Event::Answer(answer));
+            }
+            Command::Reply(_) | Command::RefreshMap | Command::Failed(_) => unreachable!(),
+        }
+    }
+
+    // --- trouble -------------------------------------------------------------------------------------
+
+    fn trouble(&mut self) {
+        let n = self.rng.random_range(1..=NODES);
+        match self.rng.random_range(0..10) {
+            0..4 => {
+                let down = self.rng.random_range(0..1500);
+                self.crash(n, down);
+            }
+            4..6 => {
+                let m = self.rng.random_range(1..=NODES);
+                if m != n {
+                    self.tally.cuts += 1;
+                    self.cut_links.insert((n, m));
+                    self.trace(|| format!("cut {n} - {m}"));
+                }
+            }
+            6..8 => {
+                self.cut_links.clear();
+                self.nodes.values_mut().for_each(|n| n.cut_off = false);
+            }
+            8 => {
+                self.tally.cuts += 1;
+                self.nodes.get_mut(&n).expect("known").cut_off = true;
+                self.trace(|| format!("node {n} is cut off"));
+            }
+            _ => self.lose(n),
+        }
+    }
+
+    pub fn crash(&mut self, n: u32, down: u64) {
+        let Some(node) = self.nodes.get_mut(&n) else { return };
+        let Some(core) = node.core.take() else { return };
+        self.tally.crashes += 1;
+        node.back_at = self.now + down;
+        for command in std::mem::take(&mut node.in_flight) {
+            match command {
+                Command::Write { offset, buf, range, .. } => {
+                    node.device.tear(offset, &buf[range], &mut self.rng);
+                }
+                Command::WriteMeta { offset, bytes, .. } => {
+                    node.device.tear(offset, &bytes, &mut self.rng);
+                }
+                _ => {}
+            }
+        }
+        node.device.crash(&mut self.rng);
+        drop(core);
+        self.trace(|| format!("CRASH of node {n} for {down}"));
+        let pairs: Vec<(u32, u32)> =
+            self.links.keys().filter(|p| p.0 == n || p.1 == n).copied().collect();
+        for pair in pairs {
+            if pair.0 == n {
+                self.links.remove(&pair);
+            } else {
+                self.break_link(pair);
+            }
+        }
+        let lost: Vec<u64> =
+            self.asked.iter().filter(|(_, (at, _))| *at == n).map(|(id, _)| *id).collect();
+        for id in lost {
+            if let Some((_, asked)) = self.asked.remove(&id) {
+                self.lost(asked);
+            }
+        }
+    }
+
+    /// A node goes for ever, with its device, if every group keeps an in-sync member without it.
+    fn lose(&mut self, n: u32) {
+        let gone = shard(n);
+        let others = |m: &ShardRef| *m != gone && self.nodes[&m.node.0].core.is_some();
+        if !self.map.pgs.iter().all(|pg| pg.members.iter().any(others)) {
+            return;
+        }
+        self.tally.losses += 1;
+        let down = self.rng.random_range(500..2500);
+        self.crash(n, down);
+        self.trace(|| format!("node {n} LOST its device"));
+        // Whoever comes in its place has another store, and is a member of nothing before the metadata
+        // plane made it one: the lost one is dropped or replaced first.
+        let node = self.nodes.get_mut(&n).expect("known");
+        node.device = fresh(n, u128::from(n) + u128::from(self.now) * 16);
+        node.back_at = u64::MAX;
+    }
+
+    // --- the metadata plane --------------------------------------------------------------------------
+
+    fn heartbeats(&mut self) {
+        let map = Arc::new(self.map.clone());
+        let until = self.now + LEASE_MS;
+        for n in 1..=NODES {
+            let node = self.nodes.get_mut(&n).expect("known");
+            if node.core.is_none() || node.cut_off {
+                continue;
+            }
+            node.lease_until = until;
+            let event =
+                Event::Placement { me: shard(n), map: Arc::clone(&map), lease_until_ms: until };
+            self.handle(n, event);
+        }
+    }
+
+    fn change(&mut self, pg: usize, f: impl FnOnce(&mut PgEntry)) {
+        self.map.version = MapVersion(self.map.version.0 + 1);
+        let entry = &mut self.map.pgs[pg];
+        entry.epoch = PgEpoch(entry.epoch.0 + 1);
+        f(entry);
+        let entry = entry.clone();
+        self.trace(|| format!("map {}: group {pg} {entry:?}", self.map.version));
+    }
+
+    /// What a leader does for its groups: wishes, fail-over, new members.
+    fn meta_step(&mut self) {
+        let mut wishes = Wishes::default();
+        for node in self.nodes.values().filter(|n| !n.cut_off) {
+            if let Some(core) = &node.core {
+                let w = core.report().wishes;
+                wishes.in_sync.extend(w.in_sync);
+                wishes.unreachable.extend(w.unreachable);
+            }
+        }
+        for (pg, epoch, member) in wishes.in_sync {
+            let at = usize::from(pg.0);
+            if self.map.pgs[at].epoch == epoch && self.map.pgs[at].syncing.contains(&member) {
+                self.tally.joined += 1;
+                self.change(at, |e| {
+                    e.syncing.retain(|m| *m != member);
+                    e.members.push(member);
+                });
+            }
+        }
+        for (pg, epoch, member) in wishes.unreachable {
+            let at = usize::from(pg.0);
+            let entry = &self.map.pgs[at];
+            if entry.epoch == epoch && entry.primary() != Some(member) {
+                self.tally.dropped += 1;
+                self.change(at, |e| {
+                    e.members.retain(|m| *m != member);
+                    e.syncing.retain(|m| *m != member);
+                });
+            }
+        }
+        for at in 0..usize::from(PGS) {
+            let entry = self.map.pgs[at].clone();
+            let Some(primary) = entry.primary() else { continue };
+            let lapsed = self.nodes[&primary.node.0].lease_until + DRIFT_MS < self.now;
+            if lapsed && entry.members.len() > 1 {
+                self.tally.takeovers += 1;
+                let version = MapVersion(self.map.version.0 + 1);
+                self.change(at, |e| {
+                    e.members.remove(0);
+                    e.since_map_version = version;
+                });
+            } else if entry.members.len() + entry.syncing.len() < 2 || self.rng.random_bool(0.02) {
+                let free = (1..=NODES).map(shard).find(|s| {
+                    let up = self.nodes[&s.node.0].core.is_some();
+                    up && !entry.members.contains(s) && !entry.syncing.contains(s)
+                });
+                if let Some(s) = free {
+                    self.change(at, |e| e.syncing.push(s));
+                }
+            }
+        }
+        // A lost node comes back empty once nothing counts on it any more.
+        let waiting: Vec<u32> = self
+            .nodes
+            .iter()
+            .filter(|(_, n)| n.core.is_none() && n.back_at == u64::MAX)
+            .map(|n| *n.0)
+            .collect();
+        for n in waiting {
+            let counts =
+                |e: &PgEntry| e.members.contains(&shard(n)) || e.syncing.contains(&shard(n));
+            if !self.map.pgs.iter().any(counts) {
+                self.nodes.get_mut(&n).expect("known").back_at = self.now;
+            } else {
+                // The leader drops a node whose store is gone from where it is no primary.
+                for at in 0..usize::from(PGS) {
+                    let e = &self.map.pgs[at];
+                    if e.primary() != Some(shard(n)) && counts(e) {
+                        self.change(at, |e| {
+                            e.members.retain(|m| *m != shard(n));
+                            e.syncing.retain(|m| *m != shard(n));
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    // --- requests -------------------------------------------------------------------------------------
+
+    pub fn ask(
+        &mut self,
+        n: u32,
+        role: Role,
+        session: SessionId,
+        frame: (Header, Vec<u8>, Option<AlignedBuf>),
+        asked: Asked,
+    ) {
+        if self.nodes[&n].core.is_none() {
+            return self.lost(asked);
+        }
+        self.next_request += 1;
+        let id = self.next_request;
+        let mut header = frame.0.with_body(&frame.1);
+        header.request_id = id;
+        self.asked.insert(id, (n, asked));
+        let peer = PeerInfo { role, session, node: None };
+        let request = Request { conn: ConnRef(0), peer, header, body: frame.1, payload: frame.2 };
+        self.handle(n, Event::Request(request));
+    }
+
+    pub fn primary(&self, pg: PgId) -> Option<u32> {
+        Some(self.map.pgs[usize::from(pg.0)].primary()?.node.0)
+    }
+
+    // --- the end ---------------------------------------------------------------------------------------
+
+    /// Everything heals; all is settled; every cell is read at every member in turn.
+    pub fn heal_and_check(&mut self) {
+        self.calm = true;
+        self.cut_links.clear();
+        for n in self.nodes.values_mut() {
+            n.cut_off = false;
+            if n.back_at != u64::MAX {
+                n.back_at = 0;
+            }
+        }
+        self.settle("after healing");
+        self.check_all("after healing");
+        // The other members have to be able to go on alone.
+        for round in 0..3 {
+            for at in 0..usize::from(PGS) {
+                if self.map.pgs[at].members.len() < 2 {
+                    continue;
+                }
+                let version = MapVersion(self.map.version.0 + 1);
+                self.change(at, |e| {
+                    let first = e.members.remove(0);
+                    e.syncing.push(first);
+                    e.since_map_version = version;
+                });
+            }
+            // The old primaries are fenced first, as a leader would see to.
+            self.now += LEASE_MS + DRIFT_MS;
+            let what = format!("round {round} of other primaries");
+            self.settle(&what);
+            self.check_all(&what);
+        }
+    }
+
+    fn settle(&mut self, what: &str) {
+        for i in 0..200_000 {
+            if i % 10 == 0 {
+                self.heartbeats();
+                self.meta_step();
+            }
+            if i % 50 == 0 {
+                self.retry_all();
+            }
+            self.turn();
+            let whole = self.map.pgs.iter().all(|e| e.members.len() >= 2 && e.syncing.is_empty());
+            let idle = self
+                .nodes
+                .values()
+                .all(|n| n.in_flight.is_empty() && n.core.as_ref().is_some_and(|c| c.is_idle()));
+            let quiet = self.links.values().all(|l| l.calls.is_empty() && l.answers.is_empty());
+            if whole && idle && quiet && self.asked.is_empty() && self.files.quiet() {
+                return;
+            }
+        }
+        for (n, node) in &self.nodes {
+            if let Some(core) = &node.core {
+                println!("node {n}: {} {:?}", core.in_progress(), core.report().wishes);
+            }
+        }
+        panic!(
+            "stuck {what}: {:?} asked {:?} files {}",
+            self.map.pgs,
+            self.asked,
+            self.files.busy()
+        );
+    }
+}
