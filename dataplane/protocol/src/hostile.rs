@@ -320,6 +320,7 @@ fn controls() -> Vec<Vec<u8>> {
             syncing: Vec::new(),
             since_map_version: MapVersion(1),
             windows_since: PgEpoch(0),
+            min_in_sync: 0,
             moving: false,
         }],
     };

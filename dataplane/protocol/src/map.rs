@@ -108,6 +108,8 @@ pub struct PgEntry {
     /// The epoch in which the group last got a holder that was not told its windows (PROTOCOL R24, R27):
     /// a write sent in an older one, and never answered, may have been applied, and nobody knows.
     pub windows_since: PgEpoch,
+    /// With fewer in-sync members than this, writes are refused with `Busy` (R42). 0 and 1 ask for nothing.
+    pub min_in_sync: u8,
 }
 
 impl PgEntry {

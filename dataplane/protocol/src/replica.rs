@@ -9,6 +9,7 @@
 use crate::control::{FlushDone, WindowEntry};
 use crate::grant::Cut;
 use crate::ids::*;
+use crate::map::ShardRef;
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// Blocks of one [`Ship::Stage`] at most.
@@ -171,4 +172,31 @@ pub struct CopiedScope {
     pub seals: Vec<(Generation, u64)>,
     /// High-water marks of what is not flushed.
     pub marks: Vec<(Generation, u64)>,
+}
+
+/// Wishes of each kind in one heartbeat at most; the others come with a later one.
+pub const WISHES_MAX: usize = 1024;
+
+/// What the cores of a node ask of the metadata plane for the groups of which they are primary, in each
+/// heartbeat until it is so or void. They decide nothing: who is a member is a command's to say, and the
+/// command does nothing unless the group's epoch is still the one that the wish names (R43).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Wishes {
+    /// Syncing members that acked the end mark of a copy and every mutation since: to be made in-sync, the
+    /// last in the order (R47). The primary waits for their acks already.
+    pub in_sync: Vec<Wish>,
+    /// Members whose acks the primary waits for and whom it can't reach: to be dropped, unless the metadata
+    /// plane finds that it is the primary who is cut off. As long as nobody decides, nothing is acked.
+    pub unreachable: Vec<Wish>,
+}
+
+/// One of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Archive, Serialize, Deserialize)]
+pub struct Wish {
+    /// The group.
+    pub pg: PgId,
+    /// In this epoch only.
+    pub epoch: PgEpoch,
+    /// Whom it is about.
+    pub member: ShardRef,
 }

@@ -37,7 +37,6 @@ mod write;
 pub use buffer::Buffer;
 pub use call::*;
 pub use event::*;
-pub use replica::Wishes;
 
 use assembly::{AsmId, Assembly};
 use control::{ControlId, ControlTask};
@@ -105,7 +104,7 @@ pub struct Report {
     /// Groups with dirty data or pins.
     pub dirty_groups: Vec<PgId>,
     /// What it asks for its groups.
-    pub wishes: Wishes,
+    pub wishes: ebb_dataplane_protocol::replica::Wishes,
 }
 
 /// A reply that is owed.

@@ -7,6 +7,7 @@ use super::device::Device;
 use clients::{Files, Request as Asked};
 use ebb_dataplane::core::*;
 use ebb_dataplane_protocol::auth::{ClusterKey, PeerHello, Role};
+use ebb_dataplane_protocol::replica::{Wish, Wishes};
 use ebb_dataplane_protocol::*;
 use ebb_store::{AlignedBuf, Geometry, Identity, Store, format_device};
 use rand::rngs::SmallRng;
@@ -130,6 +131,7 @@ impl World {
             syncing: Vec::new(),
             since_map_version: MapVersion(1),
             windows_since: PgEpoch(0),
+            min_in_sync: 0,
             moving: false,
         };
         let map = ClusterMap {
@@ -535,7 +537,7 @@ impl World {
                 wishes.unreachable.extend(w.unreachable);
             }
         }
-        for (pg, epoch, member) in wishes.in_sync {
+        for Wish { pg, epoch, member } in wishes.in_sync {
             let at = usize::from(pg.0);
             if self.map.pgs[at].epoch == epoch && self.map.pgs[at].syncing.contains(&member) {
                 self.tally.joined += 1;
@@ -545,7 +547,7 @@ impl World {
                 });
             }
         }
-        for (pg, epoch, member) in wishes.unreachable {
+        for Wish { pg, epoch, member } in wishes.unreachable {
             let at = usize::from(pg.0);
             let entry = &self.map.pgs[at];
             if entry.epoch == epoch && entry.primary() != Some(member) {

@@ -1,10 +1,9 @@
 //! The primary's side: order, ship, count (R41–R43, R47).
 
-use super::Wishes;
 use crate::core::call::{Answer, Call, Channel, LinkId, PeerError};
 use crate::core::placement::Refusal;
 use crate::core::{Buffer, Command, Pending, ShardCore, Waiter};
-use ebb_dataplane_protocol::replica::{Ship, Shipped};
+use ebb_dataplane_protocol::replica::{Ship, Shipped, Wish, Wishes};
 use ebb_dataplane_protocol::{
     ChunkIndex, Header, InodeId, Opcode, PgEpoch, PgId, ShardRef, Status, codec,
 };
@@ -199,14 +198,15 @@ impl<B: Buffer> ShardCore<B> {
         let mut wishes = Wishes::default();
         for (pg, lead) in &self.replication.leads {
             for (shard, m) in &lead.members {
+                let wish = Wish { pg: *pg, epoch: lead.epoch, member: *shard };
                 let whole = m.stream.as_ref().is_some_and(|s| s.whole);
                 if m.asked && !m.in_sync && whole {
-                    wishes.in_sync.push((*pg, lead.epoch, *shard));
+                    wishes.in_sync.push(wish);
                 }
                 let lost = m.stream.is_none()
                     && self.now_ms >= m.broken_since_ms.saturating_add(UNREACHABLE_MS);
                 if m.required && lost {
-                    wishes.unreachable.push((*pg, lead.epoch, *shard));
+                    wishes.unreachable.push(wish);
                 }
             }
         }

@@ -12,17 +12,8 @@ pub(crate) mod follow;
 pub(crate) mod lead;
 
 use super::Owed;
-use ebb_dataplane_protocol::{PgEpoch, PgId, ShardRef};
+use ebb_dataplane_protocol::PgId;
 use std::collections::{HashMap, VecDeque};
-
-/// What a core asks of the metadata plane for its groups.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wishes {
-    /// Members that have everything: to be made in-sync (R47).
-    pub in_sync: Vec<(PgId, PgEpoch, ShardRef)>,
-    /// In-sync members that cannot be reached: to be dropped (R43).
-    pub unreachable: Vec<(PgId, PgEpoch, ShardRef)>,
-}
 
 /// Both sides' state.
 pub(crate) struct Replication<B> {
