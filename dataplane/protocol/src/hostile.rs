@@ -295,7 +295,7 @@ fn controls() -> Vec<Vec<u8>> {
     let range = ByteRange { start: 0, end: 10 };
     let calls = [
         Control::Seal(MapVersion(1), vec![SealItem { inode, generation, alloc_limit: 9 }]),
-        Control::FlushDone(vec![done]),
+        Control::FlushDone(MapVersion(1), vec![done]),
         Control::ApplyViews(vec![signed.clone()]),
         Control::TakeWindows(PgId(1), PgEpoch(2), vec![entry]),
         Control::Warm(signed, range),

@@ -14,6 +14,8 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 /// Blocks of one [`Ship::Stage`] at most.
 pub const STAGE_BLOCKS_MAX: usize = 256;
+/// Chunks that one [`Ship::Inode`] names at most.
+pub const CHUNKS_NAMED_MAX: usize = 16_384;
 
 /// A mutation and its place in the order.
 #[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
@@ -37,11 +39,14 @@ pub struct Shipped {
 pub enum Ship {
     /// A copy of the group begins: from here on the member notes what is named.
     Begin,
-    /// Applied writes to chunks that hold nothing unflushed.
+    /// In a copy: applied writes, a page at most. They are kept in memory until what goes with them comes: the
+    /// last list of their chunk, the [`Ship::Inode`] that does not name it, or the end mark. Outside of one:
+    /// see `Control::TakeWindows`.
     Windows(Vec<WindowEntry>),
-    /// The copy comes to an inode: these of its chunks in the group hold what only members have. Others
-    /// hold nothing of that kind.
-    Inode(InodeId, Vec<ChunkIndex>),
+    /// The copy comes to an inode: these of its chunks in the group hold what only members have. Of the
+    /// others the member drops what is of that kind, with what says that it was applied, and takes the
+    /// entries that it was given. `true`: more of the inode's chunks follow, in order, in another one.
+    Inode(InodeId, Vec<ChunkIndex>, bool),
     /// Blocks for the next [`Ship::Chunk`] of this chunk: checksum of each, in the payload's order.
     Stage {
         /// The inode.
@@ -53,7 +58,8 @@ pub enum Ship {
     },
     /// One list of a chunk as the primary has it: replaces the member's.
     Chunk(CopiedList),
-    /// What outlives the chunks of an inode in this group; after its chunks.
+    /// What outlives the chunks of an inode in this group; after its chunks. From here on the copy is past
+    /// this inode.
     Scope(CopiedScope),
     /// The copy is complete: what was not named goes.
     End,
@@ -136,10 +142,10 @@ pub struct CopiedList {
     pub extents: Vec<CopiedExtent>,
     /// The last list of the chunk: the staged blocks are no longer needed, and pins of generations that
     /// were not named go.
+    ///
+    /// The entries of the chunk that were given before go into its record: they come with its bytes, never
+    /// without (R46).
     pub last: bool,
-    /// With the last list: the writes that were applied to the chunk, at most a page of them. They come
-    /// with its bytes, in one record, never without (R46).
-    pub windows: Vec<WindowEntry>,
 }
 
 /// Blocks of a chunk, and which of the staged blocks they are.

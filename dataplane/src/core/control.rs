@@ -125,20 +125,39 @@ impl<B: Buffer> ShardCore<B> {
         let count = match &control {
             Control::Seal(_, v) => v.len(),
             Control::PutObjects(v) => v.len(),
-            Control::FlushDone(v) => v.len(),
-            Control::FlushAborted(v) => v.len(),
+            Control::FlushDone(_, v) => v.len(),
+            Control::FlushAborted(_, v) => v.len(),
             Control::ApplyViews(v) => v.len(),
-            Control::DropInodes(v) | Control::EvictClean(v) => v.len(),
+            Control::DropInodes(_, v) | Control::EvictClean(v) => v.len(),
             _ => 1,
         };
         if count > BATCH_MAX {
             return self.refuse(owed, Refusal::of(Status::BadRequest));
         }
+        let map_version = match &control {
+            Control::Seal(v, _)
+            | Control::FlushDone(v, _)
+            | Control::FlushAborted(v, _)
+            | Control::DropInodes(v, _) => *v,
+            _ => MapVersion(0),
+        };
+        if self.placement.version() < map_version {
+            return self.await_map(map_version, owed, None, body);
+        }
+        let names_a_map = matches!(
+            control,
+            Control::Seal(..)
+                | Control::FlushDone(..)
+                | Control::FlushAborted(..)
+                | Control::DropInodes(..)
+        );
+        if names_a_map && self.placement.led_anew_since(map_version) {
+            // It may mean a group that another core leads by now, which it would hold for told.
+            let text = "a group has changed its primary since that map".to_owned();
+            return self.control_reply(owed, &ControlReply::Refused(text));
+        }
         match control {
-            Control::Seal(map_version, items) => {
-                if self.placement.version() < map_version {
-                    return self.await_map(map_version, owed, None, body);
-                }
+            Control::Seal(_, items) => {
                 let mut steps = Vec::with_capacity(items.len());
                 for item in &items {
                     let scopes = self.scopes_below(item.inode, item.alloc_limit);
@@ -149,26 +168,28 @@ impl<B: Buffer> ShardCore<B> {
             Control::PutObjects(items) => self.put_objects(PutTask::new(owed, items)),
             Control::UploadPart(part) => self.upload_part(owed, part),
             Control::CopyPart(part) => self.copy_part(owed, part),
-            Control::FlushDone(items) => {
+            Control::FlushDone(_, items) => {
                 let steps = items.into_iter().flat_map(|done| {
-                    let scopes = self.store.scopes(done.inode);
+                    let scopes = self.own_scopes(done.inode);
                     scopes.into_iter().map(move |s| Step::FlushDone(s.pg, done))
                 });
                 let steps = steps.collect();
                 self.run_control(owed, steps, Finish::Done);
             }
-            Control::FlushAborted(items) => {
+            Control::FlushAborted(_, items) => {
                 let steps = items.into_iter().flat_map(|(inode, g)| {
-                    let scopes = self.store.scopes(inode);
+                    let scopes = self.own_scopes(inode);
                     scopes.into_iter().map(move |s| Step::FlushAborted(s, g))
                 });
                 let steps = steps.collect();
                 self.run_control(owed, steps, Finish::Done);
             }
             Control::ApplyViews(grants) => self.apply_views(owed, &grants, body),
-            Control::DropInodes(inodes) => {
+            Control::DropInodes(_, inodes) => {
                 let steps = inodes.into_iter().flat_map(|inode| {
-                    let scopes = self.store.scopes(inode).into_iter().map(Step::Drop);
+                    let scopes = self.store.scopes(inode).into_iter();
+                    let scopes = scopes.filter(|s| self.placement.followed(s.pg).is_none());
+                    let scopes = scopes.map(Step::Drop);
                     std::iter::once(Step::Forget(inode)).chain(scopes)
                 });
                 let steps = steps.collect();
@@ -282,6 +303,12 @@ impl<B: Buffer> ShardCore<B> {
                 self.parked_controls.push_back(id);
                 return;
             }
+            if let Step::FlushDone(pg, done) = &step
+                && self.awaits_copies(Scope { inode: done.inode, pg: *pg })
+            {
+                self.parked_controls.push_back(id);
+                return;
+            }
             match self.take_step(&step) {
                 Ok(ticket) => {
                     self.ship_step(id, &step, ticket);
@@ -328,6 +355,10 @@ impl<B: Buffer> ShardCore<B> {
     fn await_ticket(&mut self, id: ControlId) {
         let Some(task) = self.controls.get_mut(&id) else { return };
         match task.ticket {
+            // It may have become so while a later step was parked.
+            Some(ticket) if !task.durable && self.store.is_durable(ticket) => {
+                self.control_durable(id);
+            }
             Some(ticket) if !task.durable => self.wait_ticket(ticket, Waiter::Control(id)),
             _ => self.finish_control(id),
         }
@@ -421,10 +452,19 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
+    /// What is known here of an inode in the groups that this core leads. What happens in a group that it only
+    /// follows comes in its primary's stream, in its order (R41); what is left of a group that it is out
+    /// of says nothing: a flush's result would make clean what others have overwritten.
+    pub(crate) fn own_scopes(&self, inode: InodeId) -> Vec<Scope> {
+        let mut scopes = self.store.scopes(inode);
+        scopes.retain(|s| self.placement.own_epoch(s.pg).is_some());
+        scopes
+    }
+
     /// Where a fence of an inode has to be journaled: every group held here in which something below
     /// `limit` may come, and those of which something is known.
     pub(crate) fn scopes_below(&self, inode: InodeId, limit: u64) -> Vec<Scope> {
-        let mut scopes = self.store.scopes(inode);
+        let mut scopes = self.own_scopes(inode);
         let held = self.placement.groups_below(inode, limit);
         scopes.extend(held.into_iter().map(|pg| Scope { inode, pg }));
         scopes.sort_unstable();
@@ -472,7 +512,7 @@ impl<B: Buffer> ShardCore<B> {
 
     fn sealed_item(&self, item: &SealItem) -> SealedItem {
         // The seal may be gone again: the leader repeated it after FlushDone. Then nothing is dirty.
-        let scopes = self.store.scopes(item.inode).into_iter();
+        let scopes = self.own_scopes(item.inode).into_iter();
         let (mut extents, mut high_water) = (Vec::new(), 0);
         for sealed in scopes.filter_map(|scope| self.store.sealed(scope, item.generation)) {
             extents.extend(sealed.extents);

@@ -216,8 +216,6 @@ pub struct ShardCore<B> {
     moved: peer_read::Moved,
     peer_serves: HashMap<u64, peer_read::PeerServe>,
     replication: replica::Replication<B>,
-    /// Makes streams of one process unlike another's.
-    stream_salt: u64,
 }
 
 impl<B: Buffer> ShardCore<B> {
@@ -272,7 +270,6 @@ impl<B: Buffer> ShardCore<B> {
             moved: peer_read::Moved::default(),
             peer_serves: HashMap::new(),
             replication: replica::Replication::default(),
-            stream_salt: 0,
         }
     }
 
@@ -338,6 +335,7 @@ impl<B: Buffer> ShardCore<B> {
             || !self.waiting.is_empty()
             || !self.parked_controls.is_empty()
             || !self.await_map.is_empty()
+            || self.replication.has_work()
     }
 
     /// Whether a write that waited may go on now: take a turn without sleeping.
@@ -415,6 +413,7 @@ impl<B: Buffer> ShardCore<B> {
             dirty_bytes: s.dirty_bytes,
             clean_bytes: s.clean_bytes,
             pins: s.pinned_inodes,
+            members_syncing: self.members_syncing(),
             ..self.stats
         }
     }

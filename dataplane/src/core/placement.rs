@@ -5,7 +5,7 @@
 //! that a core whose map is late serves nothing of a group it gave away.
 
 use ebb_dataplane_protocol::{
-    ChunkIndex, ClusterMap, InodeId, MapVersion, PgEpoch, PgId, RunIndex, ShardRef, Status,
+    ChunkIndex, ClusterMap, InodeId, MapVersion, PgEntry, PgEpoch, PgId, RunIndex, ShardRef, Status,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -85,11 +85,16 @@ impl Placement {
         self.map.as_ref().map_or(0, |m| m.pg_count())
     }
 
-    /// The other members of a group that is held here: its epoch, those in-sync, those on the way.
-    pub(crate) fn others(&self, pg: PgId) -> Option<(PgEpoch, Vec<ShardRef>, Vec<ShardRef>)> {
-        let epoch = self.own_epoch(pg)?;
-        let entry = self.map.as_ref()?.pgs.get(usize::from(pg.0))?;
-        Some((epoch, entry.members[1..].to_vec(), entry.syncing.clone()))
+    /// The group's entry, if this core is its primary.
+    pub(crate) fn led(&self, pg: PgId) -> Option<&PgEntry> {
+        self.own_epoch(pg)?;
+        self.map.as_ref()?.pgs.get(usize::from(pg.0))
+    }
+
+    /// Whether a group got a primary, by takeover or restart, after this map.
+    pub(crate) fn led_anew_since(&self, version: MapVersion) -> bool {
+        let groups = self.map.iter().flat_map(|m| &m.pgs);
+        groups.into_iter().any(|pg| pg.since_map_version > version)
     }
 
     /// The epoch and the primary of a group of which this core is another member, and the map in which
@@ -181,7 +186,7 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ebb_dataplane_protocol::{CoreId, NodeId, PgEntry};
+    use ebb_dataplane_protocol::{CoreId, NodeId};
 
     const ME: ShardRef = ShardRef { node: NodeId(1), core: CoreId(0) };
     const OTHER: ShardRef = ShardRef { node: NodeId(2), core: CoreId(0) };

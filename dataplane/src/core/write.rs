@@ -58,8 +58,8 @@ pub(crate) struct WriteTask<B> {
     outstanding: usize,
     /// What to answer once nothing is outstanding.
     failed: Option<Refusal>,
-    /// Mutations of the group up to this one have to be everywhere first: it was applied before.
-    barrier: Option<u64>,
+    /// It was applied before: what its chunk holds has to be everywhere first.
+    duplicate: bool,
     /// The data, for the other members.
     shared: Option<Arc<B>>,
     /// A mismatch in an edge was met before.
@@ -119,7 +119,7 @@ impl<B: Buffer> ShardCore<B> {
             state: State::Waiting,
             outstanding: 0,
             failed: None,
-            barrier: None,
+            duplicate: false,
             shared: None,
             edge_retries: 0,
             since_ms: self.now_ms,
@@ -156,14 +156,13 @@ impl<B: Buffer> ShardCore<B> {
         if self.is_held(scope) {
             return false;
         }
-        let barrier = self.op_barrier(scope.pg);
         let Some(task) = self.writes.get_mut(&key) else { return true };
         match self.store.begin_write(&task.op) {
             Err(WriteError::Duplicate { generation }) => {
                 // It is durable here; it may not be everywhere.
                 task.op.generation = generation;
                 task.state = State::Journal;
-                task.barrier = barrier;
+                task.duplicate = true;
                 self.write_durable(key);
                 true
             }
@@ -428,8 +427,9 @@ impl<B: Buffer> ShardCore<B> {
 
     pub(crate) fn write_durable(&mut self, key: WriteKey) {
         let Some(task) = self.writes.get(&key) else { return };
-        let (generation, pg, barrier) = (task.op.generation, task.pg, task.barrier);
-        if let Some(open) = barrier.and_then(|b| self.open_op_below(pg, b)) {
+        let (generation, pg, duplicate) = (task.op.generation, task.pg, task.duplicate);
+        let chunk = (task.op.inode, task.op.chunk);
+        if duplicate && let Some(open) = self.open_op_of(pg, chunk) {
             return self.wait_op(pg, open, vec![Waiter::Write(key)]);
         }
         self.finish_write(key, Ok(generation));

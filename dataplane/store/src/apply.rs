@@ -318,6 +318,16 @@ impl Index {
             x.seals.clone_from(&state.seals);
             x.marks.clone_from(&state.marks);
         });
+        // Clean data from an earlier time in the group: a flush's result that is told again would carry it over to
+        // a content of which other members held the dirty part.
+        for key in self.chunk_keys(scope) {
+            self.mutate(key, |chunk, dropped| {
+                chunk.extents.retain(dropped, |e| match e.origin {
+                    Origin::Dirty(_) => true,
+                    Origin::Clean(c) => c == state.content,
+                });
+            });
+        }
     }
 
     fn apply_drop(&mut self, scope: Scope) {

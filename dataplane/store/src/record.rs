@@ -16,6 +16,8 @@ use ebb_dataplane_protocol::{
 
 /// Bytes of a record's header.
 pub(crate) const RECORD_HEADER_BYTES: usize = 8;
+/// Entries of one chunk in a copy: what a batch has room for.
+pub(crate) const ENTRIES_MAX: usize = 20_000;
 /// Moves in one relocation record.
 pub(crate) const MOVES_MAX: usize = 256;
 
@@ -528,7 +530,7 @@ impl Record {
                 };
                 let windows = match r.u32()? {
                     u32::MAX => None,
-                    n if n as usize > WINDOW_PAGE => return None,
+                    n if n as usize > ENTRIES_MAX => return None,
                     n => Some((0..n).map(|_| get_entry(r)).collect::<Option<Vec<_>>>()?),
                 };
                 let extents = (0..n).map(|_| Extent::decode(r)).collect::<Option<Vec<Extent>>>()?;

@@ -8,7 +8,7 @@
 
 use crate::error::{ControlError, WaitFor, WriteError};
 use crate::extent::{Extent, Origin, Run};
-use crate::record::{CopyList, Record};
+use crate::record::{CopyList, ENTRIES_MAX, Record};
 use crate::store::Store;
 use crate::types::*;
 use crate::write::{RECORD_PAGES, planned};
@@ -135,8 +135,7 @@ impl Store {
                         }
                     }
                 }
-                let (last, windows) = (false, Vec::new());
-                lists.push(CopiedList { inode, chunk, pin, extents: out, last, windows });
+                lists.push(CopiedList { inode, chunk, pin, extents: out, last: false });
             };
             // Pins before what readers see: a seal is told only after all of its pins.
             for p in &c.pins {
@@ -144,8 +143,13 @@ impl Store {
             }
             copied(None, &c.extents.0);
         }
-        if let Some(list) = lists.last_mut() {
-            list.last = true;
+        // Also of a chunk that was flushed a moment ago: the member may hold something else.
+        match lists.last_mut() {
+            Some(list) => list.last = true,
+            None => {
+                let extents = Vec::new();
+                lists.push(CopiedList { inode, chunk, pin: None, extents, last: true });
+            }
         }
         ChunkCopy { blocks, lists, guard: self.guard() }
     }
@@ -195,12 +199,16 @@ impl Store {
 
     /// Replaces a list of a chunk by one over staged blocks (`crcs`: one per block of them). The blocks
     /// still count as staged: the caller calls [`Store::staged_done`] after the last list.
+    ///
+    /// With the last list (`pins_left`: the pins that the chunk has) `entries` replace what the windows know of
+    /// the chunk, in the same record.
     pub fn copy_list(
         &mut self,
         list: &CopiedList,
         staged: &[Staged],
         crcs: &[u32],
         pins_left: Option<Vec<Generation>>,
+        entries: Vec<WindowEntry>,
     ) -> Result<Ticket, ControlError> {
         let at: Vec<u32> =
             staged.iter().flat_map(|s| s.runs.iter()).flat_map(|r| r.start..r.end()).collect();
@@ -227,22 +235,25 @@ impl Store {
                 extents.push(Extent { first: block, tail, location, origin, crcs });
             }
         }
-        if list.windows.len() > WINDOW_PAGE {
-            return Err(ControlError::Malformed("more writes of a chunk than a page has"));
-        }
         let mut merged = crate::extent::ExtentList(extents);
         merged.coalesce();
-        if !self.journal.has_room(crate::journal::Share::Data, self.reserved_pages + 8) {
-            return Err(ControlError::Wait(WaitFor::Journal));
-        }
         let record = Record::CopyList(CopyList {
             inode: list.inode,
             chunk: list.chunk,
             pin: list.pin,
             extents: merged.0,
-            windows: pins_left.is_some().then(|| list.windows.clone()),
+            windows: pins_left.is_some().then_some(entries),
             pins_left,
         });
+        let room = entries_of(&record) <= ENTRIES_MAX;
+        let Some(pages) = self.journal.pages_of(&record).filter(|_| room) else {
+            return Err(ControlError::Malformed(
+                "more writes of a chunk than a record has room for",
+            ));
+        };
+        if !self.journal.has_room(crate::journal::Share::Data, self.reserved_pages + pages) {
+            return Err(ControlError::Wait(WaitFor::Journal));
+        }
         if self.failed {
             return Err(ControlError::Failed);
         }
@@ -258,10 +269,10 @@ impl Store {
         &mut self,
         inode: InodeId,
         chunk: ChunkIndex,
+        entries: Vec<WindowEntry>,
     ) -> Result<Ticket, ControlError> {
-        let (extents, windows) = (Vec::new(), Vec::new());
-        let list = CopiedList { inode, chunk, pin: None, extents, last: true, windows };
-        self.copy_list(&list, &[], &[], Some(Vec::new()))
+        let list = CopiedList { inode, chunk, pin: None, extents: Vec::new(), last: true };
+        self.copy_list(&list, &[], &[], Some(Vec::new()), entries)
     }
 
     /// Whether a mutation took effect.
@@ -284,5 +295,12 @@ impl Store {
             h.floor = floor;
             h.view = view;
         })
+    }
+}
+
+fn entries_of(record: &Record) -> usize {
+    match record {
+        Record::CopyList(c) => c.windows.as_ref().map_or(0, Vec::len),
+        _ => 0,
     }
 }

@@ -9,14 +9,26 @@ use ebb_dataplane_protocol::data::{DataContext, encode_checksums};
 use ebb_dataplane_protocol::*;
 use ebb_store::AlignedBuf;
 use rand::Rng;
-use std::ops::Range;
+use std::collections::BTreeMap;
 
 const FILES: u64 = 4;
 const SESSIONS: usize = 3;
-/// First byte and length: small ones that share blocks, and one too large for the journal.
-const CELLS: [(u64, usize); 6] =
-    [(13, 5000), (5013, 3000), (9000, 40), (12_000, 20_000), (40_000, 4096), (1 << 20, 150_000)];
-const FILE_BYTES: u64 = (1 << 20) + 150_000;
+/// Chunk, first byte and length: small ones that share blocks, and one too large for the journal; in two runs,
+/// which are in two groups as often as not.
+const CELLS: [(u32, u64, usize); 8] = [
+    (0, 13, 5000),
+    (0, 5013, 3000),
+    (0, 9000, 40),
+    (0, 12_000, 20_000),
+    (4, 40_000, 4096),
+    (0, 1 << 20, 150_000),
+    (4, 44_096, 3000),
+    (5, 77, 70_000),
+];
+const RUNS: usize = 2;
+/// Of each run.
+const LENGTHS: [u64; RUNS] = [RUN_BYTES, CHUNK_BYTES as u64 + 70_077];
+const FILE_BYTES: u64 = LENGTHS[0] + LENGTHS[1];
 
 /// What a request was for.
 #[derive(Clone, Debug)]
@@ -24,9 +36,19 @@ pub enum Request {
     Present,
     Write { file: usize, cell: usize, value: u64 },
     Read { file: usize, cell: usize, least: u64 },
-    Seal(usize, Generation),
-    Put(usize, Generation),
-    Notice(usize),
+    Seal(usize, Generation, usize),
+    Part(usize, Generation, usize),
+    Notice(usize, usize),
+}
+
+/// Bytes at their places; the rest is zeros.
+type Sparse = Vec<(u64, Vec<u8>)>;
+
+/// Objects by key and etag, and parts by key and number.
+#[derive(Default)]
+pub struct S3 {
+    objects: BTreeMap<String, (String, Sparse)>,
+    parts: BTreeMap<String, Sparse>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -41,9 +63,18 @@ struct Cell {
 #[derive(Clone, Debug, PartialEq)]
 enum Flush {
     None,
-    Sealing(Generation),
+    /// And which runs' primaries have.
+    Sealing(Generation, [bool; RUNS]),
     Sealed(Generation),
-    Putting(Generation),
+    /// And the parts that are there.
+    Putting(Generation, [Option<String>; RUNS]),
+}
+
+/// What primaries are told.
+#[derive(Clone, Debug)]
+enum Told {
+    Done(FlushDone),
+    Aborted(Generation),
 }
 
 #[derive(Clone, Debug)]
@@ -53,10 +84,10 @@ struct File {
     view: FileView,
     cells: Vec<Cell>,
     flush: Flush,
-    /// A request of the leader is under way.
-    asked: bool,
-    /// To be told to the primary until it answers.
-    notice: Option<Control>,
+    /// Requests of the leader under way, by run.
+    asked: [bool; RUNS],
+    /// To be told to the primaries until they answer.
+    notice: Option<(Told, [bool; RUNS])>,
 }
 
 pub struct Files {
@@ -80,7 +111,7 @@ impl Files {
             },
             cells: vec![Cell::default(); CELLS.len()],
             flush: Flush::None,
-            asked: false,
+            asked: [false; RUNS],
             notice: None,
         });
         let sessions = vec![(1, Vec::new()); SESSIONS];
@@ -91,7 +122,7 @@ impl Files {
         self.all.iter().all(|f| {
             f.flush == Flush::None
                 && f.notice.is_none()
-                && !f.asked
+                && f.asked == [false; RUNS]
                 && f.cells.iter().all(|c| c.pending.is_none())
         })
     }
@@ -109,8 +140,12 @@ fn bytes_of(value: u64, len: usize) -> Vec<u8> {
 }
 
 impl World {
-    fn pg(&self, file: usize) -> PgId {
-        PgId::of_chunk(self.files.all[file].inode, ChunkIndex(0), PGS)
+    fn pg(&self, file: usize, run: usize) -> PgId {
+        PgId::of(self.files.all[file].inode, RunIndex(run as u32), PGS)
+    }
+
+    fn pg_of(&self, file: usize, cell: usize) -> PgId {
+        self.pg(file, CELLS[cell].0 as usize / RUN_CHUNKS as usize)
     }
 
     fn grant(&self, file: usize, mode: GrantMode, session: SessionId) -> SignedGrant {
@@ -123,18 +158,24 @@ impl World {
             session,
             view: f.view.clone(),
             least_map_version: self.map.version,
-            alloc_limit: RUN_BYTES,
+            alloc_limit: 2 * RUN_BYTES,
         };
         SignedGrant::sign(&grant, &key())
     }
 
-    fn context(&self, file: usize, session: SessionId, sequence: u64, below: u64) -> DataContext {
+    fn context(
+        &self,
+        (file, cell): (usize, usize),
+        session: SessionId,
+        sequence: u64,
+        below: u64,
+    ) -> DataContext {
         let f = &self.files.all[file];
         DataContext {
             generation: f.generation,
             view_version: f.view.version,
             map_version: self.map.version,
-            pg_epoch: self.map.pgs[usize::from(self.pg(file).0)].epoch,
+            pg_epoch: self.map.pgs[usize::from(self.pg_of(file, cell).0)].epoch,
             content: f.view.content,
             session,
             sequence: Sequence(sequence),
@@ -142,13 +183,14 @@ impl World {
         }
     }
 
-    fn header(&self, opcode: Opcode, file: usize, range: &Range<u64>) -> Header {
+    fn header(&self, opcode: Opcode, file: usize, cell: usize) -> Header {
+        let (chunk, at, len) = CELLS[cell];
         Header {
             inode: self.files.all[file].inode,
-            chunk: ChunkIndex(0),
-            offset: range.start as u32,
-            length: (range.end - range.start) as u32,
-            pg: self.pg(file),
+            chunk: ChunkIndex(chunk),
+            offset: at as u32,
+            length: len as u32,
+            pg: self.pg_of(file, cell),
             ..Header::request(opcode, 0)
         }
     }
@@ -176,17 +218,17 @@ impl World {
         let f = &self.files.all[file];
         let Some((value, s, sequence, false)) = f.cells[cell].pending else { return };
         // No grant while a generation ends.
-        if matches!(f.flush, Flush::Sealing(_)) {
+        if matches!(f.flush, Flush::Sealing(..)) {
             return;
         }
-        let Some(n) = self.primary(self.pg(file)) else { return };
+        let Some(n) = self.primary(self.pg_of(file, cell)) else { return };
         let session = SessionId(s as u64 + 1);
         let below = self.files.sessions[s].1.iter().copied().min().unwrap_or(sequence);
         self.present(n, file, session);
-        let (at, len) = CELLS[cell];
+        let (_, at, len) = CELLS[cell];
         let data = bytes_of(value, len);
-        let header = self.header(Opcode::Write, file, &(at..at + len as u64));
-        let mut body = self.context(file, session, sequence, below).encode().to_vec();
+        let header = self.header(Opcode::Write, file, cell);
+        let mut body = self.context((file, cell), session, sequence, below).encode().to_vec();
         let crcs: Vec<u32> = block_pieces(at, len).map(|p| crc32c(&data[p])).collect();
         body.extend(encode_checksums(&crcs));
         let head = at as usize % 4096;
@@ -214,12 +256,11 @@ impl World {
     }
 
     pub fn read_cell(&mut self, file: usize, cell: usize) {
-        let Some(n) = self.primary(self.pg(file)) else { return };
+        let Some(n) = self.primary(self.pg_of(file, cell)) else { return };
         let session = SessionId(9);
         self.present(n, file, session);
-        let (at, len) = CELLS[cell];
-        let header = self.header(Opcode::Read, file, &(at..at + len as u64));
-        let body = self.context(file, session, 0, 0).encode().to_vec();
+        let header = self.header(Opcode::Read, file, cell);
+        let body = self.context((file, cell), session, 0, 0).encode().to_vec();
         let c = &self.files.all[file].cells[cell];
         let least = c.acked.max(c.seen);
         let asked = Request::Read { file, cell, least };
@@ -230,47 +271,66 @@ impl World {
 
     pub fn leader_step(&mut self) {
         let file = self.rng.random_range(0..FILES as usize);
-        self.leader_file(file);
+        let run = self.rng.random_range(0..RUNS);
+        self.leader_file(file, run);
     }
 
-    fn leader_file(&mut self, file: usize) {
+    fn leader_file(&mut self, file: usize, run: usize) {
         let f = &self.files.all[file];
-        let Some(n) = self.primary(self.pg(file)) else { return };
-        if f.asked {
+        let Some(n) = self.primary(self.pg(file, run)) else { return };
+        if f.asked[run] {
             return;
         }
         let (inode, g) = (f.inode, f.generation);
-        if let Some(notice) = f.notice.clone() {
-            return self.control(n, file, &notice, Request::Notice(file));
+        let version = self.map.version;
+        if let Some((told, heard)) = f.notice.clone() {
+            if !heard[run] {
+                let notice = match told {
+                    Told::Done(done) => Control::FlushDone(version, vec![done]),
+                    Told::Aborted(g) => Control::FlushAborted(version, vec![(inode, g)]),
+                };
+                self.control(n, file, run, &notice, Request::Notice(file, run));
+            }
+            return;
         }
         match f.flush.clone() {
             Flush::None => {
                 if !self.files.still {
-                    self.files.all[file].flush = Flush::Sealing(g);
+                    self.files.all[file].flush = Flush::Sealing(g, [false; RUNS]);
                 }
             }
-            Flush::Sealing(g) => {
-                let item = SealItem { inode, generation: g, alloc_limit: RUN_BYTES };
-                let seal = Control::Seal(self.map.version, vec![item]);
-                self.control(n, file, &seal, Request::Seal(file, g));
+            Flush::Sealing(g, sealed) => {
+                if !sealed[run] {
+                    let item = SealItem { inode, generation: g, alloc_limit: 2 * RUN_BYTES };
+                    let seal = Control::Seal(version, vec![item]);
+                    self.control(n, file, run, &seal, Request::Seal(file, g, run));
+                }
             }
             Flush::Sealed(g) => {
                 if self.rng.random_bool(0.2) {
                     return self.abort(file, g);
                 }
-                self.files.all[file].flush = Flush::Putting(g);
-                let put = PutObject {
-                    inode,
-                    generation: g,
-                    grant: self.grant(file, GrantMode::Read, SessionId(0)),
-                    key: format!("file-{file}"),
-                    size: FILE_BYTES,
-                    metadata: Vec::new(),
-                    condition: PutCondition::None,
-                };
-                self.control(n, file, &Control::PutObjects(vec![put]), Request::Put(file, g));
+                self.files.all[file].flush = Flush::Putting(g, [const { None }; RUNS]);
             }
-            Flush::Putting(g) => self.abort(file, g),
+            Flush::Putting(g, parts) => {
+                if self.rng.random_bool(0.03) {
+                    return self.abort(file, g);
+                }
+                if parts[run].is_none() {
+                    let part = UploadPart {
+                        inode,
+                        generation: g,
+                        grant: self.grant(file, GrantMode::Read, SessionId(0)),
+                        key: format!("file-{file}"),
+                        upload_id: format!("{g}"),
+                        part_number: run as u32 + 1,
+                        run: RunIndex(run as u32),
+                        length: LENGTHS[run] as u32,
+                    };
+                    let part = Control::UploadPart(part);
+                    self.control(n, file, run, &part, Request::Part(file, g, run));
+                }
+            }
         }
     }
 
@@ -278,11 +338,11 @@ impl World {
         self.tally.aborted += 1;
         let f = &mut self.files.all[file];
         f.flush = Flush::None;
-        f.notice = Some(Control::FlushAborted(vec![(f.inode, g)]));
+        f.notice = Some((Told::Aborted(g), [false; RUNS]));
     }
 
-    fn control(&mut self, n: u32, file: usize, control: &Control, asked: Request) {
-        self.files.all[file].asked = true;
+    fn control(&mut self, n: u32, file: usize, run: usize, control: &Control, asked: Request) {
+        self.files.all[file].asked[run] = true;
         self.trace(|| format!("leader asks node {n}: {asked:?}"));
         let header = Header::request(Opcode::Control, 0);
         self.ask(n, Role::Meta, SessionId(0), (header, codec::encode(control), None), asked);
@@ -292,28 +352,43 @@ impl World {
         let token = job.token;
         match job.work {
             Work::Fetch { key, etag, range, mut buf, at } => {
-                let object = self.s3.get(&key).filter(|o| o.0 == etag);
+                let object = self.s3.objects.get(&key).filter(|o| o.0 == etag);
                 let result = match object {
                     Some((_, body)) => {
-                        let part = &body[range.start as usize..range.end as usize];
-                        buf[at..at + part.len()].copy_from_slice(part);
+                        let len = (range.end - range.start) as usize;
+                        let target = &mut buf[at..at + len];
+                        target.fill(0);
+                        for (start, bytes) in body {
+                            let (from, to) = (*start.max(&range.start), start + bytes.len() as u64);
+                            let to = to.min(range.end);
+                            if from < to {
+                                let part = &bytes[(from - start) as usize..(to - start) as usize];
+                                let place = (from - range.start) as usize;
+                                target[place..place + part.len()].copy_from_slice(part);
+                            }
+                        }
                         Ok(())
                     }
                     None => Err(FetchError::Changed),
                 };
                 JobDone::Fetched { token, buf, result }
             }
-            Work::Put { key, body, .. } => {
-                let mut bytes = Vec::new();
+            Work::UploadPart { key, part_number, body, .. } => {
+                let mut start = LENGTHS[..part_number as usize - 1].iter().sum::<u64>();
+                let mut bytes = Sparse::new();
                 for piece in body {
                     match piece {
-                        Piece::Buf(buf, range) => bytes.extend_from_slice(&buf[range]),
-                        Piece::Zeros(n) => bytes.resize(bytes.len() + n, 0),
+                        Piece::Buf(buf, range) => {
+                            let len = range.len() as u64;
+                            bytes.push((start, buf[range].to_vec()));
+                            start += len;
+                        }
+                        Piece::Zeros(n) => start += n as u64,
                     }
                 }
                 self.files.etags += 1;
-                let etag = format!("e{}", self.files.etags);
-                self.s3.insert(format!("{key}.{etag}"), (etag.clone(), bytes));
+                let etag = format!("p{}", self.files.etags);
+                self.s3.parts.insert(format!("{key}.{etag}"), bytes);
                 JobDone::Stored { token, outcome: StoreOutcome::Stored { etag } }
             }
             other => panic!("not asked for here: {other:?}"),
@@ -344,43 +419,73 @@ impl World {
                     self.check_read(file, cell, least, &reply);
                 }
             }
-            Request::Seal(file, g) => {
+            Request::Seal(file, g, run) => {
                 let f = &mut self.files.all[file];
-                f.asked = false;
-                let sealed = matches!(
+                f.asked[run] = false;
+                let done = matches!(
                     codec::decode::<ControlReply>(&reply.body),
                     Ok(ControlReply::Sealed(_))
                 );
-                if status == Status::Ok && sealed && f.flush == Flush::Sealing(g) {
-                    f.generation = g.next();
-                    f.flush = Flush::Sealed(g);
+                if let Flush::Sealing(now, sealed) = &mut f.flush
+                    && *now == g
+                    && done
+                    && status == Status::Ok
+                {
+                    sealed[run] = true;
+                    if *sealed == [true; RUNS] {
+                        f.generation = g.next();
+                        f.flush = Flush::Sealed(g);
+                    }
                 }
             }
-            Request::Put(file, g) => {
-                self.files.all[file].asked = false;
-                let stored = match codec::decode::<ControlReply>(&reply.body) {
-                    Ok(ControlReply::Stored(v)) if status == Status::Ok => v.into_iter().next(),
-                    _ => None,
-                };
-                match stored {
-                    Some(StoreOutcome::Stored { etag }) => self.commit_flush(file, g, etag),
+            Request::Part(file, g, run) => {
+                let f = &mut self.files.all[file];
+                f.asked[run] = false;
+                let Flush::Putting(now, parts) = &mut f.flush else { return };
+                if *now != g {
+                    return;
+                }
+                match codec::decode::<ControlReply>(&reply.body) {
+                    Ok(ControlReply::Part(StoreOutcome::Stored { etag }))
+                        if status == Status::Ok =>
+                    {
+                        parts[run] = Some(etag);
+                        if let [Some(a), Some(b)] = parts {
+                            let parts = [a.clone(), b.clone()];
+                            self.commit_flush(file, g, &parts);
+                        }
+                    }
                     _ => self.abort(file, g),
                 }
             }
-            Request::Notice(file) => {
+            Request::Notice(file, run) => {
                 let f = &mut self.files.all[file];
-                f.asked = false;
+                f.asked[run] = false;
                 let done =
                     matches!(codec::decode::<ControlReply>(&reply.body), Ok(ControlReply::Done));
-                if status == Status::Ok && done {
-                    f.notice = None;
+                if let Some((_, heard)) = &mut f.notice
+                    && status == Status::Ok
+                    && done
+                {
+                    heard[run] = true;
+                    if *heard == [true; RUNS] {
+                        f.notice = None;
+                    }
                 }
             }
         }
     }
 
-    fn commit_flush(&mut self, file: usize, g: Generation, etag: String) {
+    fn commit_flush(&mut self, file: usize, g: Generation, parts: &[String]) {
         self.tally.flushed += 1;
+        self.files.etags += 1;
+        let etag = format!("e{}", self.files.etags);
+        let mut body = Sparse::new();
+        for part in parts {
+            body.extend(self.s3.parts[&format!("file-{file}.{part}")].iter().cloned());
+        }
+        let key = format!("file-{file}.{etag}");
+        self.s3.objects.insert(key.clone(), (etag.clone(), body));
         self.trace(|| format!("flushed file {file} generation {g} as {etag}"));
         let f = &mut self.files.all[file];
         let old_valid_bytes = f.view.backing.as_ref().map_or(0, Backing::valid_bytes);
@@ -388,17 +493,17 @@ impl World {
         f.view.content = ContentId(old_content.0 + 1);
         f.view.version = ViewVersion(f.view.version.0 + 1);
         f.view.clean_generation = g;
-        let key = format!("file-{file}.{etag}");
         f.view.backing = Some(Backing { key, etag, length: FILE_BYTES, limit: FILE_BYTES });
         f.flush = Flush::None;
-        f.notice = Some(Control::FlushDone(vec![FlushDone {
+        let done = FlushDone {
             inode: f.inode,
             generation: g,
             content: f.view.content,
             old_content,
             valid_bytes: FILE_BYTES,
             old_valid_bytes,
-        }]));
+        };
+        f.notice = Some((Told::Done(done), [false; RUNS]));
     }
 
     /// Nobody will answer.
@@ -412,9 +517,9 @@ impl World {
                     p.3 = false;
                 }
             }
-            Request::Seal(file, _) | Request::Notice(file) | Request::Put(file, _) => {
-                self.files.all[file].asked = false;
-            }
+            Request::Seal(file, _, run)
+            | Request::Notice(file, run)
+            | Request::Part(file, _, run) => self.files.all[file].asked[run] = false,
         }
     }
 
@@ -426,7 +531,7 @@ impl World {
                 Piece::Zeros(n) => bytes.resize(bytes.len() + n, 0),
             }
         }
-        let (at, len) = CELLS[cell];
+        let (_, at, len) = CELLS[cell];
         let from = at as usize - reply.header.offset as usize;
         let got = &bytes[from..from + len];
         let value = u64::from_le_bytes(got[..8].try_into().expect("eight bytes"));
@@ -445,7 +550,7 @@ impl World {
     pub fn retry_all(&mut self) {
         self.files.still = true;
         for file in 0..FILES as usize {
-            self.leader_file(file);
+            (0..RUNS).for_each(|run| self.leader_file(file, run));
             for cell in 0..CELLS.len() {
                 self.write_cell(file, cell);
             }

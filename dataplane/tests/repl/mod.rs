@@ -4,10 +4,10 @@
 mod clients;
 
 use super::device::Device;
-use clients::{Files, Request as Asked};
+use clients::{Files, Request as Asked, S3};
 use ebb_dataplane::core::*;
 use ebb_dataplane_protocol::auth::{ClusterKey, PeerHello, Role};
-use ebb_dataplane_protocol::replica::{Wish, Wishes};
+use ebb_dataplane_protocol::replica::{Shipped, Wish};
 use ebb_dataplane_protocol::*;
 use ebb_store::{AlignedBuf, Geometry, Identity, Store, format_device};
 use rand::rngs::SmallRng;
@@ -41,6 +41,7 @@ impl Buffers<AlignedBuf> for Heap {
     }
 }
 
+/// What happened in a run.
 #[derive(Debug, Default)]
 pub struct Tally {
     pub acked: u64,
@@ -48,11 +49,18 @@ pub struct Tally {
     pub flushed: u64,
     pub aborted: u64,
     pub crashes: u64,
+    pub torn: u64,
     pub losses: u64,
+    pub partitions: u64,
+    pub link_drops: u64,
+    pub late_frames: u64,
     pub takeovers: u64,
-    pub dropped: u64,
-    pub joined: u64,
-    pub cuts: u64,
+    pub demoted_in_sync: u64,
+    pub drops: u64,
+    pub planned_drops: u64,
+    pub adds: u64,
+    pub joins: u64,
+    pub void_wishes: u64,
 }
 
 impl Tally {
@@ -62,11 +70,18 @@ impl Tally {
         self.flushed += o.flushed;
         self.aborted += o.aborted;
         self.crashes += o.crashes;
+        self.torn += o.torn;
         self.losses += o.losses;
+        self.partitions += o.partitions;
+        self.link_drops += o.link_drops;
+        self.late_frames += o.late_frames;
         self.takeovers += o.takeovers;
-        self.dropped += o.dropped;
-        self.joined += o.joined;
-        self.cuts += o.cuts;
+        self.demoted_in_sync += o.demoted_in_sync;
+        self.drops += o.drops;
+        self.planned_drops += o.planned_drops;
+        self.adds += o.adds;
+        self.joins += o.joins;
+        self.void_wishes += o.void_wishes;
     }
 }
 
@@ -80,6 +95,8 @@ struct Node {
     cut_off: bool,
     /// Comes back then, if it is down.
     back_at: u64,
+    /// It asked for the map.
+    refresh: bool,
 }
 
 /// One connection from one core to another.
@@ -96,17 +113,35 @@ pub struct World {
     pub now: u64,
     nodes: BTreeMap<u32, Node>,
     links: BTreeMap<(u32, u32), Link>,
+    /// What was sent on links that their caller gave up, and may arrive until the next link's first frame does.
+    late: BTreeMap<(u32, u32), (LinkId, VecDeque<Call<AlignedBuf>>)>,
     cut_links: BTreeSet<(u32, u32)>,
     next_link: u64,
     next_request: u64,
     pub map: ClusterMap,
+    /// What was asked of the metadata plane, and when it gets to it; `true`: to make in-sync.
+    wishes: Vec<(u64, bool, Wish)>,
     /// What clients and the leader asked.
     asked: BTreeMap<u64, (u32, Asked)>,
-    pub s3: BTreeMap<String, (String, Vec<u8>)>,
+    pub s3: S3,
     pub files: Files,
     traced: bool,
     calm: bool,
     pub tally: Tally,
+}
+
+fn copy_of(call: &Call<AlignedBuf>) -> Call<AlignedBuf> {
+    Call {
+        token: call.token,
+        peer: call.peer,
+        channel: call.channel,
+        link: call.link,
+        header: call.header,
+        body: call.body.clone(),
+        payload: call.payload.clone(),
+        want: None,
+        timeout_ms: call.timeout_ms,
+    }
 }
 
 fn open(device: &mut Device) -> ShardCore<AlignedBuf> {
@@ -150,6 +185,7 @@ impl World {
                 lease_until: 0,
                 cut_off: false,
                 back_at: 0,
+                refresh: false,
             };
             (n, node)
         });
@@ -158,12 +194,14 @@ impl World {
             now: 1,
             nodes: nodes.collect(),
             links: BTreeMap::new(),
+            late: BTreeMap::new(),
+            wishes: Vec::new(),
             cut_links: BTreeSet::new(),
             next_link: 1,
             next_request: 1,
             map,
             asked: BTreeMap::new(),
-            s3: BTreeMap::new(),
+            s3: S3::default(),
             files: Files::new(),
             traced: std::env::var_os("EBB_SIM_TRACE").is_some(),
             calm: false,
@@ -195,8 +233,11 @@ impl World {
 
     fn turn(&mut self) {
         self.now += self.rng.random_range(0..6);
-        if self.rng.random_bool(0.05) {
-            self.heartbeats();
+        for n in 1..=NODES {
+            let soon = self.nodes[&n].refresh && self.rng.random_bool(0.1);
+            if soon || self.rng.random_bool(0.03) {
+                self.heartbeat(n);
+            }
         }
         for _ in 0..self.rng.random_range(1..8) {
             self.one_thing();
@@ -256,7 +297,7 @@ impl World {
         for command in commands {
             match command {
                 Command::Reply(reply) => self.replied(n, reply),
-                Command::RefreshMap => {}
+                Command::RefreshMap => self.nodes.get_mut(&n).expect("known").refresh = true,
                 Command::Failed(why) => panic!("no device fails here: {why}"),
                 Command::Call(call) => self.call(n, call),
                 Command::Sync { token } => {
@@ -292,6 +333,9 @@ impl World {
                 self.break_link(pair);
             }
             return;
+        }
+        if self.rng.random_bool(0.05) {
+            self.deliver_late(pair);
         }
         if self.rng.random_bool(0.5) {
             self.deliver(pair);
@@ -333,10 +377,34 @@ impl World {
         }
         let Some(link) = self.links.get_mut(&pair) else { return };
         let Some(call) = link.calls.pop_front() else { return };
+        // A newer connection ends the older before anything of it is taken (R41).
+        self.late.remove(&pair);
         self.next_request += 1;
         let id = self.next_request;
         link.served.insert(id, call.token);
         let conn = ConnRef(link.id.0);
+        self.hand_over(pair, conn, id, call);
+    }
+
+    /// A frame of a link that the caller has given up.
+    fn deliver_late(&mut self, pair: (u32, u32)) {
+        let Some((link, calls)) = self.late.get_mut(&pair) else { return };
+        let (conn, Some(call)) = (ConnRef(link.0), calls.pop_front()) else { return };
+        if self.nodes[&pair.1].core.is_some() {
+            self.tally.late_frames += 1;
+            self.next_request += 1;
+            self.hand_over(pair, conn, self.next_request, call);
+        }
+    }
+
+    fn hand_over(&mut self, pair: (u32, u32), conn: ConnRef, id: u64, call: Call<AlignedBuf>) {
+        self.trace(|| match codec::decode::<Shipped>(&call.body) {
+            Ok(s) => format!(
+                "{} to {}: group {} stream {}.{} {:?}",
+                pair.0, pair.1, s.pg.0, s.stream, s.place, s.ship
+            ),
+            Err(e) => format!("{e}"),
+        });
         let mut bytes: Vec<u8> = Vec::new();
         for (buf, range) in &call.payload {
             bytes.extend_from_slice(&buf[range.clone()]);
@@ -357,10 +425,15 @@ impl World {
     }
 
     fn break_link(&mut self, pair: (u32, u32)) {
-        let Some(link) = self.links.remove(&pair) else { return };
+        let Some(mut link) = self.links.remove(&pair) else { return };
+        if self.nodes[&pair.1].core.is_some() && self.rng.random_bool(0.5) {
+            let calls = link.calls.iter().map(copy_of).collect();
+            self.late.insert(pair, (link.id, calls));
+        }
         let waiting = link.calls.iter().map(|c| c.token).chain(link.served.into_values());
         let answered = link.answers.iter().map(|a| a.0);
         let tokens: Vec<Token> = waiting.chain(answered).collect();
+        link.calls.clear();
         for token in tokens {
             let outcome = Err(PeerError::Broken);
             self.handle(pair.0, Event::Answer(Answer { token, link: link.id, outcome, buf: None }));
@@ -420,7 +493,17 @@ impl World {
 
     fn trouble(&mut self) {
         let n = self.rng.random_range(1..=NODES);
-        match self.rng.random_range(0..10) {
+        match self.rng.random_range(0..14) {
+            10 | 11 => {
+                let pairs: Vec<(u32, u32)> = self.links.keys().copied().collect();
+                if !pairs.is_empty() {
+                    self.tally.link_drops += 1;
+                    let pair = pairs[self.rng.random_range(0..pairs.len())];
+                    self.trace(|| format!("link {pair:?} breaks"));
+                    self.break_link(pair);
+                }
+            }
+            12 => self.planned_drop(),
             0..4 => {
                 let down = self.rng.random_range(0..1500);
                 self.crash(n, down);
@@ -428,7 +511,7 @@ impl World {
             4..6 => {
                 let m = self.rng.random_range(1..=NODES);
                 if m != n {
-                    self.tally.cuts += 1;
+                    self.tally.partitions += 1;
                     self.cut_links.insert((n, m));
                     self.trace(|| format!("cut {n} - {m}"));
                 }
@@ -438,7 +521,7 @@ impl World {
                 self.nodes.values_mut().for_each(|n| n.cut_off = false);
             }
             8 => {
-                self.tally.cuts += 1;
+                self.tally.partitions += 1;
                 self.nodes.get_mut(&n).expect("known").cut_off = true;
                 self.trace(|| format!("node {n} is cut off"));
             }
@@ -454,9 +537,11 @@ impl World {
         for command in std::mem::take(&mut node.in_flight) {
             match command {
                 Command::Write { offset, buf, range, .. } => {
+                    self.tally.torn += 1;
                     node.device.tear(offset, &buf[range], &mut self.rng);
                 }
                 Command::WriteMeta { offset, bytes, .. } => {
+                    self.tally.torn += 1;
                     node.device.tear(offset, &bytes, &mut self.rng);
                 }
                 _ => {}
@@ -467,9 +552,12 @@ impl World {
         self.trace(|| format!("CRASH of node {n} for {down}"));
         let pairs: Vec<(u32, u32)> =
             self.links.keys().filter(|p| p.0 == n || p.1 == n).copied().collect();
+        self.late.retain(|pair, _| pair.1 != n);
         for pair in pairs {
             if pair.0 == n {
-                self.links.remove(&pair);
+                if let Some(link) = self.links.remove(&pair) {
+                    self.late.insert(pair, (link.id, link.calls));
+                }
             } else {
                 self.break_link(pair);
             }
@@ -486,7 +574,7 @@ impl World {
     /// A node goes for ever, with its device, if every group keeps an in-sync member without it.
     fn lose(&mut self, n: u32) {
         let gone = shard(n);
-        let others = |m: &ShardRef| *m != gone && self.nodes[&m.node.0].core.is_some();
+        let others = |m: &ShardRef| *m != gone && self.nodes[&m.node.0].back_at != u64::MAX;
         if !self.map.pgs.iter().all(|pg| pg.members.iter().any(others)) {
             return;
         }
@@ -504,17 +592,50 @@ impl World {
     // --- the metadata plane --------------------------------------------------------------------------
 
     fn heartbeats(&mut self) {
-        let map = Arc::new(self.map.clone());
+        (1..=NODES).for_each(|n| self.heartbeat(n));
+    }
+
+    /// A node says what it wishes, and gets its lease and the map.
+    fn heartbeat(&mut self, n: u32) {
         let until = self.now + LEASE_MS;
-        for n in 1..=NODES {
-            let node = self.nodes.get_mut(&n).expect("known");
-            if node.core.is_none() || node.cut_off {
-                continue;
+        let node = self.nodes.get_mut(&n).expect("known");
+        let Some(core) = node.core.as_ref().filter(|_| !node.cut_off) else { return };
+        let wishes = core.report().wishes;
+        (node.refresh, node.lease_until) = (false, until);
+        let late = if self.calm { 0 } else { self.rng.random_range(0..300) };
+        let due = self.now + late;
+        self.wishes.extend(wishes.in_sync.into_iter().map(|w| (due, true, w)));
+        self.wishes.extend(wishes.unreachable.into_iter().map(|w| (due, false, w)));
+        let map = Arc::new(self.map.clone());
+        self.handle(n, Event::Placement { me: shard(n), map, lease_until_ms: until });
+    }
+
+    fn in_contact(&self, m: &ShardRef) -> bool {
+        let node = &self.nodes[&m.node.0];
+        node.core.is_some() && !node.cut_off
+    }
+
+    /// The last in-sync member in contact is never dropped (R43).
+    fn may_leave(&self, at: usize, gone: ShardRef) -> bool {
+        let e = &self.map.pgs[at];
+        !e.members.contains(&gone) || e.members.iter().any(|m| *m != gone && self.in_contact(m))
+    }
+
+    /// A member leaves by plan.
+    fn planned_drop(&mut self) {
+        let at = self.rng.random_range(0..usize::from(PGS));
+        let e = &self.map.pgs[at];
+        let others: Vec<ShardRef> = e.members.iter().skip(1).chain(&e.syncing).copied().collect();
+        if !others.is_empty() {
+            let gone = others[self.rng.random_range(0..others.len())];
+            if !self.may_leave(at, gone) {
+                return;
             }
-            node.lease_until = until;
-            let event =
-                Event::Placement { me: shard(n), map: Arc::clone(&map), lease_until_ms: until };
-            self.handle(n, event);
+            self.tally.planned_drops += 1;
+            self.change(at, |e| {
+                e.members.retain(|m| *m != gone);
+                e.syncing.retain(|m| *m != gone);
+            });
         }
     }
 
@@ -529,29 +650,23 @@ impl World {
 
     /// What a leader does for its groups: wishes, fail-over, new members.
     fn meta_step(&mut self) {
-        let mut wishes = Wishes::default();
-        for node in self.nodes.values().filter(|n| !n.cut_off) {
-            if let Some(core) = &node.core {
-                let w = core.report().wishes;
-                wishes.in_sync.extend(w.in_sync);
-                wishes.unreachable.extend(w.unreachable);
-            }
-        }
-        for Wish { pg, epoch, member } in wishes.in_sync {
+        let now = self.now;
+        let (due, later) = std::mem::take(&mut self.wishes).into_iter().partition(|w| w.0 <= now);
+        self.wishes = later;
+        let due: Vec<(u64, bool, Wish)> = due;
+        for (_, in_sync, Wish { pg, epoch, member }) in due {
             let at = usize::from(pg.0);
-            if self.map.pgs[at].epoch == epoch && self.map.pgs[at].syncing.contains(&member) {
-                self.tally.joined += 1;
+            let entry = &self.map.pgs[at];
+            if entry.epoch != epoch {
+                self.tally.void_wishes += 1;
+            } else if in_sync && entry.syncing.contains(&member) {
+                self.tally.joins += 1;
                 self.change(at, |e| {
                     e.syncing.retain(|m| *m != member);
                     e.members.push(member);
                 });
-            }
-        }
-        for Wish { pg, epoch, member } in wishes.unreachable {
-            let at = usize::from(pg.0);
-            let entry = &self.map.pgs[at];
-            if entry.epoch == epoch && entry.primary() != Some(member) {
-                self.tally.dropped += 1;
+            } else if !in_sync && entry.primary() != Some(member) && self.may_leave(at, member) {
+                self.tally.drops += 1;
                 self.change(at, |e| {
                     e.members.retain(|m| *m != member);
                     e.syncing.retain(|m| *m != member);
@@ -563,18 +678,14 @@ impl World {
             let Some(primary) = entry.primary() else { continue };
             let lapsed = self.nodes[&primary.node.0].lease_until + DRIFT_MS < self.now;
             if lapsed && entry.members.len() > 1 {
-                self.tally.takeovers += 1;
-                let version = MapVersion(self.map.version.0 + 1);
-                self.change(at, |e| {
-                    e.members.remove(0);
-                    e.since_map_version = version;
-                });
+                self.take_over(at);
             } else if entry.members.len() + entry.syncing.len() < 2 || self.rng.random_bool(0.02) {
                 let free = (1..=NODES).map(shard).find(|s| {
                     let up = self.nodes[&s.node.0].core.is_some();
                     up && !entry.members.contains(s) && !entry.syncing.contains(s)
                 });
                 if let Some(s) = free {
+                    self.tally.adds += 1;
                     self.change(at, |e| e.syncing.push(s));
                 }
             }
@@ -595,7 +706,7 @@ impl World {
                 // The leader drops a node whose store is gone from where it is no primary.
                 for at in 0..usize::from(PGS) {
                     let e = &self.map.pgs[at];
-                    if e.primary() != Some(shard(n)) && counts(e) {
+                    if e.primary() != Some(shard(n)) && counts(e) && self.may_leave(at, shard(n)) {
                         self.change(at, |e| {
                             e.members.retain(|m| *m != shard(n));
                             e.syncing.retain(|m| *m != shard(n));
@@ -604,6 +715,30 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Another in-sync member in contact becomes the primary (R44).
+    fn take_over(&mut self, at: usize) {
+        let e = &self.map.pgs[at];
+        let alive: Vec<usize> =
+            (1..e.members.len()).filter(|i| self.in_contact(&e.members[*i])).collect();
+        if alive.is_empty() {
+            return;
+        }
+        self.tally.takeovers += 1;
+        let next = alive[self.rng.random_range(0..alive.len())];
+        let stays =
+            self.nodes[&e.members[0].node.0].back_at != u64::MAX && self.rng.random_bool(0.3);
+        self.tally.demoted_in_sync += u64::from(stays);
+        let version = MapVersion(self.map.version.0 + 1);
+        self.change(at, |e| {
+            let new = e.members.remove(next);
+            let old = std::mem::replace(&mut e.members[0], new);
+            if stays {
+                e.members.push(old);
+            }
+            e.since_map_version = version;
+        });
     }
 
     // --- requests -------------------------------------------------------------------------------------
@@ -645,6 +780,7 @@ impl World {
                 n.back_at = 0;
             }
         }
+        self.late.clear();
         self.settle("after healing");
         self.check_all("after healing");
         // The other members have to be able to go on alone.

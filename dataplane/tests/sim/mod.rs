@@ -85,7 +85,7 @@ impl Buffers<Slot> for Memory {
         let (pool, max) = match purpose {
             Purpose::Reply => (&self.clients, self.max),
             Purpose::Edge | Purpose::Fill => (&self.background, self.max),
-            Purpose::Flush => (&self.flush, isize::MAX),
+            Purpose::Flush | Purpose::Copy => (&self.flush, isize::MAX),
         };
         let out = pool.load(Ordering::Relaxed);
         let fits = out == 0 || out.saturating_add(bytes as isize) <= max;

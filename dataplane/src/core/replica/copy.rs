@@ -1,17 +1,22 @@
 //! Bringing a member up to date, inside its stream (R46): inode by inode the chunks that only this group's
 //! members hold, each with the writes that were applied to it, then what outlives them.
 //!
-//! One copy at a time per core, one chunk at a time. A scope is *held* while one of its chunks, or its
-//! state, is read and sent: nothing new of it is begun, and what is under way becomes durable first. So
+//! A few copies at a time per core, each one chunk at a time. A scope is *held* while one of its chunks, or
+//! its state, is read and sent: nothing new of it is begun, and what is under way becomes durable first. So
 //! what is sent is exactly what the mutations before it in the stream made, and those after it apply to it.
+//!
+//! Before the copy has come to a chunk the member may hold less or more of it than the primary does, if none of
+//! it was ever acked. So a write to such a chunk isn't sent: it comes with the copy, which comes to that chunk
+//! next. A flush's result, which says what of the *primary's* data is in S3, waits until all of its inode was
+//! copied. Other mutations go to all members at once.
 
 use super::lead::{Payload, What};
 use crate::core::{Buffer, Command, Pending, Purpose, ShardCore};
 use ebb_dataplane_protocol::control::WindowEntry;
-use ebb_dataplane_protocol::replica::{STAGE_BLOCKS_MAX, Ship};
+use ebb_dataplane_protocol::replica::{CHUNKS_NAMED_MAX, STAGE_BLOCKS_MAX, Ship};
 use ebb_dataplane_protocol::{ChunkIndex, InodeId, PgId, ShardRef, crc32c};
 use ebb_store::{BLOCK, ChunkCopy, Scope, Ticket, WINDOW_PAGE};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -19,6 +24,9 @@ use std::sync::Arc;
 const LOOK: usize = 4096;
 /// Requests of a copy without an answer; the next piece waits for them.
 const AHEAD_MAX: usize = 16;
+/// Copies to members that count, and to others, at once: those that count don't wait for the others.
+const COPIES_MAX: usize = 4;
+const SYNCING_COPIES_MAX: usize = 2;
 /// Before a group with damaged blocks is copied again.
 const DAMAGED_AGAIN_MS: u64 = 5_000;
 
@@ -30,6 +38,7 @@ pub(crate) struct Copying<B> {
     /// Everything appended before the stream began has to be durable first.
     barrier: Option<Ticket>,
     at: At,
+    walk: Walk,
     /// Applied writes of the group by chunk: what was known when the copy began, and what came since.
     windows: Option<Windows>,
     since: Vec<WindowEntry>,
@@ -38,31 +47,41 @@ pub(crate) struct Copying<B> {
     chunk: Option<ChunkJob<B>>,
     /// Its stream is over: it ends when its reads have come back.
     over: bool,
+    /// Inodes that it is past.
+    done: BTreeSet<Scope>,
+    /// Somebody waits for these.
+    wanted: BTreeSet<Scope>,
+    /// Chunks that come first among those of their inode.
+    first: BTreeSet<(InodeId, ChunkIndex)>,
 }
 
 type Windows = BTreeMap<(InodeId, ChunkIndex), Vec<WindowEntry>>;
 
 enum At {
     Windows,
-    Scopes {
-        from: Option<Scope>,
-        found: VecDeque<Scope>,
-        more: bool,
-    },
-    Scope {
-        scope: Scope,
-        chunks: Option<VecDeque<ChunkIndex>>,
-        rest: VecDeque<Scope>,
-        next: Option<Scope>,
-        more: bool,
-    },
+    /// Between two scopes.
+    Scopes,
+    /// The chunks that are left of a scope, once they are known.
+    Scope(Scope, Option<VecDeque<ChunkIndex>>),
     End,
 }
 
-/// A chunk that is being read: one device read per run of blocks.
+/// The walk over the group's scopes.
+struct Walk {
+    from: Option<Scope>,
+    found: VecDeque<Scope>,
+    more: bool,
+}
+
+/// A chunk that is being read: one device read per run of blocks, in order, as buffers are free.
 struct ChunkJob<B> {
+    chunk: ChunkIndex,
     copy: ChunkCopy,
-    pieces: Vec<PieceRead<B>>,
+    /// Runs of blocks that are not asked for yet.
+    todo: VecDeque<Range<usize>>,
+    pieces: VecDeque<PieceRead<B>>,
+    /// Number of the first piece in the list.
+    first: usize,
     outstanding: usize,
 }
 
@@ -80,33 +99,77 @@ impl<B> Copying<B> {
             None => self.since.push(e),
         }
     }
+
+    pub(crate) fn is_of(&self, stream: u64) -> bool {
+        self.stream == stream
+    }
+
+    /// Whether all of an inode, or this chunk of it, was copied in this stream.
+    pub(crate) fn is_past(&self, stream: u64, scope: Scope, chunk: Option<ChunkIndex>) -> bool {
+        if self.stream != stream {
+            return false;
+        }
+        let passed = |at: &At| match (at, chunk) {
+            (At::Scope(now, Some(todo)), Some(chunk)) => {
+                let reads = self.chunk.as_ref().is_some_and(|job| job.chunk == chunk);
+                *now == scope && !reads && !todo.contains(&chunk)
+            }
+            _ => false,
+        };
+        self.done.contains(&scope) || passed(&self.at)
+    }
+
+    /// Somebody waits for an inode, or a chunk of it, to be copied.
+    pub(crate) fn want(&mut self, inode: InodeId, chunk: Option<ChunkIndex>) {
+        let scope = Scope { inode, pg: self.pg };
+        if !self.done.contains(&scope) {
+            self.wanted.insert(scope);
+            self.first.extend(chunk.map(|chunk| (inode, chunk)));
+        }
+    }
+
+    /// What was applied to the chunks of an inode that hold nothing unflushed.
+    fn entries_of_others(&mut self, scope: Scope, holding: &[ChunkIndex]) -> Vec<WindowEntry> {
+        let all = (scope.inode, ChunkIndex(0))..=(scope.inode, ChunkIndex(u32::MAX));
+        let Some(windows) = &mut self.windows else { return Vec::new() };
+        let keys = windows.range(all).map(|(key, _)| *key);
+        let keys: Vec<_> = keys.filter(|key| holding.binary_search(&key.1).is_err()).collect();
+        keys.into_iter().filter_map(|key| windows.remove(&key)).flatten().collect()
+    }
 }
 
 impl<B: Buffer> ShardCore<B> {
-    /// Whether new work on a scope has to wait for a copy.
+    /// Whether new work on a scope has to wait: for a copy, or, where this core has just taken the group over,
+    /// for what its last primary's stream appended. The store knows no order among that and this core's own
+    /// writes before it is durable, and would merge blocks with what was there before.
     pub(crate) fn is_held(&self, scope: Scope) -> bool {
-        self.replication.copying.as_ref().is_some_and(|c| c.held == Some(scope))
+        let appended = self.replication.last.get(&scope.pg);
+        appended.is_some_and(|last| !self.store.is_durable(*last))
+            || self.replication.copies.iter().any(|c| c.held == Some(scope))
     }
 
     /// A member or a whole group is none of ours any more.
     pub(crate) fn abandon_copy(&mut self, pg: PgId, member: Option<ShardRef>) {
-        if let Some(c) = &mut self.replication.copying
-            && c.pg == pg
-            && member.is_none_or(|m| m == c.member)
-        {
-            c.over = true;
-            c.held = None;
-            self.retry_waiting = true;
+        for c in &mut self.replication.copies {
+            if c.pg == pg && member.is_none_or(|m| m == c.member) {
+                c.over = true;
+                c.held = None;
+                self.retry_waiting = true;
+            }
         }
     }
 
-    /// Moves the copy on, or begins the next one.
+    /// Moves the copies on, and begins those that are due.
     pub(crate) fn drive_copies(&mut self) {
         self.open_streams();
-        if self.replication.copying.is_none() {
-            self.next_copy();
+        self.next_copies();
+        for _ in 0..self.replication.copies.len() {
+            let c = self.replication.copies.remove(0);
+            self.drive_copy(c);
         }
-        let Some(mut c) = self.replication.copying.take() else { return };
+    }
+
+    fn drive_copy(&mut self, mut c: Copying<B>) {
         let over = c.over || !self.stream_lives(&c);
         if over {
             c.held = None;
@@ -119,14 +182,14 @@ impl<B: Buffer> ShardCore<B> {
                 return;
             }
             c.over = true;
-            self.replication.copying = Some(c);
+            self.replication.copies.push(c);
             return;
         }
         let ended = self.step_copy(&mut c);
         if ended {
             self.retry_waiting = true;
         } else {
-            self.replication.copying = Some(c);
+            self.replication.copies.push(c);
         }
     }
 
@@ -139,30 +202,45 @@ impl<B: Buffer> ShardCore<B> {
             .is_some_and(|s| s.id == c.stream)
     }
 
-    fn next_copy(&mut self) {
+    fn next_copies(&mut self) {
+        if self.replication.copies.len() >= COPIES_MAX {
+            return;
+        }
         let mut due: Vec<(bool, PgId, ShardRef, u64, Option<Ticket>)> = Vec::new();
         for (pg, lead) in &self.replication.leads {
             for (shard, m) in &lead.members {
-                if let Some(s) = m.stream.as_ref().filter(|s| !s.whole && !s.copied) {
+                let runs = |s: &super::lead::Stream<B>| {
+                    self.replication.copies.iter().any(|c| c.stream == s.id)
+                };
+                if let Some(s) = m.stream.as_ref().filter(|s| s.begun && !s.copied && !runs(s)) {
                     due.push((!m.in_sync, *pg, *shard, s.id, lead.last));
                 }
             }
         }
-        // Those that count first: writes may be waiting for them.
+        // Those that count first: somebody may be waiting for them.
         due.sort_unstable();
-        let Some((_, pg, member, stream, barrier)) = due.into_iter().next() else { return };
-        self.replication.copying = Some(Copying {
-            pg,
-            member,
-            stream,
-            barrier,
-            at: At::Windows,
-            windows: None,
-            since: Vec::new(),
-            held: None,
-            chunk: None,
-            over: false,
-        });
+        for (syncing, pg, member, stream, barrier) in due {
+            let most = if syncing { SYNCING_COPIES_MAX } else { COPIES_MAX };
+            if self.replication.copies.len() >= most {
+                return;
+            }
+            self.replication.copies.push(Copying {
+                pg,
+                member,
+                stream,
+                barrier,
+                at: At::Windows,
+                walk: Walk { from: None, found: VecDeque::new(), more: true },
+                windows: None,
+                since: Vec::new(),
+                held: None,
+                chunk: None,
+                over: false,
+                done: BTreeSet::new(),
+                wanted: BTreeSet::new(),
+                first: BTreeSet::new(),
+            });
+        }
     }
 
     fn copy_send(&mut self, c: &Copying<B>, what: What, ship: Ship, payload: Payload<B>) {
@@ -194,27 +272,27 @@ impl<B: Buffer> ShardCore<B> {
                     }
                     c.windows = Some(windows);
                     std::mem::take(&mut c.since).into_iter().for_each(|e| c.applied(e));
-                    c.at = At::Scopes { from: None, found: VecDeque::new(), more: true };
+                    c.at = At::Scopes;
                 }
-                At::Scopes { from, found, more } => {
-                    if let Some(scope) = found.pop_front() {
-                        let (rest, next, more) = (std::mem::take(found), *from, *more);
-                        c.at = At::Scope { scope, chunks: None, rest, next, more };
+                At::Scopes => {
+                    let next = c.wanted.pop_first().or_else(|| c.walk.found.pop_front());
+                    if let Some(scope) = next {
+                        if !c.done.contains(&scope) {
+                            c.at = At::Scope(scope, None);
+                        }
                         continue;
                     }
-                    if !*more {
+                    if !c.walk.more {
                         c.at = At::End;
                         continue;
                     }
-                    let (scopes, next) = self.store.scopes_of_group(c.pg, *from, LOOK);
-                    *found = scopes.into();
-                    *more = next.is_some();
-                    *from = next;
-                    if found.is_empty() && *more {
+                    let (scopes, next) = self.store.scopes_of_group(c.pg, c.walk.from, LOOK);
+                    c.walk = Walk { from: next, found: scopes.into(), more: next.is_some() };
+                    if c.walk.found.is_empty() && c.walk.more {
                         return false;
                     }
                 }
-                At::Scope { .. } => {
+                At::Scope(..) => {
                     if !self.step_scope(c) {
                         return false;
                     }
@@ -228,9 +306,7 @@ impl<B: Buffer> ShardCore<B> {
                         .flat_map(BTreeMap::into_values)
                         .flatten()
                         .collect();
-                    for page in rest.chunks(WINDOW_PAGE) {
-                        self.copy_send(c, What::Copy, Ship::Windows(page.to_vec()), Vec::new());
-                    }
+                    self.send_entries(c, &rest);
                     let next = self.next_op(c.pg);
                     self.copy_send(c, What::End(next), Ship::End, Vec::new());
                     self.stream_copied(c.pg, c.member);
@@ -245,7 +321,7 @@ impl<B: Buffer> ShardCore<B> {
         if c.chunk.is_some() {
             return self.step_chunk(c);
         }
-        let At::Scope { scope, chunks, rest, next, more } = &mut c.at else { return true };
+        let At::Scope(scope, chunks) = &mut c.at else { return true };
         let scope = *scope;
         c.held = Some(scope);
         if !self.store.is_quiet(scope) {
@@ -254,42 +330,54 @@ impl<B: Buffer> ShardCore<B> {
         let Some(todo) = chunks else {
             let holding = self.store.unflushed_chunks(scope);
             *chunks = Some(holding.clone().into());
-            self.copy_send(c, What::Copy, Ship::Inode(scope.inode, holding), Vec::new());
+            let others = c.entries_of_others(scope, &holding);
+            self.send_entries(c, &others);
+            let mut parts = holding.chunks(CHUNKS_NAMED_MAX).peekable();
+            if parts.peek().is_none() {
+                let none = Ship::Inode(scope.inode, Vec::new(), false);
+                self.copy_send(c, What::Copy, none, Vec::new());
+            }
+            while let Some(part) = parts.next() {
+                let part = Ship::Inode(scope.inode, part.to_vec(), parts.peek().is_some());
+                self.copy_send(c, What::Copy, part, Vec::new());
+            }
             return true;
         };
-        let Some(chunk) = todo.pop_front() else {
-            let (rest, next, more) = (std::mem::take(rest), *next, *more);
+        let first = todo.iter().position(|chunk| c.first.contains(&(scope.inode, *chunk)));
+        let Some(chunk) = todo.remove(first.unwrap_or(0)) else {
             let state = self.store.scope_state(scope);
-            c.at = At::Scopes { from: next, found: rest, more };
+            c.at = At::Scopes;
+            c.done.insert(scope);
             c.held = None;
             self.retry_waiting = true;
-            self.copy_send(c, What::Copy, Ship::Scope(state), Vec::new());
+            c.first.retain(|key| key.0 != scope.inode);
+            let what = What::Scope(scope.inode, self.next_op(c.pg));
+            self.copy_send(c, what, Ship::Scope(state), Vec::new());
             return true;
         };
         let copy = self.store.plan_copy(scope.inode, chunk);
-        let pieces = runs_of(&copy.blocks);
-        let mut job = ChunkJob { copy, pieces: Vec::with_capacity(pieces.len()), outstanding: 0 };
-        for blocks in pieces {
-            let bytes = blocks.len() * BLOCK;
-            let Some(buf) = self.buffers.take(bytes, Purpose::Flush) else { continue };
-            let token = self.expect(Pending::CopyRead(c.stream, job.pieces.len()));
-            let offset = job.copy.blocks[blocks.start].0;
-            self.out.push(Command::Read { token, offset, buf, range: 0..bytes });
-            job.outstanding += 1;
-            job.pieces.push(PieceRead { blocks, buf: None });
-        }
-        c.chunk = Some(job);
+        let todo = runs_of(&copy.blocks).into();
+        let pieces = VecDeque::new();
+        c.chunk = Some(ChunkJob { chunk, copy, todo, pieces, first: 0, outstanding: 0 });
         self.step_chunk(c)
+    }
+
+    /// Entries go before what goes with them.
+    fn send_entries(&mut self, c: &Copying<B>, entries: &[WindowEntry]) {
+        for page in entries.chunks(WINDOW_PAGE) {
+            self.copy_send(c, What::Copy, Ship::Windows(page.to_vec()), Vec::new());
+        }
     }
 
     /// A run of blocks was read.
     pub(crate) fn copy_read(&mut self, stream: u64, piece: usize, buf: B, ok: bool) {
-        let Some(c) = self.replication.copying.as_mut().filter(|c| c.stream == stream) else {
+        let Some(c) = self.replication.copies.iter_mut().find(|c| c.stream == stream) else {
             debug_assert!(false, "a copy waits for its reads");
             return;
         };
         let Some(job) = c.chunk.as_mut() else { return };
         job.outstanding -= 1;
+        let piece = piece - job.first;
         let blocks = &job.copy.blocks[job.pieces[piece].blocks.clone()];
         let sound = |(block, (_, crc)): (&[u8], &(u64, u32))| crc32c(block) == *crc;
         if ok && buf.bytes().chunks(BLOCK).zip(blocks).all(sound) {
@@ -302,31 +390,60 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
-    /// Sends a chunk that was read. `false`: it isn't yet, or others have a turn first.
+    /// Reads and sends a chunk. `false`: something has to happen first, or others have a turn.
     fn step_chunk(&mut self, c: &mut Copying<B>) -> bool {
-        if c.chunk.as_ref().is_none_or(|job| job.outstanding > 0) {
+        let Some(scope) = c.held else { return false };
+        let Some(job) = c.chunk.as_mut() else { return false };
+        // What was read leaves before more is: a chunk needs no more buffers than there are.
+        while let Some(blocks) = job.todo.front() {
+            let bytes = blocks.len() * BLOCK;
+            let Some(buf) = self.buffers.take(bytes, Purpose::Copy) else { break };
+            let Some(blocks) = job.todo.pop_front() else { break };
+            let piece = job.first + job.pieces.len();
+            self.last_id += 1;
+            let token = crate::core::Token(self.last_id);
+            self.pending.insert(token, Pending::CopyRead(c.stream, piece));
+            let offset = job.copy.blocks[blocks.start].0;
+            self.out.push(Command::Read { token, offset, buf, range: 0..bytes });
+            job.outstanding += 1;
+            job.pieces.push_back(PieceRead { blocks, buf: None });
+        }
+        if job.outstanding > 0 {
             return false;
         }
-        let (Some(job), Some(scope)) = (c.chunk.take(), c.held) else { return false };
-        let chunk = job.copy.lists.first().map(|l| l.chunk);
-        self.store.release(job.copy.guard);
-        let mut part: (Vec<u32>, Payload<B>) = (Vec::new(), Vec::new());
-        for piece in job.pieces {
+        let chunk = job.chunk;
+        let mut parts: Vec<(Vec<u32>, Payload<B>)> = vec![(Vec::new(), Vec::new())];
+        job.first += job.pieces.len();
+        for piece in std::mem::take(&mut job.pieces) {
             let Some(buf) = piece.buf else { return false };
-            if part.0.len() + piece.blocks.len() > STAGE_BLOCKS_MAX {
-                self.send_stage(c, scope, chunk, std::mem::take(&mut part));
+            if let Some(part) = parts.last()
+                && part.0.len() + piece.blocks.len() > STAGE_BLOCKS_MAX
+            {
+                parts.push((Vec::new(), Vec::new()));
             }
+            let Some(part) = parts.last_mut() else { return false };
             let bytes = piece.blocks.len() * BLOCK;
             part.0.extend(job.copy.blocks[piece.blocks].iter().map(|(_, crc)| *crc));
             part.1.push((buf, 0..bytes));
         }
-        self.send_stage(c, scope, chunk, part);
-        for mut list in job.copy.lists {
+        let all = job.todo.is_empty();
+        for part in parts {
+            self.send_stage(c, scope, chunk, part);
+        }
+        if !all {
+            return false;
+        }
+        let Some(job) = c.chunk.take() else { return false };
+        self.store.release(job.copy.guard);
+        for list in job.copy.lists {
+            let mut what = What::Copy;
             if list.last {
+                what = What::Chunk(list.inode, list.chunk, self.next_op(c.pg));
                 let key = (list.inode, list.chunk);
-                list.windows = c.windows.as_mut().and_then(|w| w.remove(&key)).unwrap_or_default();
+                let entries = c.windows.as_mut().and_then(|w| w.remove(&key));
+                self.send_entries(c, &entries.unwrap_or_default());
             }
-            self.copy_send(c, What::Copy, Ship::Chunk(list), Vec::new());
+            self.copy_send(c, what, Ship::Chunk(list), Vec::new());
         }
         // Writes that waited have a turn before the next chunk.
         c.held = None;
@@ -338,10 +455,13 @@ impl<B: Buffer> ShardCore<B> {
         &mut self,
         c: &Copying<B>,
         scope: Scope,
-        chunk: Option<ChunkIndex>,
+        chunk: ChunkIndex,
         (crcs, payload): (Vec<u32>, Payload<B>),
     ) {
-        let Some(chunk) = chunk.filter(|_| !crcs.is_empty()) else { return };
+        if crcs.is_empty() {
+            return;
+        }
+        self.stats.copied_bytes += (crcs.len() * BLOCK) as u64;
         let stage = Ship::Stage { inode: scope.inode, chunk, crcs };
         self.copy_send(c, What::Copy, stage, payload);
     }

@@ -5,27 +5,34 @@
 
 use super::Told;
 use crate::core::placement::Refusal;
-use crate::core::{Buffer, Command, Owed, PATIENCE_MS, PeerInfo, Pending, ShardCore, Waiter};
+use crate::core::{
+    Buffer, Command, ConnRef, Owed, PATIENCE_MS, PeerInfo, Pending, ShardCore, Waiter,
+};
+use ebb_dataplane_protocol::control::WindowEntry;
 use ebb_dataplane_protocol::replica::{
     CopiedExtent, STAGE_BLOCKS_MAX, Ship, Shipped, ShippedWrite,
 };
 use ebb_dataplane_protocol::{
-    Generation, InodeId, MapVersion, PgEpoch, PgId, ShardRef, Status, codec, crc32c,
+    ChunkIndex, Generation, InodeId, MapVersion, PgEpoch, PgId, ShardRef, Status, codec, crc32c,
 };
 use ebb_store::{
-    BLOCK, BaseView, ControlError, Scope, Staged, Ticket, ViewUpdate, WriteError, WriteOp,
-    WritePlan,
+    BLOCK, BaseView, ControlError, Scope, Staged, Ticket, ViewUpdate, WINDOW_PAGE, WriteError,
+    WriteOp, WritePlan,
 };
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 /// Mutations of one group that wait to be appended; the primary keeps fewer in flight.
 const QUEUE_MAX: usize = 256;
 
+/// Chunks with entries that a copy may hold in memory.
+const ENTRIES_MAX: usize = 1 << 20;
+
 /// A group this core is a member of, and its primary's stream.
 pub(crate) struct Follow<B> {
     epoch: PgEpoch,
     leader: ShardRef,
+    conn: ConnRef,
     stream: u64,
     next: u64,
     queue: VecDeque<Item<B>>,
@@ -41,11 +48,23 @@ struct Copied {
     stale: BTreeSet<Scope>,
     /// Of those, what the stream's own mutations have changed.
     touched: BTreeSet<Scope>,
+    /// Chunks that the inode it is at was said to have.
+    named: BTreeSet<ChunkIndex>,
+    /// Applied writes by chunk, for the record that they belong into.
+    entries: BTreeMap<(InodeId, ChunkIndex), Vec<WindowEntry>>,
     staged: Vec<Staged>,
     crcs: Vec<u32>,
     pins: Vec<Generation>,
     /// Numbers of the staged blocks that a list was appended over.
     used: BTreeSet<u16>,
+}
+
+impl<B> Follow<B> {
+    /// Whether something of it waits for the store.
+    pub(crate) fn waits(&self) -> bool {
+        self.queue.iter().any(|i| matches!(i.state, State::New))
+            || self.queue.front().is_some_and(|i| i.outstanding == 0)
+    }
 }
 
 /// A request that waits for a map.
@@ -120,6 +139,7 @@ impl<B: Buffer> ShardCore<B> {
             let follow = Follow {
                 epoch,
                 leader,
+                conn: owed.conn,
                 stream: shipped.stream,
                 next: 0,
                 queue: VecDeque::new(),
@@ -132,7 +152,8 @@ impl<B: Buffer> ShardCore<B> {
         let Some(follow) = self.replication.follows.get_mut(&pg) else {
             return self.refuse(owed, stale);
         };
-        if follow.stream != shipped.stream
+        if follow.conn != owed.conn
+            || follow.stream != shipped.stream
             || follow.next != shipped.place
             || follow.leader != leader
             || follow.queue.len() >= QUEUE_MAX
@@ -273,7 +294,10 @@ impl<B: Buffer> ShardCore<B> {
             }
             let Some(mut item) = follow.queue.pop_front() else { return };
             match self.append(pg, &mut item) {
-                Ok(ticket) => self.told(pg, item.owed, ticket),
+                Ok(ticket) => {
+                    self.stats.followed += 1;
+                    self.told(pg, item.owed, ticket);
+                }
                 Err(Some(())) => {
                     // Not now: the next turn tries again.
                     if let Some(follow) = self.replication.follows.get_mut(&pg) {
@@ -360,16 +384,28 @@ impl<B: Buffer> ShardCore<B> {
                 self.copied(pg).ok_or(None)?.stale = here.into_iter().collect();
                 Ok(None)
             }
-            Ship::Inode(inode, chunks) => {
-                let mut last = None;
-                for chunk in self.store.unflushed_chunks(scope(*inode)) {
-                    if !chunks.contains(&chunk) {
-                        last = Some(self.store.copy_nothing(*inode, chunk).map_err(wait)?);
-                    }
-                }
+            Ship::Inode(inode, chunks, more) => {
                 let copy = self.copied(pg).ok_or(None)?;
+                copy.named.extend(chunks);
+                if *more {
+                    return Ok(None);
+                }
+                let named = copy.named.clone();
+                let last = self.drop_unnamed(scope(*inode), &named)?;
+                let copy = self.copied(pg).ok_or(None)?;
+                copy.named.clear();
                 copy.stale.remove(&scope(*inode));
                 Ok(last)
+            }
+            Ship::Windows(entries) if self.copied(pg).is_some() => {
+                let copy = self.copied(pg).ok_or(None)?;
+                if copy.entries.len() + entries.len() > ENTRIES_MAX {
+                    return Err(None);
+                }
+                for e in entries {
+                    copy.entries.entry((e.inode, e.chunk)).or_default().push(*e);
+                }
+                Ok(None)
             }
             Ship::Windows(entries) => self.store.take_windows(pg, epoch, entries).map_err(wait),
             Ship::Stage { crcs, .. } => {
@@ -390,13 +426,16 @@ impl<B: Buffer> ShardCore<B> {
                 let mut pins = copy.pins.clone();
                 pins.extend(list.pin);
                 let left = list.last.then(|| pins.clone());
-                let done = self.store.copy_list(list, &copy.staged, &copy.crcs, left);
+                let key = (list.inode, list.chunk);
+                let entries = copy.entries.get(&key).cloned().unwrap_or_default();
+                let done = self.store.copy_list(list, &copy.staged, &copy.crcs, left, entries);
                 if done.is_ok() {
                     copy.pins = pins;
                     let numbers = |e: &CopiedExtent| e.staged..e.staged + e.blocks;
                     copy.used.extend(list.extents.iter().flat_map(numbers));
                 }
                 if done.is_ok() && list.last {
+                    copy.entries.remove(&key);
                     self.store.staged_done(std::mem::take(&mut copy.staged));
                     copy.crcs.clear();
                     copy.pins.clear();
@@ -436,32 +475,51 @@ impl<B: Buffer> ShardCore<B> {
             ControlError::Wait(_) => Some(()),
             _ => None,
         };
-        let Some(copy) = self.replication.follows.get_mut(&pg).and_then(|f| f.copy.take()) else {
-            return Err(None);
-        };
+        let copy = self.copied(pg).ok_or(None)?;
         // Forgotten there, stale here, and changed since: only another copy can tell.
         if copy.stale.iter().any(|scope| copy.touched.contains(scope)) {
             return Err(None);
         }
+        // Whatever has to wait is begun again: nothing is done twice that was.
         let mut last = None;
-        for scope in &copy.stale {
-            // With what is dropped goes what says that it was applied.
-            let mut gone = || -> Result<Option<Ticket>, ControlError> {
-                let mut last = None;
-                for chunk in self.store.unflushed_chunks(*scope) {
-                    last = Some(self.store.copy_nothing(scope.inode, chunk)?);
-                }
-                Ok(last.max(self.store.drop_inode(*scope)?))
-            };
-            match gone() {
-                Ok(ticket) => last = last.max(ticket),
-                Err(e) => {
-                    if let Some(follow) = self.replication.follows.get_mut(&pg) {
-                        follow.copy = Some(copy);
-                    }
-                    return Err(wait(e));
-                }
+        for scope in copy.stale.clone() {
+            last = last.max(self.drop_unnamed(scope, &BTreeSet::new())?);
+            last = last.max(self.store.drop_inode(scope).map_err(wait)?);
+        }
+        let epoch = self.replication.follows.get(&pg).map(|f| f.epoch).ok_or(None)?;
+        let copy = self.copied(pg).ok_or(None)?;
+        let rest: Vec<WindowEntry> = copy.entries.values().flatten().copied().collect();
+        for page in rest.chunks(WINDOW_PAGE) {
+            last = last.max(self.store.take_windows(pg, epoch, page).map_err(wait)?);
+        }
+        if let Some(follow) = self.replication.follows.get_mut(&pg) {
+            follow.copy = None;
+        }
+        Ok(last)
+    }
+
+    /// What is unflushed of other chunks of an inode than these goes: each chunk in one record with the
+    /// entries that say what was applied to it.
+    fn drop_unnamed(
+        &mut self,
+        scope: Scope,
+        named: &BTreeSet<ChunkIndex>,
+    ) -> Result<Option<Ticket>, Option<()>> {
+        let mut last = None;
+        for chunk in self.store.unflushed_chunks(scope) {
+            if named.contains(&chunk) {
+                continue;
             }
+            let key = (scope.inode, chunk);
+            let copy = self.copied(scope.pg).ok_or(None)?;
+            let entries = copy.entries.get(&key).cloned().unwrap_or_default();
+            let done = self.store.copy_nothing(scope.inode, chunk, entries);
+            let ticket = done.map_err(|e| match e {
+                ControlError::Wait(_) => Some(()),
+                _ => None,
+            })?;
+            self.copied(scope.pg).ok_or(None)?.entries.remove(&key);
+            last = last.max(Some(ticket));
         }
         Ok(last)
     }

@@ -12,7 +12,7 @@ pub(crate) mod follow;
 pub(crate) mod lead;
 
 use super::Owed;
-use ebb_dataplane_protocol::PgId;
+use ebb_dataplane_protocol::{PgId, ShardRef};
 use std::collections::{HashMap, VecDeque};
 
 /// Both sides' state.
@@ -23,8 +23,10 @@ pub(crate) struct Replication<B> {
     pub(crate) early: VecDeque<follow::Early<B>>,
     /// Writes whose stream ended while their data was on its way to the device.
     pub(crate) orphans: Vec<follow::Item<B>>,
-    /// The one copy under way.
-    pub(crate) copying: Option<copy::Copying<B>>,
+    /// Copies under way.
+    pub(crate) copies: Vec<copy::Copying<B>>,
+    /// Requests of streams to other cores without an answer.
+    pub(crate) in_flight: HashMap<ShardRef, usize>,
     /// The newest record of each group that was appended in a role this core no longer has.
     pub(crate) last: HashMap<PgId, ebb_store::Ticket>,
     /// Tickets of mutations that other members have to have as well: group, time of leading it, number.
@@ -38,10 +40,22 @@ impl<B> Default for Replication<B> {
             follows: HashMap::new(),
             early: VecDeque::new(),
             orphans: Vec::new(),
-            copying: None,
+            copies: Vec::new(),
+            in_flight: HashMap::new(),
             last: HashMap::new(),
             shipped: HashMap::new(),
         }
+    }
+}
+
+impl<B> Replication<B> {
+    /// Whether something is to be done that no completion announces.
+    pub(crate) fn has_work(&self) -> bool {
+        let broken = |l: &lead::Lead<B>| l.members.values().any(|m| m.stream.is_none());
+        !self.copies.is_empty()
+            || !self.early.is_empty()
+            || self.follows.values().any(follow::Follow::waits)
+            || self.leads.values().any(broken)
     }
 }
 
