@@ -224,7 +224,7 @@ mod tests {
     fn senseless_values_are_named() {
         let c: NodeConfig = toml::from_str(LEAST).expect("valid");
         let two = || vec!["/dev/a".into(), "/dev/a".into()];
-        let broken: [(&str, NodeConfig); 6] = [
+        let broken: [(&str, NodeConfig); 7] = [
             ("devices", NodeConfig { devices: two(), ..c.clone() }),
             ("devices", NodeConfig { devices: two(), cores: 2, ..c.clone() }),
             ("cores", NodeConfig { cores: 0, ..c.clone() }),

@@ -8,6 +8,7 @@ use crate::clock;
 use crate::core::Report;
 use crate::mover::Mailboxes;
 use crate::reactor_glue::Mail;
+use ebb_dataplane_protocol::replica::{WISHES_MAX, Wishes};
 use ebb_dataplane_protocol::{ClusterMap, CoreId, MapVersion, NodeId, PgId, ShardRef};
 use ebb_metaplane_protocol::{FsError, NodeCall, NodeReply, Request, Response};
 use ebb_ring::SendRefused;
@@ -154,18 +155,24 @@ impl Heartbeat {
         let mut groups = BTreeSet::<PgId>::new();
         let mut stats = Vec::with_capacity(self.reports.len());
         let mut version: Option<MapVersion> = None;
+        let mut wishes = Wishes::default();
         for report in &self.reports {
             let r = report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             stats.push(r.stats);
             groups.extend(&r.dirty_groups);
+            wishes.in_sync.extend(&r.wishes.in_sync);
+            wishes.unreachable.extend(&r.wishes.unreachable);
             version = Some(version.map_or(r.map_version, |v| v.min(r.map_version)));
         }
+        wishes.in_sync.truncate(WISHES_MAX);
+        wishes.unreachable.truncate(WISHES_MAX);
         NodeCall::Heartbeat {
             node: self.node,
             boot: self.who.boot,
             map_version: version.unwrap_or_default(),
             stats,
             dirty_groups: groups.into_iter().collect(),
+            wishes,
         }
     }
 

@@ -370,12 +370,14 @@ fn pin(core: u16, cpu: Option<usize>) {
     }
 }
 
-/// No replication yet: its pool has the least, the others share.
+/// What other members' primaries send, and what is copied to others, has slots of its own: the writes of
+/// clients that wait for another core's ack hold theirs meanwhile, and two cores would wait for each other.
+/// An eighth is enough to keep a device busy with a primary's writes; one slot of each class there is always.
 fn ring_config(arena_bytes: u64) -> ebb_ring::Config {
     ebb_ring::Config {
         arena_bytes: usize::try_from(arena_bytes).unwrap_or(usize::MAX),
         class_percent: [3, 15, 46, 36],
-        pool_percent: [60, 1, 39],
+        pool_percent: [52, 12, 36],
         conns_max: CONNS_MAX,
         ..ebb_ring::Config::default()
     }

@@ -107,7 +107,10 @@ async fn a_sealed_generation_reaches_s3_while_the_next_one_is_written() {
         old_valid_bytes: 0,
     };
     for _ in 0..2 {
-        assert_eq!(meta.control(Control::FlushDone(vec![done])).await, ControlReply::Done);
+        assert_eq!(
+            meta.control(Control::FlushDone(MapVersion(1), vec![done])).await,
+            ControlReply::Done
+        );
     }
     file.view = FileView {
         version: ViewVersion(2),
@@ -240,7 +243,10 @@ async fn an_aborted_flush_keeps_the_dirt_and_a_lost_reply_is_ambiguous() {
     let failed = stored(&meta, vec![put(&file, "g", 16, PutCondition::IfAbsent)]).await;
     assert!(matches!(failed[0], StoreOutcome::Failed(_)), "{failed:?}");
     let aborted = vec![(file.inode, file.generation)];
-    assert_eq!(meta.control(Control::FlushAborted(aborted)).await, ControlReply::Done);
+    assert_eq!(
+        meta.control(Control::FlushAborted(MapVersion(1), aborted)).await,
+        ControlReply::Done
+    );
     assert_eq!(meta.stats().await.pins, 0);
     assert_eq!(
         client.write_status(&file, 0, 0, b"x").await,

@@ -335,7 +335,10 @@ async fn maps_and_epochs_have_to_agree() {
         .await;
     let release = Control::ReleasePg(pg, PgEpoch(3));
     assert!(matches!(meta.control(release.clone()).await, ControlReply::Refused(_)), "dirty");
-    assert_eq!(meta.control(Control::DropInodes(vec![file.inode])).await, ControlReply::Done);
+    assert_eq!(
+        meta.control(Control::DropInodes(client.map_version, vec![file.inode])).await,
+        ControlReply::Done
+    );
     assert_eq!(meta.control(release).await, ControlReply::Done);
     let other = File {
         inode: (2..)

@@ -275,7 +275,10 @@ async fn a_full_device_evicts_clean_data_then_says_no_space() {
     // Evicted data still reads, from S3, uncached.
     assert!(client.read(&cached, 0, 0, 100_000).await == body[..100_000]);
     // Space comes back when the file goes.
-    assert_eq!(meta.control(Control::DropInodes(vec![file.inode])).await, ControlReply::Done);
+    assert_eq!(
+        meta.control(Control::DropInodes(MapVersion(1), vec![file.inode])).await,
+        ControlReply::Done
+    );
     let other = File::new(502);
     assert_eq!(client.present(&other).await, Status::Ok);
     client.write(&other, 0, 0, &pattern(1, 4 << 20)).await;

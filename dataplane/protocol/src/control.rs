@@ -26,16 +26,18 @@ pub enum Control {
     /// Uploads a part by a server-side copy of a clean range. Reply [`ControlReply::Part`].
     CopyPart(CopyPart),
     /// A flush committed (I3): dirty extents of generations ≤ g become clean under the new content,
-    /// clean ones of the old content too, clipped at `valid_bytes`; pins of ≤ g go.
-    /// Reply [`ControlReply::Done`].
-    FlushDone(Vec<FlushDone>),
-    /// A flush was given up: pins of ≤ g go, extents stay dirty (the floor stays). Reply `Done`.
-    FlushAborted(Vec<(InodeId, Generation)>),
+    /// clean ones of the old content too, clipped at `valid_bytes`; pins of ≤ g go. Done in the groups that
+    /// the core leads in this map or a newer one; `Refused` if a group has changed its primary since that
+    /// map: the sender looks again whom to tell. Reply [`ControlReply::Done`].
+    FlushDone(MapVersion, Vec<FlushDone>),
+    /// A flush was given up: pins of ≤ g go, extents stay dirty (the floor stays). The map as in
+    /// [`Control::FlushDone`]. Reply `Done`.
+    FlushAborted(MapVersion, Vec<(InodeId, Generation)>),
     /// Installs newer views: journals their cuts and drops what they cut. The grants are of mode
     /// `Read`. Reply `Done`.
     ApplyViews(Vec<SignedGrant>),
-    /// The inodes are gone: drop everything of them. Reply `Done`.
-    DropInodes(Vec<InodeId>),
+    /// The inodes are gone: drop everything of them. The map as in [`Control::FlushDone`]. Reply `Done`.
+    DropInodes(MapVersion, Vec<InodeId>),
     /// Drops clean chunks: of the inodes, or (empty) of all. Reply `Done`.
     EvictClean(Vec<InodeId>),
     /// Journals Freeze: writes of the group get `Frozen` until the epoch passes on or `Thaw`.
@@ -207,6 +209,10 @@ pub struct WindowEntry {
     pub sequence: Sequence,
     /// The tag it was taken under.
     pub generation: Generation,
+    /// The inode it wrote to.
+    pub inode: InodeId,
+    /// And the chunk: a copy of a group brings an entry with its bytes, never without (R46).
+    pub chunk: ChunkIndex,
 }
 
 /// What a core holds of a placement group.
@@ -273,6 +279,17 @@ pub struct CoreStats {
     pub peer_reads: u64,
     /// Live connections.
     pub connections: u64,
+    /// Members of groups that this core leads and whose copy isn't complete: on their way, or behind since a
+    /// break.
+    pub members_syncing: u64,
+    /// Bytes of copies sent to members.
+    pub copied_bytes: u64,
+    /// Mutations sent to members, and taken from primaries.
+    pub replicated: u64,
+    /// See `replicated`.
+    pub followed: u64,
+    /// Answers that had to wait for another member after they were durable here.
+    pub replication_waits: u64,
     /// Bytes compared with their checksums in the background.
     pub scrubbed_bytes: u64,
     /// Passes over the whole device.

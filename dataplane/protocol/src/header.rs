@@ -53,7 +53,10 @@ pub enum Opcode {
     // --- data ports, metadata plane: bodies are `control::Control` ---------
     /// A [`crate::control::Control`] request; reply [`crate::control::ControlReply`].
     Control = 0x20,
-    // --- data ports, other nodes' cores: 0x30 to 0x3f; 0x30 is kept for replication -----------
+    // --- data ports, other nodes' cores: 0x30 to 0x3f ----------------------
+    /// A mutation of a group, from its primary: body [`crate::replica::Shipped`], payload blocks; the reply
+    /// says that it is durable.
+    Replicate = 0x30,
     /// Reads clean blocks that a group left behind when it moved: body [`crate::data::PeerRead`]; reply
     /// `NotHere`, or one CRC-32C per block and the blocks.
     PeerRead = 0x31,
@@ -75,6 +78,7 @@ impl Opcode {
             0x11 => Self::Read,
             0x12 => Self::Write,
             0x20 => Self::Control,
+            0x30 => Self::Replicate,
             0x31 => Self::PeerRead,
             0x40 => Self::Meta,
             0x41 => Self::Raft,

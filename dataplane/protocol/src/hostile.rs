@@ -280,6 +280,8 @@ fn controls() -> Vec<Vec<u8>> {
         below: Sequence(2),
         sequence: Sequence(3),
         generation,
+        inode,
+        chunk: ChunkIndex(4),
     };
     let done = FlushDone {
         inode,
@@ -293,7 +295,7 @@ fn controls() -> Vec<Vec<u8>> {
     let range = ByteRange { start: 0, end: 10 };
     let calls = [
         Control::Seal(MapVersion(1), vec![SealItem { inode, generation, alloc_limit: 9 }]),
-        Control::FlushDone(vec![done]),
+        Control::FlushDone(MapVersion(1), vec![done]),
         Control::ApplyViews(vec![signed.clone()]),
         Control::TakeWindows(PgId(1), PgEpoch(2), vec![entry]),
         Control::Warm(signed, range),
@@ -315,8 +317,10 @@ fn controls() -> Vec<Vec<u8>> {
         pgs: vec![PgEntry {
             epoch: PgEpoch(1),
             members: vec![shard],
+            syncing: Vec::new(),
             since_map_version: MapVersion(1),
             windows_since: PgEpoch(0),
+            min_in_sync: 0,
             moving: false,
         }],
     };

@@ -16,6 +16,7 @@ pub mod header;
 pub mod hostile;
 pub mod ids;
 pub mod map;
+pub mod replica;
 pub mod status;
 
 pub use checksum::crc32c;

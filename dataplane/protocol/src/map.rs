@@ -96,8 +96,10 @@ pub struct ShardRef {
 pub struct PgEntry {
     /// Grows with every change of the members.
     pub epoch: PgEpoch,
-    /// The replicas in order; the first is the primary. Empty: nobody holds it (scale zero).
+    /// The in-sync replicas in order; the first is the primary. Empty: nobody holds it (scale zero).
     pub members: Vec<ShardRef>,
+    /// Cores on their way to be replicas: they get every mutation, and do not count yet (R47).
+    pub syncing: Vec<ShardRef>,
     /// The map version in which the current primary took over; grants issued under an older one
     /// are refused there.
     pub since_map_version: MapVersion,
@@ -106,6 +108,8 @@ pub struct PgEntry {
     /// The epoch in which the group last got a holder that was not told its windows (PROTOCOL R24, R27):
     /// a write sent in an older one, and never answered, may have been applied, and nobody knows.
     pub windows_since: PgEpoch,
+    /// With fewer in-sync members than this, writes are refused with `Busy` (R42). 0 and 1 ask for nothing.
+    pub min_in_sync: u8,
 }
 
 impl PgEntry {
@@ -169,7 +173,7 @@ impl ClusterMap {
             .iter()
             .take(usize::from(u16::MAX))
             .enumerate()
-            .filter(move |(_, pg)| pg.members.iter().any(|m| m.node == node))
+            .filter(move |(_, pg)| pg.members.iter().chain(&pg.syncing).any(|m| m.node == node))
             .map(|(i, pg)| (PgId(i as u16), pg))
     }
 }

@@ -12,6 +12,7 @@ use super::{Buffer, Command, Owed, PATIENCE_MS, PeerInfo, RETRY_BUSY_MS, ShardCo
 use ebb_dataplane_protocol::control::{
     BATCH_MAX, Control, ControlReply, FlushDone, SealItem, SealedItem, WindowEntry,
 };
+use ebb_dataplane_protocol::replica::Ship;
 use ebb_dataplane_protocol::{
     FileView, Generation, Grant, InodeId, MapVersion, PgEpoch, PgId, SignedGrant, Status, codec,
 };
@@ -41,6 +42,47 @@ pub(crate) enum Step {
     DiscardPg(PgId, PgEpoch),
 }
 
+impl Step {
+    /// Whose it is.
+    fn scope(&self) -> Option<Scope> {
+        match self {
+            Step::Seal(scope, _) | Step::FlushAborted(scope, _) | Step::Drop(scope) => Some(*scope),
+            Step::FlushDone(pg, done) => Some(Scope { inode: done.inode, pg: *pg }),
+            Step::View(update) => Some(update.scope),
+            _ => None,
+        }
+    }
+
+    /// What the other members of its group are told.
+    fn ship(&self) -> Option<(PgId, Ship)> {
+        Some(match self {
+            Step::Seal(scope, g) => (scope.pg, Ship::Seal(scope.inode, *g)),
+            Step::FlushDone(pg, done) => (*pg, Ship::FlushDone(*done)),
+            Step::FlushAborted(scope, g) => (scope.pg, Ship::FlushAborted(scope.inode, *g)),
+            Step::View(u) => {
+                let view = Ship::View {
+                    inode: u.scope.inode,
+                    version: u.version,
+                    content: u.base.content,
+                    valid_bytes: u.base.valid_bytes,
+                    cuts: u.cuts.clone(),
+                };
+                (u.scope.pg, view)
+            }
+            Step::Drop(scope) => (scope.pg, Ship::Drop(scope.inode)),
+            Step::TakeWindows(pg, _, entries) => (*pg, Ship::Windows(entries.clone())),
+            Step::Freeze(pg, epoch) => (*pg, Ship::Freeze(*epoch)),
+            Step::Thaw(pg, epoch) => (*pg, Ship::Thaw(*epoch)),
+            Step::Install(..)
+            | Step::Forget(_)
+            | Step::EvictClean(_)
+            // Who gives a group away has no others to tell: they are told by the map.
+            | Step::ReleasePg(..)
+            | Step::DiscardPg(..) => return None,
+        })
+    }
+}
+
 /// What the answer is made of.
 #[derive(Debug)]
 pub(crate) enum Finish {
@@ -60,6 +102,8 @@ pub(crate) struct ControlTask {
     finish: Finish,
     /// Every ticket is durable.
     durable: bool,
+    /// Mutations of groups up to these have to be everywhere before the answer (R42).
+    barriers: Vec<(PgId, u64)>,
 }
 
 /// A request that waits for a newer map.
@@ -81,20 +125,39 @@ impl<B: Buffer> ShardCore<B> {
         let count = match &control {
             Control::Seal(_, v) => v.len(),
             Control::PutObjects(v) => v.len(),
-            Control::FlushDone(v) => v.len(),
-            Control::FlushAborted(v) => v.len(),
+            Control::FlushDone(_, v) => v.len(),
+            Control::FlushAborted(_, v) => v.len(),
             Control::ApplyViews(v) => v.len(),
-            Control::DropInodes(v) | Control::EvictClean(v) => v.len(),
+            Control::DropInodes(_, v) | Control::EvictClean(v) => v.len(),
             _ => 1,
         };
         if count > BATCH_MAX {
             return self.refuse(owed, Refusal::of(Status::BadRequest));
         }
+        let map_version = match &control {
+            Control::Seal(v, _)
+            | Control::FlushDone(v, _)
+            | Control::FlushAborted(v, _)
+            | Control::DropInodes(v, _) => *v,
+            _ => MapVersion(0),
+        };
+        if self.placement.version() < map_version {
+            return self.await_map(map_version, owed, None, body);
+        }
+        let names_a_map = matches!(
+            control,
+            Control::Seal(..)
+                | Control::FlushDone(..)
+                | Control::FlushAborted(..)
+                | Control::DropInodes(..)
+        );
+        if names_a_map && self.placement.led_anew_since(map_version) {
+            // It may mean a group that another core leads by now, which it would hold for told.
+            let text = "a group has changed its primary since that map".to_owned();
+            return self.control_reply(owed, &ControlReply::Refused(text));
+        }
         match control {
-            Control::Seal(map_version, items) => {
-                if self.placement.version() < map_version {
-                    return self.await_map(map_version, owed, None, body);
-                }
+            Control::Seal(_, items) => {
                 let mut steps = Vec::with_capacity(items.len());
                 for item in &items {
                     let scopes = self.scopes_below(item.inode, item.alloc_limit);
@@ -105,26 +168,28 @@ impl<B: Buffer> ShardCore<B> {
             Control::PutObjects(items) => self.put_objects(PutTask::new(owed, items)),
             Control::UploadPart(part) => self.upload_part(owed, part),
             Control::CopyPart(part) => self.copy_part(owed, part),
-            Control::FlushDone(items) => {
+            Control::FlushDone(_, items) => {
                 let steps = items.into_iter().flat_map(|done| {
-                    let scopes = self.store.scopes(done.inode);
+                    let scopes = self.own_scopes(done.inode);
                     scopes.into_iter().map(move |s| Step::FlushDone(s.pg, done))
                 });
                 let steps = steps.collect();
                 self.run_control(owed, steps, Finish::Done);
             }
-            Control::FlushAborted(items) => {
+            Control::FlushAborted(_, items) => {
                 let steps = items.into_iter().flat_map(|(inode, g)| {
-                    let scopes = self.store.scopes(inode);
+                    let scopes = self.own_scopes(inode);
                     scopes.into_iter().map(move |s| Step::FlushAborted(s, g))
                 });
                 let steps = steps.collect();
                 self.run_control(owed, steps, Finish::Done);
             }
             Control::ApplyViews(grants) => self.apply_views(owed, &grants, body),
-            Control::DropInodes(inodes) => {
+            Control::DropInodes(_, inodes) => {
                 let steps = inodes.into_iter().flat_map(|inode| {
-                    let scopes = self.store.scopes(inode).into_iter().map(Step::Drop);
+                    let scopes = self.store.scopes(inode).into_iter();
+                    let scopes = scopes.filter(|s| self.placement.followed(s.pg).is_none());
+                    let scopes = scopes.map(Step::Drop);
                     std::iter::once(Step::Forget(inode)).chain(scopes)
                 });
                 let steps = steps.collect();
@@ -208,7 +273,15 @@ impl<B: Buffer> ShardCore<B> {
 
     pub(crate) fn run_control(&mut self, owed: Owed, steps: Vec<Step>, finish: Finish) {
         let id = ControlId(self.next_id());
-        let task = ControlTask { owed, steps, next: 0, ticket: None, finish, durable: true };
+        let task = ControlTask {
+            owed,
+            steps,
+            next: 0,
+            ticket: None,
+            finish,
+            durable: true,
+            barriers: Vec::new(),
+        };
         self.controls.insert(id, task);
         self.run_steps(id);
     }
@@ -226,8 +299,21 @@ impl<B: Buffer> ShardCore<B> {
                 self.step_taken(id, None);
                 continue;
             }
+            if step.scope().is_some_and(|scope| self.is_held(scope)) {
+                self.parked_controls.push_back(id);
+                return;
+            }
+            if let Step::FlushDone(pg, done) = &step
+                && self.awaits_copies(Scope { inode: done.inode, pg: *pg })
+            {
+                self.parked_controls.push_back(id);
+                return;
+            }
             match self.take_step(&step) {
-                Ok(ticket) => self.step_taken(id, ticket),
+                Ok(ticket) => {
+                    self.ship_step(id, &step, ticket);
+                    self.step_taken(id, ticket);
+                }
                 Err(ControlError::Wait(wait)) => {
                     debug_assert!(waits_for_batch(wait));
                     self.parked_controls.push_back(id);
@@ -269,6 +355,10 @@ impl<B: Buffer> ShardCore<B> {
     fn await_ticket(&mut self, id: ControlId) {
         let Some(task) = self.controls.get_mut(&id) else { return };
         match task.ticket {
+            // It may have become so while a later step was parked.
+            Some(ticket) if !task.durable && self.store.is_durable(ticket) => {
+                self.control_durable(id);
+            }
             Some(ticket) if !task.durable => self.wait_ticket(ticket, Waiter::Control(id)),
             _ => self.finish_control(id),
         }
@@ -319,7 +409,33 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
+    /// The other members of its group get a step that was taken.
+    fn ship_step(&mut self, id: ControlId, step: &Step, ticket: Option<Ticket>) {
+        let Some((pg, ship)) = step.ship() else { return };
+        if let Some(ticket) = ticket.filter(|_| self.leads(pg)) {
+            self.ship(pg, ticket, ship, Vec::new());
+        }
+        // Also where nothing was to do any more: the first time may not be everywhere yet.
+        if let (Some(barrier), Some(task)) = (self.op_barrier(pg), self.controls.get_mut(&id)) {
+            task.barriers.retain(|b| b.0 != pg);
+            task.barriers.push((pg, barrier));
+        }
+    }
+
+    /// Gives a task up.
+    pub(crate) fn refuse_control(&mut self, id: ControlId, refusal: Refusal) {
+        if let Some(task) = self.controls.remove(&id) {
+            self.refuse(task.owed, refusal);
+        }
+    }
+
     fn finish_control(&mut self, id: ControlId) {
+        if let Some(task) = self.controls.get(&id) {
+            let open = |b: &(PgId, u64)| Some((b.0, self.open_op_below(b.0, b.1)?));
+            if let Some((pg, number)) = task.barriers.iter().find_map(open) {
+                return self.wait_op(pg, number, vec![Waiter::Control(id)]);
+            }
+        }
         let Some(task) = self.controls.remove(&id) else { return };
         debug_assert!(task.next == task.steps.len());
         match task.finish {
@@ -336,10 +452,19 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
+    /// What is known here of an inode in the groups that this core leads. What happens in a group that it only
+    /// follows comes in its primary's stream, in its order (R41); what is left of a group that it is out
+    /// of says nothing: a flush's result would make clean what others have overwritten.
+    pub(crate) fn own_scopes(&self, inode: InodeId) -> Vec<Scope> {
+        let mut scopes = self.store.scopes(inode);
+        scopes.retain(|s| self.placement.own_epoch(s.pg).is_some());
+        scopes
+    }
+
     /// Where a fence of an inode has to be journaled: every group held here in which something below
     /// `limit` may come, and those of which something is known.
     pub(crate) fn scopes_below(&self, inode: InodeId, limit: u64) -> Vec<Scope> {
-        let mut scopes = self.store.scopes(inode);
+        let mut scopes = self.own_scopes(inode);
         let held = self.placement.groups_below(inode, limit);
         scopes.extend(held.into_iter().map(|pg| Scope { inode, pg }));
         scopes.sort_unstable();
@@ -387,7 +512,7 @@ impl<B: Buffer> ShardCore<B> {
 
     fn sealed_item(&self, item: &SealItem) -> SealedItem {
         // The seal may be gone again: the leader repeated it after FlushDone. Then nothing is dirty.
-        let scopes = self.store.scopes(item.inode).into_iter();
+        let scopes = self.own_scopes(item.inode).into_iter();
         let (mut extents, mut high_water) = (Vec::new(), 0);
         for sealed in scopes.filter_map(|scope| self.store.sealed(scope, item.generation)) {
             extents.extend(sealed.extents);

@@ -57,6 +57,8 @@ pub enum Purpose {
     Fill,
     /// Bodies on their way to S3. Bounded by the core's own count of bytes.
     Flush,
+    /// Blocks on their way to another member of a group.
+    Copy,
 }
 
 /// Where buffers come from. `None`: none free now; ask again later.

@@ -60,12 +60,13 @@ pub(crate) struct Grants {
     /// The keys of `held` in order: a Drop notice names inodes.
     by_inode: BTreeSet<(InodeId, SessionId)>,
     views: Lru<InodeId, Arc<FileView>>,
+    views_max: usize,
 }
 
 impl Grants {
     pub(crate) fn new(grants_max: usize, views_max: usize) -> Self {
         let (held, views) = (Lru::new(grants_max), Lru::new(views_max));
-        Self { held, by_inode: BTreeSet::new(), views }
+        Self { held, by_inode: BTreeSet::new(), views, views_max }
     }
 
     pub(crate) fn view(&mut self, inode: InodeId) -> Option<Arc<FileView>> {
@@ -122,6 +123,11 @@ impl Grants {
             self.held.remove(&key);
         }
         self.views.remove(&inode);
+    }
+
+    /// Every view has to be presented again.
+    pub(crate) fn forget_views(&mut self) {
+        self.views = Lru::new(self.views_max);
     }
 
     pub(crate) fn counts(&self) -> (usize, usize) {

@@ -27,6 +27,7 @@ mod peer_read;
 mod placement;
 mod present;
 mod read;
+mod replica;
 mod scrub;
 mod space;
 mod upload;
@@ -102,6 +103,8 @@ pub struct Report {
     pub map_version: MapVersion,
     /// Groups with dirty data or pins.
     pub dirty_groups: Vec<PgId>,
+    /// What it asks for its groups.
+    pub wishes: ebb_dataplane_protocol::replica::Wishes,
 }
 
 /// A reply that is owed.
@@ -132,13 +135,19 @@ enum Pending {
     Upload(UploadId),
     /// The journal, its sync, a checkpoint step.
     Journal(journal::Step),
+    /// A request of a member's stream.
+    Ship(PgId, ebb_dataplane_protocol::ShardRef, u64, replica::lead::What),
+    /// Data of a mutation that another core sent.
+    ShippedData(Owed),
+    /// Blocks that go to another core.
+    CopyRead(u64, usize),
     /// Blocks that are compared with their checksums.
     Scrub(ebb_store::ScrubPiece),
 }
 
 /// Who waits for a ticket.
 #[derive(Debug)]
-enum Waiter {
+pub(crate) enum Waiter {
     Write(WriteKey),
     Control(ControlId),
     Fill(fill::FillNo),
@@ -148,6 +157,10 @@ enum Waiter {
     Repair(AsmId),
     /// The same for the edge of a write.
     RepairWrite(WriteKey),
+    /// Another core, whose mutation it is.
+    Told(replica::Told),
+    /// A read that saw what is not everywhere yet.
+    Read(u64),
 }
 
 /// Who waits for a buffer.
@@ -179,6 +192,8 @@ pub struct ShardCore<B> {
     starved: VecDeque<(Starved, u64)>,
     assemblies: HashMap<AsmId, Assembly<B>>,
     reads: HashMap<u64, read::ReadTask>,
+    /// Reads of what other members have not acked yet.
+    parked_reads: HashMap<u64, (read::ReadTask, assembly::Assembled<B>)>,
     writes: HashMap<WriteKey, WriteTask<B>>,
     /// Writes that the store made wait, oldest first, by chunk.
     waiting: BTreeMap<(InodeId, ChunkIndex), VecDeque<WriteKey>>,
@@ -200,6 +215,7 @@ pub struct ShardCore<B> {
     scrub: scrub::Scrub,
     moved: peer_read::Moved,
     peer_serves: HashMap<u64, peer_read::PeerServe>,
+    replication: replica::Replication<B>,
 }
 
 impl<B: Buffer> ShardCore<B> {
@@ -232,6 +248,7 @@ impl<B: Buffer> ShardCore<B> {
             starved: VecDeque::new(),
             assemblies: HashMap::new(),
             reads: HashMap::new(),
+            parked_reads: HashMap::new(),
             writes: HashMap::new(),
             waiting: BTreeMap::new(),
             retry_waiting: false,
@@ -252,6 +269,7 @@ impl<B: Buffer> ShardCore<B> {
             scrub: scrub::Scrub::default(),
             moved: peer_read::Moved::default(),
             peer_serves: HashMap::new(),
+            replication: replica::Replication::default(),
         }
     }
 
@@ -269,6 +287,9 @@ impl<B: Buffer> ShardCore<B> {
                 self.placement.update(me, map, lease_until_ms);
                 self.note_moves(before);
                 self.thaw_returned();
+                self.regroup_follows();
+                self.regroup_leads();
+                self.early_go_on();
                 self.map_came();
             }
         }
@@ -293,6 +314,8 @@ impl<B: Buffer> ShardCore<B> {
         self.retry_starved();
         self.retry_writes();
         self.retry_controls();
+        self.pump_all();
+        self.drive_copies();
         self.start_uploads();
         self.keep_space();
         self.keep_scrubbing();
@@ -312,6 +335,7 @@ impl<B: Buffer> ShardCore<B> {
             || !self.waiting.is_empty()
             || !self.parked_controls.is_empty()
             || !self.await_map.is_empty()
+            || self.replication.has_work()
     }
 
     /// Whether a write that waited may go on now: take a turn without sleeping.
@@ -369,7 +393,12 @@ impl<B: Buffer> ShardCore<B> {
                 held.dirty_bytes > 0 || held.pins > 0
             })
             .collect();
-        Report { stats: self.counters(), map_version: self.placement.version(), dirty_groups }
+        Report {
+            stats: self.counters(),
+            map_version: self.placement.version(),
+            dirty_groups,
+            wishes: self.wishes(),
+        }
     }
 
     /// Grants and views in memory (for tests and logs).
@@ -385,6 +414,7 @@ impl<B: Buffer> ShardCore<B> {
             clean_bytes: s.clean_bytes,
             pins: s.pinned_inodes,
             pressure_permille: self.pressure(&s),
+            members_syncing: self.members_syncing(),
             ..self.stats
         }
     }
@@ -421,6 +451,7 @@ impl<B: Buffer> ShardCore<B> {
             Opcode::Present | Opcode::Read | Opcode::Write => r.peer.role == Role::Client,
             Opcode::Control => r.peer.role == Role::Meta,
             Opcode::PeerRead => r.peer.role == Role::Node,
+            Opcode::Replicate => r.peer.role == Role::Node,
             Opcode::Hello | Opcode::Prove | Opcode::Meta | Opcode::Raft => {
                 return self.refuse(owed, Refusal::of(Status::BadRequest));
             }
@@ -435,6 +466,7 @@ impl<B: Buffer> ShardCore<B> {
             Opcode::Write => self.write(owed, r.peer, &r.body, r.payload),
             Opcode::Control => self.control(owed, &r.body),
             Opcode::PeerRead => self.peer_read(owed, &r.body),
+            Opcode::Replicate => self.replicate(owed, r.peer, &r.body, r.payload),
             _ => self.reply(owed, Status::Ok, Vec::new()),
         }
     }
@@ -478,6 +510,7 @@ impl<B: Buffer> ShardCore<B> {
             Some(Pending::Edge(key, edge)) => self.edge_read(key, edge, buf, ok),
             Some(Pending::Journal(step)) => self.journal_read(step, buf, ok),
             Some(Pending::Scrub(piece)) => self.scrub_read(piece, &buf, ok),
+            Some(Pending::CopyRead(stream, piece)) => self.copy_read(stream, piece, buf, ok),
             other => debug_assert!(false, "a read completion for {other:?}"),
         }
     }
@@ -490,6 +523,7 @@ impl<B: Buffer> ShardCore<B> {
         match what {
             Some(Pending::WriteData(key)) => self.data_written(key),
             Some(Pending::FillData(no)) => self.fill_written(no),
+            Some(Pending::ShippedData(owed)) => self.shipped_written(owed),
             Some(Pending::Journal(step)) => self.journal_step_done(step, ok),
             other => debug_assert!(false, "a write completion for {other:?}"),
         }
@@ -511,21 +545,29 @@ impl<B: Buffer> ShardCore<B> {
     fn answered(&mut self, answer: Answer<B>) {
         match self.pending.remove(&answer.token) {
             Some(Pending::Asked(no, pg)) => self.holder_answered(no, pg, answer),
+            Some(Pending::Ship(pg, shard, stream, what)) => {
+                self.ship_answered(pg, shard, stream, what, &answer);
+            }
             other => debug_assert!(false, "an answer for {other:?}"),
         }
     }
 
     /// A ticket is durable: its mutation took effect.
     fn ticket_durable(&mut self, ticket: Ticket) {
-        for waiter in self.tickets.remove(&ticket).unwrap_or_default() {
-            match waiter {
-                Waiter::Write(key) => self.write_durable(key),
-                Waiter::Control(id) => self.control_durable(id),
-                Waiter::Fill(no) => self.fill_durable(no),
-                Waiter::Space => self.space_freed(),
-                Waiter::Repair(id) => self.replan(id),
-                Waiter::RepairWrite(key) => self.restart_write(key),
-            }
+        let waiters = self.tickets.remove(&ticket).unwrap_or_default();
+        self.durable_here(ticket, waiters);
+    }
+
+    fn run_waiter(&mut self, waiter: Waiter) {
+        match waiter {
+            Waiter::Write(key) => self.write_durable(key),
+            Waiter::Control(id) => self.control_durable(id),
+            Waiter::Fill(no) => self.fill_durable(no),
+            Waiter::Space => self.space_freed(),
+            Waiter::Repair(id) => self.replan(id),
+            Waiter::RepairWrite(key) => self.restart_write(key),
+            Waiter::Read(id) => self.read_again(id),
+            Waiter::Told(told) => self.reply(told.owed, Status::Ok, Vec::new()),
         }
     }
 
@@ -574,6 +616,7 @@ impl<B: Buffer> ShardCore<B> {
         }
         self.expire_writes();
         self.expire_map_waiters();
+        self.expire_early();
     }
 
     fn give_up(&mut self, who: Starved) -> bool {

@@ -5,7 +5,7 @@
 //! that a core whose map is late serves nothing of a group it gave away.
 
 use ebb_dataplane_protocol::{
-    ChunkIndex, ClusterMap, InodeId, MapVersion, PgEpoch, PgId, RunIndex, ShardRef, Status,
+    ChunkIndex, ClusterMap, InodeId, MapVersion, PgEntry, PgEpoch, PgId, RunIndex, ShardRef, Status,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use std::sync::Arc;
 pub(crate) const RETRY_MAP_MS: u32 = 20;
 const RETRY_LEASE_MS: u32 = 100;
 const RETRY_FROZEN_MS: u32 = 50;
+const RETRY_DEGRADED_MS: u32 = 200;
 
 /// A request that may not pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +85,27 @@ impl Placement {
         self.map.as_ref().map_or(0, |m| m.pg_count())
     }
 
+    /// The group's entry, if this core is its primary.
+    pub(crate) fn led(&self, pg: PgId) -> Option<&PgEntry> {
+        self.own_epoch(pg)?;
+        self.map.as_ref()?.pgs.get(usize::from(pg.0))
+    }
+
+    /// Whether a group got a primary, by takeover or restart, after this map.
+    pub(crate) fn led_anew_since(&self, version: MapVersion) -> bool {
+        let groups = self.map.iter().flat_map(|m| &m.pgs);
+        groups.into_iter().any(|pg| pg.since_map_version > version)
+    }
+
+    /// The epoch and the primary of a group of which this core is another member, and the map in which
+    /// that primary took over.
+    pub(crate) fn followed(&self, pg: PgId) -> Option<(PgEpoch, ShardRef, MapVersion)> {
+        let entry = self.map.as_ref()?.pgs.get(usize::from(pg.0))?;
+        let (me, leader) = (self.me?, entry.primary()?);
+        let member = entry.members[1..].contains(&me) || entry.syncing.contains(&me);
+        member.then_some((entry.epoch, leader, entry.since_map_version))
+    }
+
     /// The groups held here, by the map, in which bytes of an inode below `limit` are placed.
     pub(crate) fn groups_below(&self, inode: InodeId, limit: u64) -> Vec<PgId> {
         let Some(map) = &self.map else { return Vec::new() };
@@ -120,7 +142,8 @@ impl Placement {
     /// Whether this core is among the group's members, in whatever role, in this epoch or a later one.
     pub(crate) fn holds_since(&self, pg: PgId, epoch: PgEpoch) -> bool {
         let entry = self.map.as_ref().and_then(|map| map.pgs.get(usize::from(pg.0)));
-        entry.is_some_and(|e| e.epoch >= epoch && e.members.iter().any(|m| Some(*m) == self.me))
+        let mut members = entry.into_iter().flat_map(|e| e.members.iter().chain(&e.syncing));
+        entry.is_some_and(|e| e.epoch >= epoch) && members.any(|m| Some(*m) == self.me)
     }
 
     /// Checks a claim; on success the map version since which this core is the primary.
@@ -145,6 +168,9 @@ impl Placement {
         if !self.lease_lives(now_ms) {
             return Err(Refusal::after(Status::NoLease, RETRY_LEASE_MS));
         }
+        if write && entry.members.len() < usize::from(entry.min_in_sync) {
+            return Err(Refusal::after(Status::Busy, RETRY_DEGRADED_MS));
+        }
         if write && entry.moving {
             return Err(Refusal::after(Status::Frozen, RETRY_FROZEN_MS));
         }
@@ -160,7 +186,7 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ebb_dataplane_protocol::{CoreId, NodeId, PgEntry};
+    use ebb_dataplane_protocol::{CoreId, NodeId};
 
     const ME: ShardRef = ShardRef { node: NodeId(1), core: CoreId(0) };
     const OTHER: ShardRef = ShardRef { node: NodeId(2), core: CoreId(0) };
@@ -169,6 +195,7 @@ mod tests {
         let entry = PgEntry {
             epoch: PgEpoch(epoch),
             members: vec![primary],
+            syncing: Vec::new(),
             since_map_version: MapVersion(version),
             moving,
             ..PgEntry::default()
@@ -227,5 +254,23 @@ mod tests {
         assert_eq!(status(&p, claim(1, 3), false, 0), Status::StaleEpoch);
         p.update(ME, map(4, 2, ME, false), 1000);
         assert_eq!(status(&p, claim(2, 4), false, 0), Status::Ok, "it came back in that epoch");
+    }
+
+    #[test]
+    fn a_group_with_fewer_in_sync_members_than_it_promises_takes_no_writes() {
+        let mut p = Placement::default();
+        let degraded = |version, others: &[ShardRef]| {
+            let mut map = (*map(version, version, ME, false)).clone();
+            map.pgs[0].min_in_sync = 2;
+            map.pgs[0].members.extend(others);
+            // On the way is not there.
+            map.pgs[0].syncing.push(ShardRef { node: NodeId(3), core: CoreId(0) });
+            Arc::new(map)
+        };
+        p.update(ME, degraded(1, &[]), 100);
+        assert_eq!(p.admit(&claim(1, 1), true, 50).expect_err("refused").status, Status::Busy);
+        assert!(p.admit(&claim(1, 1), false, 50).is_ok(), "reads go on");
+        p.update(ME, degraded(2, &[OTHER]), 100);
+        assert!(p.admit(&claim(2, 2), true, 50).is_ok());
     }
 }

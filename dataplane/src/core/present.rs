@@ -71,7 +71,7 @@ impl<B: Buffer> ShardCore<B> {
         if self.dropped.peek(&inode).is_some() {
             return Err(Refusal::of(Status::StaleView));
         }
-        let known = self.store.scopes(inode);
+        let known = self.own_scopes(inode);
         let stored = known.iter().map(|s| self.store.view_version(*s).0).max().unwrap_or_default();
         let lineage = match self.grants.freshness(inode, view.version) {
             Freshness::Stale => return Err(Refusal::of(Status::StaleView)),

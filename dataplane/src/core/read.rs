@@ -2,7 +2,7 @@
 
 use super::assembly::{Assembled, For, Wanted};
 use super::placement::{Claim, Refusal};
-use super::{Buffer, Owed, PeerInfo, Piece, Purpose, Reply, ShardCore};
+use super::{Buffer, Owed, PeerInfo, Piece, Purpose, Reply, ShardCore, Waiter};
 use ebb_dataplane_protocol::Status;
 use ebb_dataplane_protocol::data::{DataContext, encode_checksums};
 use ebb_store::BLOCK;
@@ -49,6 +49,13 @@ impl<B: Buffer> ShardCore<B> {
         self.assemble(wanted, For::Read(id));
     }
 
+    /// What a read had to wait for is everywhere.
+    pub(crate) fn read_again(&mut self, id: u64) {
+        let Some((task, done)) = self.parked_reads.remove(&id) else { return };
+        self.reads.insert(id, task);
+        self.read_assembled(id, Ok(done));
+    }
+
     pub(crate) fn read_assembled(&mut self, id: u64, outcome: Result<Assembled<B>, Refusal>) {
         let Some(task) = self.reads.remove(&id) else { return };
         // What was put together is served only inside the lease and epoch (I5).
@@ -57,6 +64,12 @@ impl<B: Buffer> ShardCore<B> {
             Ok(done) => done,
             Err(refusal) => return self.refuse(task.owed, refusal),
         };
+        // Nobody sees what a fail-over could take back (R42).
+        let (pg, key) = (task.claim.pg, (task.claim.inode, task.claim.chunk));
+        if let Some(number) = self.open_op_of(pg, key) {
+            self.parked_reads.insert(id, (task, done));
+            return self.wait_op(pg, number, vec![Waiter::Read(id)]);
+        }
         let bytes = task.blocks.len() * BLOCK;
         debug_assert_eq!(done.crcs.len(), task.blocks.len());
         self.stats.reads += 1;

@@ -17,6 +17,7 @@ use super::{
 };
 use ebb_dataplane_protocol::checksum::{block_pieces, crc32c};
 use ebb_dataplane_protocol::data::{DataContext, WriteReply, decode_checksums};
+use ebb_dataplane_protocol::replica::{Ship, ShippedWrite};
 use ebb_dataplane_protocol::{FileView, Generation, PgId, Status};
 use ebb_store::{BLOCK, EdgeSource, PieceSource, WaitFor, WriteError, WriteOp, WritePlan};
 use std::sync::Arc;
@@ -57,6 +58,10 @@ pub(crate) struct WriteTask<B> {
     outstanding: usize,
     /// What to answer once nothing is outstanding.
     failed: Option<Refusal>,
+    /// It was applied before: what its chunk holds has to be everywhere first.
+    duplicate: bool,
+    /// The data, for the other members.
+    shared: Option<Arc<B>>,
     /// A mismatch in an edge was met before.
     edge_retries: u8,
     since_ms: u64,
@@ -114,6 +119,8 @@ impl<B: Buffer> ShardCore<B> {
             state: State::Waiting,
             outstanding: 0,
             failed: None,
+            duplicate: false,
+            shared: None,
             edge_retries: 0,
             since_ms: self.now_ms,
         };
@@ -145,7 +152,20 @@ impl<B: Buffer> ShardCore<B> {
             self.finish_write(key, Err(Refusal::of(Status::StaleView)));
             return true;
         }
+        let scope = self.store.scope_of(inode, task.op.chunk);
+        if self.is_held(scope) {
+            return false;
+        }
+        let Some(task) = self.writes.get_mut(&key) else { return true };
         match self.store.begin_write(&task.op) {
+            Err(WriteError::Duplicate { generation }) => {
+                // It is durable here; it may not be everywhere.
+                task.op.generation = generation;
+                task.state = State::Journal;
+                task.duplicate = true;
+                self.write_durable(key);
+                true
+            }
             Ok(plan) => {
                 assert_eq!(plan.blocks as usize, task.crcs.len(), "one piece per block");
                 task.outstanding = plan.edges.len();
@@ -309,6 +329,7 @@ impl<B: Buffer> ShardCore<B> {
         let writes = plan.writes.clone();
         let Some(buf) = task.buf.take() else { return };
         let buf = Arc::new(buf);
+        task.shared = Some(Arc::clone(&buf));
         for w in writes {
             let token = self.expect(Pending::WriteData(key));
             let buf = Arc::clone(&buf);
@@ -384,12 +405,15 @@ impl<B: Buffer> ShardCore<B> {
             _ => &[][..],
         };
         let committed = self.store.commit_write(plan.id, &task.crcs, inline);
-        task.buf = None;
+        let data = task.buf.take().map(Arc::new).or_else(|| task.shared.take());
+        task.shared = None;
         self.retry_waiting = true;
         match committed {
             Ok(ticket) => {
                 task.state = State::Journal;
+                let (op, crcs) = (task.op, std::mem::take(&mut task.crcs));
                 self.wait_ticket(ticket, Waiter::Write(key));
+                self.ship_write(op, ticket, crcs, data);
             }
             Err(WriteError::Wait(_)) => {
                 // The plan is gone, and with it the bytes: the client sends them again.
@@ -403,8 +427,43 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     pub(crate) fn write_durable(&mut self, key: WriteKey) {
-        let Some(generation) = self.writes.get(&key).map(|task| task.op.generation) else { return };
+        let Some(task) = self.writes.get(&key) else { return };
+        let (generation, pg, duplicate) = (task.op.generation, task.pg, task.duplicate);
+        let chunk = (task.op.inode, task.op.chunk);
+        if duplicate && let Some(open) = self.open_op_of(pg, chunk) {
+            return self.wait_op(pg, open, vec![Waiter::Write(key)]);
+        }
         self.finish_write(key, Ok(generation));
+    }
+
+    /// The other members get a write that was appended.
+    fn ship_write(
+        &mut self,
+        op: WriteOp,
+        ticket: ebb_store::Ticket,
+        crcs: Vec<u32>,
+        data: Option<Arc<B>>,
+    ) {
+        let pg = self.store.scope_of(op.inode, op.chunk).pg;
+        let Some(data) = data.filter(|_| self.leads(pg)) else { return };
+        let bytes = crcs.len() * BLOCK;
+        let ship = Ship::Write(ShippedWrite {
+            inode: op.inode,
+            chunk: op.chunk,
+            offset: op.offset,
+            len: op.len,
+            generation: op.generation,
+            session: op.session,
+            sequence: op.sequence,
+            answered_below: op.answered_below,
+            crcs,
+        });
+        self.ship(pg, ticket, ship, vec![(data, 0..bytes)]);
+    }
+
+    /// Ends a write that is durable here, and is not to be called done.
+    pub(crate) fn end_write(&mut self, key: WriteKey, outcome: Result<Generation, Refusal>) {
+        self.finish_write(key, outcome);
     }
 
     /// Gives a write up that is not in the journal yet.

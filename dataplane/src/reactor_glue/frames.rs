@@ -168,7 +168,8 @@ impl Glue {
         let len = frame.header.payload_bytes as usize;
         let head = frame.header.offset as usize % BLOCK;
         let need = (head + len).next_multiple_of(BLOCK);
-        let Some(mut slot) = super::slots::take(self.reactor.arena(), need, Pool::Clients) else {
+        let pool = pool_of(&frame.header);
+        let Some(mut slot) = super::slots::take(self.reactor.arena(), need, pool) else {
             if matches!(frame.payload, Payload::None) {
                 frame.payload = Payload::Waiting { since_ms: now_ms };
                 self.slotless.push_back(key);
@@ -193,14 +194,22 @@ impl Glue {
         Parsed::Later
     }
 
-    /// Connections that wait for a slot try again, oldest first; too old ones are told `Busy`.
+    /// Connections that wait for a slot try again, oldest first; clients that wait too long are told `Busy`.
+    /// Another core's stream would end by that: it waits, and what it sends next with it.
     pub(super) fn feed_slotless(&mut self) {
+        // None left: those behind wait their turn, but not behind those of another pool.
+        let mut empty: Vec<Pool> = Vec::new();
         for _ in 0..self.slotless.len() {
             let Some(key) = self.slotless.pop_front() else { break };
             let Some(conn) = self.conns.get_mut(&key).filter(|c| !c.closing) else { continue };
             let Some(Partial { payload, header, .. }) = conn.partial.as_mut() else { continue };
             let Payload::Waiting { since_ms } = *payload else { continue };
-            if self.now_ms >= since_ms + SLOT_PATIENCE_MS {
+            let pool = pool_of(header);
+            if empty.contains(&pool) {
+                self.slotless.push_back(key);
+                continue;
+            }
+            if pool == Pool::Clients && self.now_ms >= since_ms + SLOT_PATIENCE_MS {
                 *payload = Payload::Discarding { left: header.payload_bytes as usize };
                 self.parse(key);
                 continue;
@@ -208,9 +217,8 @@ impl Glue {
             self.parse(key);
             let waits = self.conns.get(&key).and_then(|c| c.partial.as_ref());
             if waits.is_some_and(|p| matches!(p.payload, Payload::Waiting { .. })) {
-                // Still none: those behind it wait their turn.
-                self.slotless.push_front(key);
-                break;
+                self.slotless.push_back(key);
+                empty.push(pool);
             }
         }
     }
@@ -238,6 +246,11 @@ impl Glue {
     }
 }
 
+/// Whose slots a payload goes into.
+fn pool_of(header: &Header) -> Pool {
+    if header.opcode == Opcode::Replicate { Pool::Replication } else { Pool::Clients }
+}
+
 /// Whether a frame may come at this point, before anything is allocated for it.
 fn expected(header: &Header, ready: bool) -> Result<(), &'static str> {
     if header.is_reply() {
@@ -250,6 +263,7 @@ fn expected(header: &Header, ready: bool) -> Result<(), &'static str> {
     match header.opcode {
         Opcode::Write if header.payload_bytes == header.length && header.length > 0 => Ok(()),
         Opcode::Write => Err("a write whose payload is not its length"),
+        Opcode::Replicate => Ok(()),
         Opcode::Hello | Opcode::Prove | Opcode::Meta | Opcode::Raft => {
             Err("an opcode of another port or stage")
         }

@@ -33,6 +33,7 @@ impl Buffers<Buf> for Slots {
         match purpose {
             Purpose::Reply => take(&self.arena, bytes, Pool::Clients),
             Purpose::Edge | Purpose::Fill => take(&self.arena, bytes, Pool::Background),
+            Purpose::Copy => take(&self.arena, bytes, Pool::Replication),
             Purpose::Flush => Some(Buf::unpooled(bytes)),
         }
     }

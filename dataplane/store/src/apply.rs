@@ -3,10 +3,11 @@
 
 use crate::extent::{Extent, ExtentList, Origin, Run};
 use crate::index::{Chunk, Index, Inode, Pin};
-use crate::record::{FillRecord, Move, Record, WriteRecord};
+use crate::record::{CopyList, FillRecord, Move, Record, WriteRecord};
 use crate::types::{BLOCK, SEALS_MAX, Scope};
 use crate::window::Applied;
 use ebb_dataplane_protocol::control::FlushDone;
+use ebb_dataplane_protocol::replica::CopiedScope;
 use ebb_dataplane_protocol::{
     ChunkIndex, ContentId, Cut, Generation, InodeId, MapVersion, PgEpoch, PgId, ViewVersion,
 };
@@ -63,6 +64,8 @@ impl Index {
             Record::Windows { pg, epoch, entries } => {
                 self.take_windows(*pg, *epoch, entries, sequence);
             }
+            Record::CopyList(c) => self.apply_copy_list(c, sequence),
+            Record::CopyScope { pg, state } => self.apply_copy_scope(*pg, state),
         }
     }
 
@@ -97,8 +100,13 @@ impl Index {
                 x.marks[0].1 = x.marks[0].1.max(low);
             }
         });
-        let applied =
-            Applied { sequence: w.sequence.0, generation: w.generation, pg: self.pg_of(key) };
+        let applied = Applied {
+            sequence: w.sequence.0,
+            generation: w.generation,
+            pg: self.pg_of(key),
+            inode: w.inode,
+            chunk: w.chunk,
+        };
         self.session_mut(w.session, |window| {
             window.trim(w.answered_below);
             window.add(applied);
@@ -162,7 +170,9 @@ impl Index {
                 .cloned()
                 .collect();
             if !pinned.is_empty() {
-                self.mutate(key, |chunk, _| {
+                self.mutate(key, |chunk, dropped| {
+                    // A copy that did not end may have left pins whose seal never came.
+                    unpin_where(chunk, |p| p == g, dropped);
                     chunk.pins.push(Pin { generation: g, extents: ExtentList(pinned) });
                 });
             }
@@ -271,6 +281,55 @@ impl Index {
         }
     }
 
+    /// The chunk's dirty data, or one generation's pins, become what another core holds. Clean data goes:
+    /// what lies over it here may not be what lies over it there.
+    fn apply_copy_list(&mut self, c: &CopyList, sequence: u64) {
+        if let Some(entries) = &c.windows {
+            self.replace_windows_of((c.inode, c.chunk), entries, sequence);
+        }
+        self.mutate((c.inode, c.chunk), |chunk, dropped| {
+            match c.pin {
+                None => {
+                    chunk.extents.retain(dropped, |_| false);
+                    chunk.extents.0.clone_from(&c.extents);
+                }
+                Some(g) => {
+                    unpin_where(chunk, |p| p == g, dropped);
+                    if !c.extents.is_empty() {
+                        let extents = ExtentList(c.extents.clone());
+                        chunk.pins.push(Pin { generation: g, extents });
+                        chunk.pins.sort_unstable_by_key(|p| p.generation);
+                    }
+                }
+            }
+            if let Some(left) = &c.pins_left {
+                unpin_where(chunk, |p| !left.contains(&p), dropped);
+            }
+            crate::extent::normalise(dropped);
+            *dropped = crate::extent::subtract(dropped, &chunk.runs());
+        });
+    }
+
+    fn apply_copy_scope(&mut self, pg: PgId, state: &CopiedScope) {
+        let scope = Scope { inode: state.inode, pg };
+        let inode = self.inode_mut(scope);
+        (inode.floor, inode.view, inode.content) = (state.floor, state.view, state.content);
+        self.with_extra(scope, |x| {
+            x.seals.clone_from(&state.seals);
+            x.marks.clone_from(&state.marks);
+        });
+        // Clean data from an earlier time in the group: a flush's result that is told again would carry it over to
+        // a content of which other members held the dirty part.
+        for key in self.chunk_keys(scope) {
+            self.mutate(key, |chunk, dropped| {
+                chunk.extents.retain(dropped, |e| match e.origin {
+                    Origin::Dirty(_) => true,
+                    Origin::Clean(c) => c == state.content,
+                });
+            });
+        }
+    }
+
     fn apply_drop(&mut self, scope: Scope) {
         for key in self.chunk_keys(scope) {
             self.mutate(key, |chunk, dropped| {
@@ -352,6 +411,16 @@ impl Index {
         bare.into_iter().for_each(|k| self.remove_inode(k));
         self.horizon = self.horizon.max(horizon);
     }
+}
+
+fn unpin_where(chunk: &mut Chunk, goes: impl Fn(Generation) -> bool, dropped: &mut Vec<Run>) {
+    chunk.pins.retain(|p| {
+        let gone = goes(p.generation);
+        if gone {
+            dropped.extend(p.extents.0.iter().map(Extent::run));
+        }
+        !gone
+    });
 }
 
 fn unpin_chunk(chunk: &mut Chunk, g: Generation, dropped: &mut Vec<Run>) {

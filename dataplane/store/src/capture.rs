@@ -30,7 +30,7 @@ pub(crate) const PAGES_PER_WRITE: usize = 256;
 pub(crate) const INODE_BYTES: usize = 40;
 pub(crate) const SESSION_BYTES: usize = 32;
 /// Of one applied write in a session.
-pub(crate) const APPLIED_BYTES: usize = 18;
+pub(crate) const APPLIED_BYTES: usize = 30;
 const CHUNK_BYTES: usize = 24;
 const PIN_BYTES: usize = 16;
 const GLOBAL_BYTES: usize = 32;
@@ -122,6 +122,8 @@ impl Capture {
             o.u64(a.sequence);
             o.u64(a.generation.0);
             o.u16(a.pg.0);
+            o.u64(a.inode.0);
+            o.u32(a.chunk.0);
         }
     }
 
@@ -315,8 +317,9 @@ impl Index {
                 let mut entry = || {
                     let (sequence, generation) = (r.u64()?, Generation(r.u64()?));
                     let pg = PgId(r.u16()?);
+                    let (inode, chunk) = (InodeId(r.u64()?), ChunkIndex(r.u32()?));
                     let known = usize::from(pg.0) < groups;
-                    known.then_some(Applied { sequence, generation, pg })
+                    known.then_some(Applied { sequence, generation, pg, inode, chunk })
                 };
                 let applied = (0..n).map(|_| entry()).collect::<Option<Vec<_>>>()?;
                 let ascending = applied.windows(2).all(|w| w[0].sequence < w[1].sequence);

@@ -5,7 +5,7 @@ use crate::types::BLOCK;
 use ebb_dataplane_protocol::{CHUNK_BYTES, ClusterId, CoreId, NodeId};
 
 /// Version of everything on the device.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 /// Bytes before the journal: superblock copies 0 and 1.
 pub const HEAD_BYTES: u64 = 1 << 20;
 /// Bytes after the data: superblock copies 2 and 3.

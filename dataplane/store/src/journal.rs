@@ -229,6 +229,14 @@ impl Journal {
         self.used_pages() + waiting + 2 * (waiting / self.batch_pages_max + 1)
     }
 
+    /// Pages of a batch with nothing but this record; `None`: it has no room in one.
+    pub(crate) fn pages_of(&self, record: &Record) -> Option<u32> {
+        let mut scratch = Vec::new();
+        record.encode(&mut scratch);
+        let pages = (BATCH_HEADER_BYTES + scratch.len()).div_ceil(BLOCK) as u32;
+        (pages <= self.batch_pages_max).then_some(pages)
+    }
+
     /// Appends a record.
     pub(crate) fn append(
         &mut self,

@@ -4,10 +4,11 @@
 //! Layout in docs/FORMAT.md §4.3: `u8 type, u8 0, u16 0, u32 body bytes, body`, padded to 8 bytes.
 
 use crate::codec::{Put, Reader};
-use crate::extent::Run;
-use crate::types::{CHUNK_BLOCKS, Scope, WINDOW_PAGE};
+use crate::extent::{Extent, ExtentList, Run};
+use crate::types::{CHUNK_BLOCKS, SEALS_MAX, Scope, WINDOW_PAGE};
 use ebb_dataplane_protocol::control::{FlushDone, WindowEntry};
 use ebb_dataplane_protocol::grant::CUTS_MAX;
+use ebb_dataplane_protocol::replica::CopiedScope;
 use ebb_dataplane_protocol::{
     ChunkIndex, ContentId, Cut, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, Sequence,
     SessionId, ViewVersion,
@@ -15,6 +16,8 @@ use ebb_dataplane_protocol::{
 
 /// Bytes of a record's header.
 pub(crate) const RECORD_HEADER_BYTES: usize = 8;
+/// Entries of one chunk in a copy: what a batch has room for.
+pub(crate) const ENTRIES_MAX: usize = 20_000;
 /// Moves in one relocation record.
 pub(crate) const MOVES_MAX: usize = 256;
 
@@ -134,6 +137,26 @@ pub(crate) enum Record {
         epoch: PgEpoch,
         entries: Vec<WindowEntry>,
     },
+    /// One list of a chunk, copied from another core.
+    CopyList(CopyList),
+    /// What outlives an inode's chunks, copied from another core.
+    CopyScope {
+        pg: PgId,
+        state: CopiedScope,
+    },
+}
+
+/// Replaces the dirty extents, or the pins of one generation, of a chunk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CopyList {
+    pub(crate) inode: InodeId,
+    pub(crate) chunk: ChunkIndex,
+    pub(crate) pin: Option<Generation>,
+    pub(crate) extents: Vec<Extent>,
+    /// With the last list: pins of other generations than these go.
+    pub(crate) pins_left: Option<Vec<Generation>>,
+    /// And these are the writes that were applied to the chunk.
+    pub(crate) windows: Option<Vec<WindowEntry>>,
 }
 
 fn put_runs(out: &mut Vec<u8>, runs: &[Run], crcs: &[u32]) {
@@ -156,6 +179,21 @@ fn put_scope(out: &mut Vec<u8>, scope: Scope) {
 fn get_scope(r: &mut Reader<'_>) -> Option<Scope> {
     let inode = InodeId(r.u64()?);
     Some(Scope { inode, pg: PgId(u16::try_from(r.u64()?).ok()?) })
+}
+
+fn put_entry(out: &mut Vec<u8>, e: &WindowEntry) {
+    [e.session.0, e.below.0, e.sequence.0, e.generation.0, e.inode.0]
+        .iter()
+        .for_each(|v| out.u64(*v));
+    out.u32(e.chunk.0);
+    out.u32(0);
+}
+
+fn get_entry(r: &mut Reader<'_>) -> Option<WindowEntry> {
+    let (session, below) = (SessionId(r.u64()?), Sequence(r.u64()?));
+    let (sequence, generation) = (Sequence(r.u64()?), Generation(r.u64()?));
+    let (inode, chunk) = (InodeId(r.u64()?), ChunkIndex(r.u32()?));
+    (r.u32()? == 0).then_some(WindowEntry { session, below, sequence, generation, inode, chunk })
 }
 
 fn get_runs(r: &mut Reader<'_>) -> Option<(Vec<Run>, Box<[u32]>)> {
@@ -200,6 +238,8 @@ impl Record {
             Record::ForgetBare { .. } => 19,
             Record::Windows { .. } => 20,
             Record::Discard { .. } => 21,
+            Record::CopyList(_) => 22,
+            Record::CopyScope { .. } => 23,
         }
     }
 
@@ -212,6 +252,7 @@ impl Record {
                 .iter()
                 .flat_map(|m| [m.from, m.to].map(|start| Run { start, blocks: m.blocks }))
                 .collect(),
+            Record::CopyList(c) => c.extents.iter().map(Extent::run).collect(),
             _ => Vec::new(),
         }
     }
@@ -316,10 +357,29 @@ impl Record {
                 out.u64(epoch.0);
                 out.u32(u32::from(pg.0));
                 out.u32(entries.len() as u32);
-                for e in entries {
-                    [e.session.0, e.below.0, e.sequence.0, e.generation.0]
-                        .iter()
-                        .for_each(|v| out.u64(*v));
+                entries.iter().for_each(|e| put_entry(out, e));
+            }
+            Record::CopyList(c) => {
+                out.u64(c.inode.0);
+                out.u32(c.chunk.0);
+                out.u16(c.extents.len() as u16);
+                out.u8(u8::from(c.pin.is_some()));
+                // 255: not the last list; else how many pins are left.
+                out.u8(c.pins_left.as_ref().map_or(255, |p| p.len() as u8));
+                out.u64(c.pin.map_or(0, |g| g.0));
+                c.pins_left.iter().flatten().for_each(|g| out.u64(g.0));
+                out.u32(c.windows.as_ref().map_or(u32::MAX, |w| w.len() as u32));
+                c.windows.iter().flatten().for_each(|e| put_entry(out, e));
+                c.extents.iter().for_each(|e| e.encode(out));
+            }
+            Record::CopyScope { pg, state } => {
+                put_scope(out, Scope { inode: state.inode, pg: *pg });
+                [state.floor.0, state.view.0, state.content.0].iter().for_each(|v| out.u64(*v));
+                out.u32(state.seals.len() as u32);
+                out.u32(state.marks.len() as u32);
+                for (g, v) in state.seals.iter().chain(&state.marks) {
+                    out.u64(g.0);
+                    out.u64(*v);
                 }
             }
         }
@@ -451,14 +511,46 @@ impl Record {
                 }
                 let mut entries = Vec::with_capacity(n);
                 for _ in 0..n {
-                    entries.push(WindowEntry {
-                        session: SessionId(r.u64()?),
-                        below: Sequence(r.u64()?),
-                        sequence: Sequence(r.u64()?),
-                        generation: generation(r)?,
-                    });
+                    entries.push(get_entry(r)?);
                 }
                 Record::Windows { pg, epoch, entries }
+            }
+            22 => {
+                let (inode, chunk, n) = (inode(r)?, ChunkIndex(r.u32()?), r.u16()?);
+                let (pinned, left) = (r.u8()?, r.u8()?);
+                let g = generation(r)?;
+                let pin = match pinned {
+                    0 if g == Generation(0) => None,
+                    1 => Some(g),
+                    _ => return None,
+                };
+                let pins_left = match left {
+                    255 => None,
+                    n => Some((0..n).map(|_| generation(r)).collect::<Option<Vec<_>>>()?),
+                };
+                let windows = match r.u32()? {
+                    u32::MAX => None,
+                    n if n as usize > ENTRIES_MAX => return None,
+                    n => Some((0..n).map(|_| get_entry(r)).collect::<Option<Vec<_>>>()?),
+                };
+                let extents = (0..n).map(|_| Extent::decode(r)).collect::<Option<Vec<Extent>>>()?;
+                ExtentList(extents.clone()).is_sound().then_some(())?;
+                Record::CopyList(CopyList { inode, chunk, pin, extents, pins_left, windows })
+            }
+            23 => {
+                let Scope { inode, pg } = get_scope(r)?;
+                let (floor, view, content) =
+                    (generation(r)?, ViewVersion(r.u64()?), ContentId(r.u64()?));
+                let (seals, marks) = (r.u32()?, r.u32()?);
+                if seals as usize > SEALS_MAX + 1 || marks > 16 {
+                    return None;
+                }
+                let mut list = |n: u32| -> Option<Vec<(Generation, u64)>> {
+                    (0..n).map(|_| Some((generation(r)?, r.u64()?))).collect()
+                };
+                let (seals, marks) = (list(seals)?, list(marks)?);
+                let state = CopiedScope { inode, floor, view, content, seals, marks };
+                Record::CopyScope { pg, state }
             }
             _ => return None,
         })
@@ -550,9 +642,36 @@ mod tests {
                     below: Sequence(3),
                     sequence: Sequence(4),
                     generation,
+                    inode,
+                    chunk,
                 }],
             },
             Record::Discard { pg: PgId(1), epoch: PgEpoch(2) },
+            Record::CopyList(CopyList {
+                inode,
+                chunk,
+                pin: Some(generation),
+                extents: vec![Extent {
+                    first: 3,
+                    tail: 4096,
+                    location: 77,
+                    origin: crate::extent::Origin::Dirty(generation),
+                    crcs: [4, 5].into(),
+                }],
+                pins_left: Some(vec![generation]),
+                windows: Some(Vec::new()),
+            }),
+            Record::CopyScope {
+                pg,
+                state: CopiedScope {
+                    inode,
+                    floor: generation,
+                    view: ViewVersion(1),
+                    content: ContentId(2),
+                    seals: vec![(generation, 3)],
+                    marks: vec![(generation, 4)],
+                },
+            },
         ];
         for (i, record) in all.iter().enumerate() {
             let mut bytes = Vec::new();

@@ -24,6 +24,8 @@ const CAPTURE_BACKLOG_BYTES: usize = 8 << 20;
 #[derive(Debug)]
 pub(crate) struct InFlightWrite {
     pub(crate) op: WriteOp,
+    /// Sent by the group's primary, which checked it.
+    pub(crate) shipped: bool,
     pub(crate) scope: Scope,
     pub(crate) blocks: Range<u32>,
     pub(crate) runs: Vec<Run>,
@@ -325,7 +327,9 @@ impl Store {
                 self.locks.remove(&key);
             }
         }
-        self.sequences.remove(&(w.op.session, w.op.sequence));
+        if !w.shipped {
+            self.sequences.remove(&(w.op.session, w.op.sequence));
+        }
         self.reserved_index -= w.index_bytes;
         if !w.committed {
             self.reserved_pages -= w.journal_pages;
@@ -428,6 +432,7 @@ fn head_scope(record: &Record) -> Option<Scope> {
         | Record::View { scope, .. }
         | Record::Floor { scope, .. }
         | Record::DropInode { scope } => Some(*scope),
+        Record::CopyScope { pg, state } => Some(Scope { inode: state.inode, pg: *pg }),
         Record::FlushDone { pg, done } => Some(Scope { inode: done.inode, pg: *pg }),
         _ => None,
     }

@@ -5,12 +5,12 @@
 //! are refused at `WINDOW_MAX` (`write.rs`), what moves here is taken over whatever the count, since the sum over all cores stays.
 
 use crate::error::ControlError;
-use crate::index::Index;
+use crate::index::{ChunkKey, Index};
 use crate::record::Record;
 use crate::store::Store;
 use crate::types::{Seen, Ticket, WINDOW_PAGE};
 use ebb_dataplane_protocol::control::WindowEntry;
-use ebb_dataplane_protocol::{Generation, PgEpoch, PgId, Sequence, SessionId};
+use ebb_dataplane_protocol::{ChunkIndex, Generation, InodeId, PgEpoch, PgId, Sequence, SessionId};
 
 /// A write that was applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +20,9 @@ pub(crate) struct Applied {
     pub(crate) generation: Generation,
     /// Where it goes if the group does.
     pub(crate) pg: PgId,
+    /// What it changed.
+    pub(crate) inode: InodeId,
+    pub(crate) chunk: ChunkIndex,
 }
 
 /// Applied writes of a session.
@@ -31,6 +34,23 @@ pub(crate) struct Window {
     pub(crate) captured: u64,
     /// Journal sequence of the last use.
     pub(crate) used: u64,
+}
+
+impl Applied {
+    fn of(e: &WindowEntry, pg: PgId) -> Self {
+        let (sequence, generation) = (e.sequence.0, e.generation);
+        Self { sequence, generation, pg, inode: e.inode, chunk: e.chunk }
+    }
+    pub(crate) fn entry(&self, session: SessionId, below: Sequence) -> WindowEntry {
+        WindowEntry {
+            session,
+            below,
+            sequence: Sequence(self.sequence),
+            generation: self.generation,
+            inode: self.inode,
+            chunk: self.chunk,
+        }
+    }
 }
 
 impl Window {
@@ -74,7 +94,31 @@ impl Index {
         for e in entries {
             self.session_mut(e.session, |w| {
                 w.trim(e.below);
-                w.add(Applied { sequence: e.sequence.0, generation: e.generation, pg });
+                w.add(Applied::of(e, pg));
+                w.used = journal;
+            });
+        }
+    }
+
+    /// The entries of a chunk become those that another core has of it.
+    pub(crate) fn replace_windows_of(
+        &mut self,
+        key: ChunkKey,
+        entries: &[WindowEntry],
+        journal: u64,
+    ) {
+        let pg = self.pg_of(key);
+        let of_chunk = |a: &Applied| (a.inode, a.chunk) == key;
+        let with = |w: &Window| w.applied.iter().any(of_chunk);
+        let sessions: Vec<SessionId> =
+            self.sessions.iter().filter(|(_, w)| with(w)).map(|(id, _)| *id).collect();
+        for id in sessions {
+            self.session_mut(id, |w| w.applied.retain(|a| !of_chunk(a)));
+        }
+        for e in entries {
+            self.session_mut(e.session, |w| {
+                w.trim(e.below);
+                w.add(Applied::of(e, pg));
                 w.used = journal;
             });
         }
@@ -134,12 +178,7 @@ impl Store {
         }
         let from = after.map_or(SessionId(0), |a| a.0);
         let entries = self.index.sessions.range(from..).flat_map(|(id, w)| {
-            w.applied.iter().filter(|a| a.pg == pg).map(|a| WindowEntry {
-                session: *id,
-                below: w.below,
-                sequence: Sequence(a.sequence),
-                generation: a.generation,
-            })
+            w.applied.iter().filter(|a| a.pg == pg).map(|a| a.entry(*id, w.below))
         });
         let past = |e: &WindowEntry| after.is_none_or(|a| (e.session, e.sequence) > a);
         Ok(entries.filter(past).take(WINDOW_PAGE).collect())

@@ -11,7 +11,7 @@ use crate::types::*;
 use ebb_dataplane_protocol::{Generation, Sequence, crc32c};
 
 /// Journal pages a record without inline data takes at most (1024 checksums and runs).
-const RECORD_PAGES: u32 = 4;
+pub(crate) const RECORD_PAGES: u32 = 4;
 
 impl Store {
     /// Plans a write. Checks floor, freeze, window, overlap and space against everything appended so
@@ -73,6 +73,7 @@ impl Store {
             id,
             InFlightWrite {
                 op: *op,
+                shipped: false,
                 scope,
                 blocks,
                 runs,
@@ -86,6 +87,52 @@ impl Store {
         );
         let head = op.offset as usize % BLOCK;
         Ok(WritePlan { id, first_block, blocks: n, head, inline, writes, edges })
+    }
+
+    /// Plans a write that the group's primary sent: whole blocks, checked and ordered there.
+    pub fn begin_shipped(&mut self, op: &WriteOp) -> Result<WritePlan, WriteError> {
+        let blocks = block_range(op.offset, op.len)
+            .ok_or(WriteError::Malformed("range is empty or past the end of the chunk"))?;
+        let n = blocks.len() as u32;
+        let scope = self.index.scope_of((op.inode, op.chunk));
+        let inline = op.len <= INLINE_BYTES_MAX;
+        let journal_pages = if inline { n + 1 } else { RECORD_PAGES };
+        self.data_room(journal_pages)?;
+        let index_bytes = 160 + u64::from(n) * 4 + 20 * 2;
+        self.index_room(index_bytes, 2, n)?;
+        if self.available() < n {
+            return Err(self.no_space(n));
+        }
+        let runs = if inline {
+            self.reserved_inline += n;
+            Vec::new()
+        } else {
+            self.alloc.alloc(n).ok_or_else(|| self.no_space(n))?
+        };
+        let index_bytes = index_bytes + 20 * runs.len() as u64;
+        self.reserved_index += index_bytes;
+        self.reserved_pages += journal_pages;
+        let id = WriteId(self.next_id);
+        self.next_id += 1;
+        let (first_block, writes) = (blocks.start, planned(&runs));
+        self.writes.insert(
+            id,
+            InFlightWrite {
+                op: *op,
+                shipped: true,
+                scope,
+                blocks,
+                runs,
+                inline,
+                guard: None,
+                dropped: false,
+                index_bytes,
+                committed: false,
+                journal_pages,
+            },
+        );
+        let head = op.offset as usize % BLOCK;
+        Ok(WritePlan { id, first_block, blocks: n, head, inline, writes, edges: Vec::new() })
     }
 
     fn may_write(&self, scope: Scope, g: Generation) -> Result<(), WriteError> {
@@ -111,7 +158,12 @@ impl Store {
     }
 
     /// Whether index and RAM may grow. Half of the checkpoint area is kept for pins.
-    fn index_room(&self, bytes: u64, extents: u64, blocks: u32) -> Result<(), WriteError> {
+    pub(crate) fn index_room(
+        &self,
+        bytes: u64,
+        extents: u64,
+        blocks: u32,
+    ) -> Result<(), WriteError> {
         let encoded = self.index.counters.encoded + self.reserved_index + bytes;
         let memory = self.index.memory_bytes()
             + self.alloc.memory_bytes() as u64
@@ -124,7 +176,7 @@ impl Store {
         Ok(())
     }
 
-    fn no_space(&self, blocks: u32) -> WriteError {
+    pub(crate) fn no_space(&self, blocks: u32) -> WriteError {
         let evictable =
             self.index.counters.clean_blocks.saturating_sub(self.evicting.values().sum())
                 * BLOCK as u64;
@@ -246,7 +298,9 @@ impl Store {
             return Err(WriteError::Malformed("inline bytes do not match the plan"));
         }
         // A seal, cut, freeze or later tag appended since the plan was made wins.
-        self.may_write(w.scope, w.op.generation)?;
+        if !w.shipped {
+            self.may_write(w.scope, w.op.generation)?;
+        }
         for (i, block) in inline.chunks(BLOCK).enumerate() {
             if crc32c(block) != crcs[i] {
                 return Err(WriteError::Corrupt { block: w.blocks.start + i as u32 });
@@ -345,7 +399,7 @@ impl Store {
     }
 }
 
-fn planned(runs: &[Run]) -> Vec<PlannedWrite> {
+pub(crate) fn planned(runs: &[Run]) -> Vec<PlannedWrite> {
     let mut at = 0;
     runs.iter()
         .map(|r| {

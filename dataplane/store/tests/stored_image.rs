@@ -85,6 +85,8 @@ fn make() -> Rig {
             below: Sequence(2),
             sequence: Sequence(n),
             generation: Generation(n + 10),
+            inode: OTHER,
+            chunk: CHUNK,
         })
         .into();
     let t = r.store.take_windows(PgId(2), PgEpoch(6), &entries);
@@ -230,6 +232,7 @@ fn images_of_other_versions_are_refused_by_their_number() {
     // One that was in use once, and later ones.
     for (version, mut disk) in [
         (2, stored(2)),
+        (3, stored(3)),
         (FORMAT_VERSION + 1, forged(FORMAT_VERSION + 1)),
         (4_000_000, forged(4_000_000)),
     ] {

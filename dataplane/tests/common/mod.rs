@@ -43,6 +43,8 @@ pub struct MetaState {
     pub dirty_groups: Vec<PgId>,
     /// What each node acked last.
     pub acks: std::collections::BTreeMap<NodeId, MapVersion>,
+    /// And what it asked for.
+    pub wishes: std::collections::BTreeMap<NodeId, ebb_dataplane_protocol::replica::Wishes>,
     /// Each store that registers is a node of its own, from [`NODE`] on; else the last is the only one.
     pub many: bool,
 }
@@ -82,8 +84,15 @@ impl Handler for MetaStandIn {
                     };
                     (reply, false)
                 }
-                Request::Node(NodeCall::Heartbeat { node, map_version, dirty_groups, .. }) => {
+                Request::Node(NodeCall::Heartbeat {
+                    node,
+                    map_version,
+                    dirty_groups,
+                    wishes,
+                    ..
+                }) => {
                     s.beats += 1;
+                    s.wishes.insert(node, wishes);
                     s.acked_map = map_version;
                     s.acks.insert(node, map_version);
                     s.dirty_groups = dirty_groups;
@@ -114,6 +123,7 @@ pub struct World {
 pub fn map(version: u64, cores: u16) -> ClusterMap {
     let pgs = (0..PGS)
         .map(|i| PgEntry {
+            syncing: Vec::new(),
             epoch: PgEpoch(1),
             members: vec![ShardRef { node: NODE, core: CoreId(i % cores) }],
             since_map_version: MapVersion(1),
@@ -161,6 +171,7 @@ impl World {
             acked_map: MapVersion(0),
             dirty_groups: Vec::new(),
             acks: Default::default(),
+            wishes: Default::default(),
             many: false,
         }));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
@@ -233,10 +244,14 @@ impl World {
 
     /// A node in a process of its own, for `kill -9`.
     pub async fn spawn(&self) -> Child9 {
-        let ready = self.config.ready_file.clone().expect("a ready file");
+        self.spawn_with(&self.config).await
+    }
+
+    pub async fn spawn_with(&self, config: &NodeConfig) -> Child9 {
+        let ready = config.ready_file.clone().expect("a ready file");
         let _ = std::fs::remove_file(&ready);
-        let path = self.dir.path().join("node.toml");
-        std::fs::write(&path, toml::to_string(&self.config).expect("serialises")).expect("config");
+        let path = ready.with_extension("toml");
+        std::fs::write(&path, toml::to_string(config).expect("serialises")).expect("config");
         let child = Command::new(std::env::current_exe().expect("test binary"))
             .args(["--exact", "child_node", "--nocapture"])
             .env(CHILD_ENV, &path)

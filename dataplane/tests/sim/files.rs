@@ -447,7 +447,7 @@ impl Sim {
                     self.files.all[file].flush = Flush::Ending;
                     let f = &self.files.all[file];
                     let items = vec![(f.inode, f.sealed)];
-                    self.control(&Control::FlushAborted(items), What::Abort(file));
+                    self.control(&Control::FlushAborted(MapVersion(1), items), What::Abort(file));
                     return;
                 }
                 let item = PutObject {
@@ -486,7 +486,7 @@ impl Sim {
                     valid_bytes: length,
                     old_valid_bytes: old.backing.map_or(0, |b| b.valid_bytes()),
                 };
-                self.control(&Control::FlushDone(vec![done]), What::FlushDone(file));
+                self.control(&Control::FlushDone(MapVersion(1), vec![done]), What::FlushDone(file));
             }
             _ => {}
         }
@@ -550,12 +550,12 @@ impl Sim {
                     valid_bytes: length,
                     old_valid_bytes: 0,
                 };
-                self.control(&Control::FlushDone(vec![done]), What::FlushDone(file));
+                self.control(&Control::FlushDone(MapVersion(1), vec![done]), What::FlushDone(file));
             }
             What::Abort(file) => {
                 let f = &self.files.all[file];
                 let items = vec![(f.inode, f.sealed)];
-                self.control(&Control::FlushAborted(items), What::Abort(file));
+                self.control(&Control::FlushAborted(MapVersion(1), items), What::Abort(file));
             }
             What::Cut(file, _) => {
                 let grant = self.files.all[file].meta_grant();

@@ -85,7 +85,7 @@ impl Buffers<Slot> for Memory {
         let (pool, max) = match purpose {
             Purpose::Reply => (&self.clients, self.max),
             Purpose::Edge | Purpose::Fill => (&self.background, self.max),
-            Purpose::Flush => (&self.flush, isize::MAX),
+            Purpose::Flush | Purpose::Copy => (&self.flush, isize::MAX),
         };
         let out = pool.load(Ordering::Relaxed);
         let fits = out == 0 || out.saturating_add(bytes as isize) <= max;
@@ -149,6 +149,7 @@ impl Sim {
         format_device(&mut device, geometry, identity).expect("formats");
         let pgs = (0..PGS)
             .map(|_| PgEntry {
+                syncing: Vec::new(),
                 epoch: PgEpoch(1),
                 members: vec![ME],
                 since_map_version: MapVersion(1),

@@ -6,7 +6,7 @@ use crate::kv::{Kv, KvRead};
 use crate::limits::WINDOWS_KEPT_MAX;
 use crate::tables::*;
 use ebb_dataplane_protocol::control::WindowEntry;
-use ebb_dataplane_protocol::{Generation, PgEpoch, PgId, Sequence, SessionId};
+use ebb_dataplane_protocol::{ChunkIndex, Generation, InodeId, PgEpoch, PgId, Sequence, SessionId};
 use ebb_metaplane_protocol::{FsError, FsResult};
 use std::collections::BTreeMap;
 
@@ -33,6 +33,8 @@ impl<K: KvRead> Reader<'_, K> {
                     sequence: Sequence(u64_at(k, 11)?),
                     below: Sequence(u64_at(v, 0)?),
                     generation: Generation(u64_at(v, 8)?),
+                    inode: InodeId(u64_at(v, 16)?),
+                    chunk: ChunkIndex(u64_at(v, 24)? as u32),
                 })
             })
             .collect()
@@ -65,7 +67,8 @@ impl<K: Kv> Ctx<'_, K> {
             };
             // Of a session that is over nothing is asked again: its generations are fenced (R20).
             if live {
-                let value = [be(e.below.0), be(e.generation.0)].concat();
+                let chunk = be(u64::from(e.chunk.0));
+                let value = [be(e.below.0), be(e.generation.0), be(e.inode.0), chunk].concat();
                 self.kv.put(&place(pg, e.session, e.sequence), &value);
             }
         }

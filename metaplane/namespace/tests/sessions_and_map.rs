@@ -213,6 +213,8 @@ fn windows_of_a_group_nobody_holds_are_kept_until_somebody_does() {
         below: Sequence(1),
         sequence: Sequence(n),
         generation: Generation(n + 7),
+        inode: InodeId(n + 9),
+        chunk: ChunkIndex(n as u32),
     };
     let keep = |pg, from, entries| Command::KeepWindows { pg, from: PgEpoch(from), entries };
     let kept = |w: &World, pg, after| w.read().kept_windows(pg, after, 3).expect("readable");

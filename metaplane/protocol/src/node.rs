@@ -1,6 +1,7 @@
 //! Traffic of data nodes.
 
 use ebb_dataplane_protocol::control::CoreStats;
+use ebb_dataplane_protocol::replica::Wishes;
 use ebb_dataplane_protocol::{ClusterMap, MapVersion, NodeId, PgId};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -32,6 +33,8 @@ pub enum NodeCall {
         stats: Vec<CoreStats>,
         /// Groups with dirty data or pins.
         dirty_groups: Vec<PgId>,
+        /// What its cores ask for the groups they are primary of.
+        wishes: Wishes,
     },
 }
 

@@ -9,7 +9,7 @@ use super::seal::ToSeal;
 use super::{Stop, seal};
 use crate::service::{Service, fs_error, random};
 use ebb_dataplane_protocol::control::{BATCH_MAX, Control, FlushDone};
-use ebb_dataplane_protocol::{ClusterMap, InodeId, ShardRef, SignedGrant};
+use ebb_dataplane_protocol::{ClusterMap, InodeId, MapVersion, ShardRef, SignedGrant};
 use ebb_metaplane_protocol::flush::{Notice, SealedInode};
 use ebb_metaplane_protocol::{Command, FsError, FsResult};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -50,12 +50,13 @@ impl What {
             Self::Drop(v) => v.len(),
         }
     }
-    fn into_control(self) -> Control {
+    /// `map`: by which it was chosen whom to tell.
+    fn into_control(self, map: MapVersion) -> Control {
         match self {
-            Self::Done(v) => Control::FlushDone(v),
-            Self::Aborted(v) => Control::FlushAborted(v),
+            Self::Done(v) => Control::FlushDone(map, v),
+            Self::Aborted(v) => Control::FlushAborted(map, v),
             Self::Views(v) => Control::ApplyViews(v),
-            Self::Drop(v) => Control::DropInodes(v),
+            Self::Drop(v) => Control::DropInodes(map, v),
         }
     }
     /// Items of one message at most. A signed view may take 2 KiB (a key, an etag, eight cuts), and a
@@ -182,7 +183,7 @@ impl Service {
                     missed.extend(m.ids);
                     continue;
                 }
-                let request = m.what.into_control();
+                let request = m.what.into_control(map_ref.version);
                 if let Err(e) = self.cores.order(map_ref, core, &request, TIMEOUT).await {
                     tracing::debug!(error = %e, "a notice was not delivered");
                     failed = true;

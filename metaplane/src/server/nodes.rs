@@ -20,7 +20,7 @@ impl Service {
                 let bucket_config = self.bucket_json.clone();
                 Ok(NodeReply::Registered { node, map, bucket_config })
             }
-            NodeCall::Heartbeat { node, boot, map_version, stats, dirty_groups } => {
+            NodeCall::Heartbeat { node, boot, map_version, stats, dirty_groups, .. } => {
                 // Before the map is read: a stand-in that is decided later comes after this lease, one that is
                 // under way is not in the map yet (R23).
                 let leased = self.liveness.begin_lease(node);

@@ -91,6 +91,7 @@ async fn core(meta: &Meta) -> (watch::Sender<bool>, watch::Receiver<u64>, Cancel
             map_version: MapVersion(0),
             stats: Vec::new(),
             dirty_groups: Vec::new(),
+            wishes: Default::default(),
         };
         let NodeReply::Lease { map: Some(map), .. } = call(beat).await else { panic!("no lease") };
         if map.pgs.iter().all(|g| g.members == to) {

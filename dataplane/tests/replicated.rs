@@ -1,0 +1,141 @@
+//! Replicated groups between real nodes: real rings, sockets and devices; the metadata plane is scripted
+//! (PROTOCOL R41, R42, R44, R46, R47; I1).
+
+mod common;
+
+use common::client::*;
+use common::*;
+use ebb_dataplane_protocol::*;
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn child_node() {
+    common::child_node();
+}
+
+fn core(node: NodeId) -> ShardRef {
+    ShardRef { node, core: CoreId(0) }
+}
+
+/// All groups get these members; `anew`: another primary.
+async fn members(world: &World, in_sync: &[NodeId], syncing: &[NodeId], anew: bool) {
+    world
+        .change_map(|m| {
+            let version = m.version;
+            for entry in &mut m.pgs {
+                entry.epoch = PgEpoch(entry.epoch.0 + 1);
+                entry.members = in_sync.iter().map(|n| core(*n)).collect();
+                entry.syncing = syncing.iter().map(|n| core(*n)).collect();
+                if anew {
+                    entry.since_map_version = version;
+                }
+            }
+        })
+        .await;
+}
+
+async fn client(world: &World, port: u16, session: u64) -> Client {
+    let mut client = Client::new(world, port, session).await;
+    client.map_version = world.meta().map.version;
+    client.epoch = world.meta().map.pgs[0].epoch;
+    client
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acked_write_is_on_the_backups_device_after_both_are_killed() {
+    let world = World::new(256 * MIB, 1).await;
+    world.meta().many = true;
+    let first = world.spawn().await;
+    let beside = world.another("beside");
+    let second = world.spawn_with(&beside).await;
+    let (one, two) = (NODE, NodeId(NODE.0 + 1));
+    world.beats(4).await;
+
+    // Written before there was another member: comes with the copy.
+    let mut file = File::new(100);
+    let alone = client(&world, first.port(), 11).await;
+    assert_eq!(alone.present(&file).await, Status::Ok);
+    let before = pattern(1, 3 << 20);
+    alone.write(&file, 0, 4096, &before).await;
+    alone.write(&file, 1, 100, b"inside the journal").await;
+    members(&world, &[one], &[two], false).await;
+    let groups = usize::from(PGS);
+    eventually("the primary asks for it to be in-sync", || {
+        let wishes = world.meta().wishes.get(&one).cloned().unwrap_or_default();
+        wishes.in_sync.iter().filter(|w| w.member == core(two)).count() == groups
+    })
+    .await;
+    members(&world, &[one, two], &[], false).await;
+
+    // Written since: every answer says that both have it. Many at once, some as large as there are.
+    let both = client(&world, first.port(), 12).await;
+    file.generation = Generation(1);
+    assert_eq!(both.present(&file).await, Status::Ok);
+    let large = pattern(2, CHUNK_BYTES as usize);
+    let whole = (4..12).map(|chunk| both.write(&file, chunk, 0, &large));
+    let small: Vec<Vec<u8>> = (0..200).map(|n| pattern(n + 10, 5000)).collect();
+    let many =
+        small.iter().enumerate().map(|(n, data)| both.write(&file, 2, n as u32 * 5000, data));
+    futures::future::join(futures::future::join_all(whole), futures::future::join_all(many)).await;
+    let stats = MetaPeer::new(&world, first.port()).await.stats().await;
+    assert!(stats.replicated >= 208 && stats.copied_bytes >= 3 << 20, "{stats:?}");
+    assert_eq!(stats.members_syncing, 0);
+    let stats = MetaPeer::new(&world, second.port()).await.stats().await;
+    assert!(stats.followed >= 208, "{stats:?}");
+
+    first.kill9();
+    second.kill9();
+    world.meta().acks.clear();
+    world.meta().map.nodes.retain(|n| n.id == two);
+    let second = world.spawn_with(&beside).await;
+    members(&world, &[two], &[], true).await;
+    let other = client(&world, second.port(), 13).await;
+    file.least_map = other.map_version;
+    assert_eq!(other.present(&file).await, Status::Ok);
+    assert!(other.read(&file, 0, 4096, before.len() as u32).await == before);
+    assert_eq!(other.read(&file, 1, 100, 18).await, b"inside the journal");
+    for chunk in 4..12 {
+        assert!(other.read(&file, chunk, 0, CHUNK_BYTES).await == large, "chunk {chunk}");
+    }
+    for (n, data) in small.iter().enumerate() {
+        assert!(other.read(&file, 2, n as u32 * 5000, 5000).await == *data, "write {n}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_backup_a_primary_acks_nothing_until_the_backup_is_dropped() {
+    let world = World::new(64 * MIB, 1).await;
+    world.meta().many = true;
+    let first = world.start().await;
+    let beside = world.another("beside");
+    let second = world.spawn_with(&beside).await;
+    let (one, two) = (NODE, NodeId(NODE.0 + 1));
+    world.beats(4).await;
+    members(&world, &[one, two], &[], false).await;
+    let file = File::new(100);
+    let before = client(&world, first.port(), 11).await;
+    assert_eq!(before.present(&file).await, Status::Ok);
+    before.write(&file, 0, 0, b"on both").await;
+    second.kill9();
+    world.meta().acks.remove(&two);
+
+    let late = {
+        let (before, file) = (before.clone(), file.clone());
+        tokio::spawn(async move { before.write_status(&file, 0, 8192, b"on one").await })
+    };
+    eventually("the primary asks for it to be dropped", || {
+        let wishes = world.meta().wishes.get(&one).cloned().unwrap_or_default();
+        wishes.unreachable.iter().any(|w| w.member == core(two))
+    })
+    .await;
+    assert!(!late.is_finished(), "nothing was answered meanwhile");
+    members(&world, &[one], &[], false).await;
+    // Its epoch is over, so it is sent again, and answered from the window.
+    assert_ne!(late.await.expect("no panic"), Status::Ok);
+    let after = client(&world, first.port(), 11).await;
+    assert_eq!(after.present(&file).await, Status::Ok);
+    after.write(&file, 0, 8192, b"on one").await;
+    assert_eq!(after.read(&file, 0, 8192, 6).await, b"on one");
+    first.shutdown().await;
+}
