@@ -13,6 +13,7 @@ use crate::grant::{Backing, ByteRange, Cut, FileView, Grant, GrantMode, SignedGr
 use crate::header::{HEADER_BYTES, Header, Opcode};
 use crate::ids::*;
 use crate::map::{ClusterMap, NodeInfo, NodeState, PgEntry, ShardRef};
+use crate::replica::{Ship, Shipped};
 use crate::{Status, crc32c};
 use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
@@ -190,11 +191,12 @@ pub fn data(bytes: &[u8]) {
     }
 }
 
-/// Requests of the metadata plane to a core, their answers, and the map.
+/// Requests of the metadata plane and of primaries to a core, their answers, and the map.
 pub fn control(bytes: &[u8]) {
     archive::<Control>(bytes);
     archive::<ControlReply>(bytes);
     archive::<ClusterMap>(bytes);
+    archive::<Shipped>(bytes);
     if let Ok(map) = codec::decode::<ClusterMap>(bytes) {
         let found = map.pg_of(InodeId(7), ChunkIndex(9));
         assert_eq!(found.is_some(), map.pg_count() > 0);
@@ -325,7 +327,10 @@ fn controls() -> Vec<Vec<u8>> {
         }],
     };
     let mut all: Vec<_> = calls.iter().map(codec::encode).collect();
-    all.extend([codec::encode(&stats), codec::encode(&map)]);
+    let ship = Ship::Stage { inode, chunk: ChunkIndex(1), crcs: vec![1, 2, 3] };
+    let (pg, epoch, map_version) = (PgId(1), PgEpoch(2), MapVersion(3));
+    let shipped = Shipped { pg, epoch, map_version, stream: 4, place: 5, ship };
+    all.extend([codec::encode(&stats), codec::encode(&map), codec::encode(&shipped)]);
     all
 }
 

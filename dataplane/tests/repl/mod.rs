@@ -2,6 +2,7 @@
 #![allow(unreachable_pub)]
 
 mod clients;
+mod troubles;
 
 use super::device::Device;
 use clients::{Files, Request as Asked, S3};
@@ -64,6 +65,31 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// Whether every kind of trouble was met.
+    pub fn everything_happened(&self) -> bool {
+        [
+            self.acked,
+            self.reads,
+            self.flushed,
+            self.aborted,
+            self.crashes,
+            self.torn,
+            self.losses,
+            self.partitions,
+            self.link_drops,
+            self.late_frames,
+            self.takeovers,
+            self.demoted_in_sync,
+            self.drops,
+            self.planned_drops,
+            self.adds,
+            self.joins,
+            self.void_wishes,
+        ]
+        .iter()
+        .all(|n| *n > 0)
+    }
+
     pub fn add(&mut self, o: &Tally) {
         self.acked += o.acked;
         self.reads += o.reads;
@@ -108,13 +134,16 @@ struct Link {
     answers: VecDeque<(Token, Header, Vec<u8>)>,
 }
 
+/// What was sent on a link that is over.
+type Late = (LinkId, VecDeque<Call<AlignedBuf>>);
+
 pub struct World {
     pub rng: SmallRng,
     pub now: u64,
     nodes: BTreeMap<u32, Node>,
     links: BTreeMap<(u32, u32), Link>,
     /// What was sent on links that their caller gave up, and may arrive until the next link's first frame does.
-    late: BTreeMap<(u32, u32), (LinkId, VecDeque<Call<AlignedBuf>>)>,
+    late: BTreeMap<(u32, u32), Late>,
     cut_links: BTreeSet<(u32, u32)>,
     next_link: u64,
     next_request: u64,
@@ -487,258 +516,6 @@ impl World {
             }
             Command::Reply(_) | Command::RefreshMap | Command::Failed(_) => unreachable!(),
         }
-    }
-
-    // --- trouble -------------------------------------------------------------------------------------
-
-    fn trouble(&mut self) {
-        let n = self.rng.random_range(1..=NODES);
-        match self.rng.random_range(0..14) {
-            10 | 11 => {
-                let pairs: Vec<(u32, u32)> = self.links.keys().copied().collect();
-                if !pairs.is_empty() {
-                    self.tally.link_drops += 1;
-                    let pair = pairs[self.rng.random_range(0..pairs.len())];
-                    self.trace(|| format!("link {pair:?} breaks"));
-                    self.break_link(pair);
-                }
-            }
-            12 => self.planned_drop(),
-            0..4 => {
-                let down = self.rng.random_range(0..1500);
-                self.crash(n, down);
-            }
-            4..6 => {
-                let m = self.rng.random_range(1..=NODES);
-                if m != n {
-                    self.tally.partitions += 1;
-                    self.cut_links.insert((n, m));
-                    self.trace(|| format!("cut {n} - {m}"));
-                }
-            }
-            6..8 => {
-                self.cut_links.clear();
-                self.nodes.values_mut().for_each(|n| n.cut_off = false);
-            }
-            8 => {
-                self.tally.partitions += 1;
-                self.nodes.get_mut(&n).expect("known").cut_off = true;
-                self.trace(|| format!("node {n} is cut off"));
-            }
-            _ => self.lose(n),
-        }
-    }
-
-    pub fn crash(&mut self, n: u32, down: u64) {
-        let Some(node) = self.nodes.get_mut(&n) else { return };
-        let Some(core) = node.core.take() else { return };
-        self.tally.crashes += 1;
-        node.back_at = self.now + down;
-        for command in std::mem::take(&mut node.in_flight) {
-            match command {
-                Command::Write { offset, buf, range, .. } => {
-                    self.tally.torn += 1;
-                    node.device.tear(offset, &buf[range], &mut self.rng);
-                }
-                Command::WriteMeta { offset, bytes, .. } => {
-                    self.tally.torn += 1;
-                    node.device.tear(offset, &bytes, &mut self.rng);
-                }
-                _ => {}
-            }
-        }
-        node.device.crash(&mut self.rng);
-        drop(core);
-        self.trace(|| format!("CRASH of node {n} for {down}"));
-        let pairs: Vec<(u32, u32)> =
-            self.links.keys().filter(|p| p.0 == n || p.1 == n).copied().collect();
-        self.late.retain(|pair, _| pair.1 != n);
-        for pair in pairs {
-            if pair.0 == n {
-                if let Some(link) = self.links.remove(&pair) {
-                    self.late.insert(pair, (link.id, link.calls));
-                }
-            } else {
-                self.break_link(pair);
-            }
-        }
-        let lost: Vec<u64> =
-            self.asked.iter().filter(|(_, (at, _))| *at == n).map(|(id, _)| *id).collect();
-        for id in lost {
-            if let Some((_, asked)) = self.asked.remove(&id) {
-                self.lost(asked);
-            }
-        }
-    }
-
-    /// A node goes for ever, with its device, if every group keeps an in-sync member without it.
-    fn lose(&mut self, n: u32) {
-        let gone = shard(n);
-        let others = |m: &ShardRef| *m != gone && self.nodes[&m.node.0].back_at != u64::MAX;
-        if !self.map.pgs.iter().all(|pg| pg.members.iter().any(others)) {
-            return;
-        }
-        self.tally.losses += 1;
-        let down = self.rng.random_range(500..2500);
-        self.crash(n, down);
-        self.trace(|| format!("node {n} LOST its device"));
-        // Whoever comes in its place has another store, and is a member of nothing before the metadata
-        // plane made it one: the lost one is dropped or replaced first.
-        let node = self.nodes.get_mut(&n).expect("known");
-        node.device = fresh(n, u128::from(n) + u128::from(self.now) * 16);
-        node.back_at = u64::MAX;
-    }
-
-    // --- the metadata plane --------------------------------------------------------------------------
-
-    fn heartbeats(&mut self) {
-        (1..=NODES).for_each(|n| self.heartbeat(n));
-    }
-
-    /// A node says what it wishes, and gets its lease and the map.
-    fn heartbeat(&mut self, n: u32) {
-        let until = self.now + LEASE_MS;
-        let node = self.nodes.get_mut(&n).expect("known");
-        let Some(core) = node.core.as_ref().filter(|_| !node.cut_off) else { return };
-        let wishes = core.report().wishes;
-        (node.refresh, node.lease_until) = (false, until);
-        let late = if self.calm { 0 } else { self.rng.random_range(0..300) };
-        let due = self.now + late;
-        self.wishes.extend(wishes.in_sync.into_iter().map(|w| (due, true, w)));
-        self.wishes.extend(wishes.unreachable.into_iter().map(|w| (due, false, w)));
-        let map = Arc::new(self.map.clone());
-        self.handle(n, Event::Placement { me: shard(n), map, lease_until_ms: until });
-    }
-
-    fn in_contact(&self, m: &ShardRef) -> bool {
-        let node = &self.nodes[&m.node.0];
-        node.core.is_some() && !node.cut_off
-    }
-
-    /// The last in-sync member in contact is never dropped (R43).
-    fn may_leave(&self, at: usize, gone: ShardRef) -> bool {
-        let e = &self.map.pgs[at];
-        !e.members.contains(&gone) || e.members.iter().any(|m| *m != gone && self.in_contact(m))
-    }
-
-    /// A member leaves by plan.
-    fn planned_drop(&mut self) {
-        let at = self.rng.random_range(0..usize::from(PGS));
-        let e = &self.map.pgs[at];
-        let others: Vec<ShardRef> = e.members.iter().skip(1).chain(&e.syncing).copied().collect();
-        if !others.is_empty() {
-            let gone = others[self.rng.random_range(0..others.len())];
-            if !self.may_leave(at, gone) {
-                return;
-            }
-            self.tally.planned_drops += 1;
-            self.change(at, |e| {
-                e.members.retain(|m| *m != gone);
-                e.syncing.retain(|m| *m != gone);
-            });
-        }
-    }
-
-    fn change(&mut self, pg: usize, f: impl FnOnce(&mut PgEntry)) {
-        self.map.version = MapVersion(self.map.version.0 + 1);
-        let entry = &mut self.map.pgs[pg];
-        entry.epoch = PgEpoch(entry.epoch.0 + 1);
-        f(entry);
-        let entry = entry.clone();
-        self.trace(|| format!("map {}: group {pg} {entry:?}", self.map.version));
-    }
-
-    /// What a leader does for its groups: wishes, fail-over, new members.
-    fn meta_step(&mut self) {
-        let now = self.now;
-        let (due, later) = std::mem::take(&mut self.wishes).into_iter().partition(|w| w.0 <= now);
-        self.wishes = later;
-        let due: Vec<(u64, bool, Wish)> = due;
-        for (_, in_sync, Wish { pg, epoch, member }) in due {
-            let at = usize::from(pg.0);
-            let entry = &self.map.pgs[at];
-            if entry.epoch != epoch {
-                self.tally.void_wishes += 1;
-            } else if in_sync && entry.syncing.contains(&member) {
-                self.tally.joins += 1;
-                self.change(at, |e| {
-                    e.syncing.retain(|m| *m != member);
-                    e.members.push(member);
-                });
-            } else if !in_sync && entry.primary() != Some(member) && self.may_leave(at, member) {
-                self.tally.drops += 1;
-                self.change(at, |e| {
-                    e.members.retain(|m| *m != member);
-                    e.syncing.retain(|m| *m != member);
-                });
-            }
-        }
-        for at in 0..usize::from(PGS) {
-            let entry = self.map.pgs[at].clone();
-            let Some(primary) = entry.primary() else { continue };
-            let lapsed = self.nodes[&primary.node.0].lease_until + DRIFT_MS < self.now;
-            if lapsed && entry.members.len() > 1 {
-                self.take_over(at);
-            } else if entry.members.len() + entry.syncing.len() < 2 || self.rng.random_bool(0.02) {
-                let free = (1..=NODES).map(shard).find(|s| {
-                    let up = self.nodes[&s.node.0].core.is_some();
-                    up && !entry.members.contains(s) && !entry.syncing.contains(s)
-                });
-                if let Some(s) = free {
-                    self.tally.adds += 1;
-                    self.change(at, |e| e.syncing.push(s));
-                }
-            }
-        }
-        // A lost node comes back empty once nothing counts on it any more.
-        let waiting: Vec<u32> = self
-            .nodes
-            .iter()
-            .filter(|(_, n)| n.core.is_none() && n.back_at == u64::MAX)
-            .map(|n| *n.0)
-            .collect();
-        for n in waiting {
-            let counts =
-                |e: &PgEntry| e.members.contains(&shard(n)) || e.syncing.contains(&shard(n));
-            if !self.map.pgs.iter().any(counts) {
-                self.nodes.get_mut(&n).expect("known").back_at = self.now;
-            } else {
-                // The leader drops a node whose store is gone from where it is no primary.
-                for at in 0..usize::from(PGS) {
-                    let e = &self.map.pgs[at];
-                    if e.primary() != Some(shard(n)) && counts(e) && self.may_leave(at, shard(n)) {
-                        self.change(at, |e| {
-                            e.members.retain(|m| *m != shard(n));
-                            e.syncing.retain(|m| *m != shard(n));
-                        });
-                    }
-                }
-            }
-        }
-    }
-
-    /// Another in-sync member in contact becomes the primary (R44).
-    fn take_over(&mut self, at: usize) {
-        let e = &self.map.pgs[at];
-        let alive: Vec<usize> =
-            (1..e.members.len()).filter(|i| self.in_contact(&e.members[*i])).collect();
-        if alive.is_empty() {
-            return;
-        }
-        self.tally.takeovers += 1;
-        let next = alive[self.rng.random_range(0..alive.len())];
-        let stays =
-            self.nodes[&e.members[0].node.0].back_at != u64::MAX && self.rng.random_bool(0.3);
-        self.tally.demoted_in_sync += u64::from(stays);
-        let version = MapVersion(self.map.version.0 + 1);
-        self.change(at, |e| {
-            let new = e.members.remove(next);
-            let old = std::mem::replace(&mut e.members[0], new);
-            if stays {
-                e.members.push(old);
-            }
-            e.since_map_version = version;
-        });
     }
 
     // --- requests -------------------------------------------------------------------------------------
