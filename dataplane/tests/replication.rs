@@ -43,7 +43,8 @@ fn acked_writes_survive_the_loss_of_all_members_but_one() {
     assert!(!many || all.everything_happened(), "a fault that never happens proves nothing");
 }
 
-/// Each of these found a defect, which the simulation then found again with it put back.
+/// Each of these failed once, on code as it was then. The mended code passes; whether each still meets the
+/// interleaving that it met is not known.
 #[test]
 fn seeds_that_found_a_defect_stay_mended() {
     let found = [
@@ -53,7 +54,8 @@ fn seeds_that_found_a_defect_stay_mended() {
         349, 423,
         // A flush's result was applied to what was left of a group that the core was out of.
         1306, 1808,
-        // A control request waited for a ticket that became durable while a later step of it was parked.
+        // A control request waited for a ticket that became durable while a later step of it was parked
+        // (1162; the others probably).
         1162, 2055, 2603, 2696,
     ];
     let mut all = repl::Tally::default();

@@ -136,6 +136,29 @@ fn small_files_take_what_is_estimated() {
 }
 
 #[test]
+fn a_million_files_of_a_block_fit_six_gib_and_four_hundred_mib_of_ram() {
+    if elsewhere("a_million_files_of_a_block_fit_six_gib_and_four_hundred_mib_of_ram") {
+        return;
+    }
+    const FILES: u64 = 1_000_000;
+    let (_, real) = compare("a million files of 4 KiB", 6 << 30, |r| {
+        for file in 0..FILES {
+            fill(&mut r.store, 2 + file, 0, 0, 1);
+            if file % 64 == 0 {
+                settle(&mut r.store);
+            }
+        }
+        settle(&mut r.store);
+        assert!(r.store.stats().chunks >= FILES);
+        let (index, most) = (r.store.stats().index_bytes, r.store.stats().index_bytes_max);
+        println!("index on the device: {index} of {most} bytes");
+        assert!(index <= most / 2, "they would be accepted dirty, too");
+    });
+    println!("{} bytes of RAM for each", real / FILES);
+    assert!(real < 400 << 20, "{real} bytes of RAM");
+}
+
+#[test]
 fn small_files_in_any_order_take_what_is_estimated() {
     if elsewhere("small_files_in_any_order_take_what_is_estimated") {
         return;
