@@ -134,24 +134,17 @@ impl<B: Buffer> ShardCore<B> {
         if count > BATCH_MAX {
             return self.refuse(owed, Refusal::of(Status::BadRequest));
         }
-        let map_version = match &control {
+        let by_map = match &control {
             Control::Seal(v, _)
             | Control::FlushDone(v, _)
             | Control::FlushAborted(v, _)
-            | Control::DropInodes(v, _) => *v,
-            _ => MapVersion(0),
+            | Control::DropInodes(v, _) => Some(*v),
+            _ => None,
         };
-        if self.placement.version() < map_version {
-            return self.await_map(map_version, owed, None, body);
+        if let Some(v) = by_map.filter(|v| self.placement.version() < *v) {
+            return self.await_map(v, owed, None, body);
         }
-        let names_a_map = matches!(
-            control,
-            Control::Seal(..)
-                | Control::FlushDone(..)
-                | Control::FlushAborted(..)
-                | Control::DropInodes(..)
-        );
-        if names_a_map && self.placement.led_anew_since(map_version) {
+        if by_map.is_some_and(|v| self.placement.led_anew_since(v)) {
             // It may mean a group that another core leads by now, which it would hold for told.
             let text = "a group has changed its primary since that map".to_owned();
             return self.control_reply(owed, &ControlReply::Refused(text));

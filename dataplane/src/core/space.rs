@@ -7,11 +7,10 @@ use ebb_store::StoreStats;
 const EVICT_BYTES_MIN: u64 = 8 << 20;
 /// Share of the capacity that is kept free while there is clean data, one in so many.
 const FREE_SHARE: u64 = 32;
+/// The same, at most.
+const FREE_BYTES_MAX: u64 = 256 << 20;
 /// Between two looks, in ms.
 const LOOK_MS: u64 = 20;
-/// Share that is kept free, at most.
-const FREE_BYTES_MAX: u64 = 256 << 20;
-
 /// How long a refused write counts: a few heartbeats.
 const REFUSED_MS: u64 = 2_000;
 
@@ -50,7 +49,7 @@ impl<B: Buffer> ShardCore<B> {
         self.space.refused_until_ms = self.now_ms + REFUSED_MS;
     }
 
-    /// See [`CoreStats::pressure_permille`].
+    /// See `CoreStats::pressure_permille`.
     pub(crate) fn pressure(&self, s: &StoreStats) -> u16 {
         if self.now_ms < self.space.refused_until_ms { 1000 } else { s.dirty_permille() }
     }

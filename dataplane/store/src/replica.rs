@@ -174,9 +174,7 @@ impl Store {
         self.data_room(RECORD_PAGES)?;
         let index_bytes = u64::from(blocks) * 24;
         self.index_room(index_bytes, u64::from(blocks), blocks)?;
-        if self.available() < blocks {
-            return Err(self.no_space(blocks));
-        }
+        self.block_room(blocks)?;
         let runs = self.alloc.alloc(blocks).ok_or_else(|| self.no_space(blocks))?;
         self.reserved_index += index_bytes;
         Ok(Staged { writes: planned(&runs), runs, index_bytes })

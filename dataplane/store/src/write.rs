@@ -13,6 +13,14 @@ use ebb_dataplane_protocol::{Generation, Sequence, crc32c};
 /// Journal pages a record without inline data takes at most (1024 checksums and runs).
 pub(crate) const RECORD_PAGES: u32 = 4;
 
+/// What a planned write holds until it is committed or given up.
+struct Reserved {
+    inline: bool,
+    runs: Vec<Run>,
+    index_bytes: u64,
+    journal_pages: u32,
+}
+
 impl Store {
     /// Plans a write. Checks floor, freeze, window, overlap and space against everything appended so
     /// far (durable or not); edges come from durable state, which the overlap rule makes the same.
@@ -40,26 +48,9 @@ impl Store {
         if self.locks.get(&key).is_some_and(|l| l.iter().any(|(r, _)| overlaps(r))) {
             return Err(WriteError::Wait(WaitFor::Overlap));
         }
-        let inline = op.len <= INLINE_BYTES_MAX;
-        let journal_pages = if inline { n + 1 } else { RECORD_PAGES };
-        self.data_room(journal_pages)?;
-        let index_bytes = 160 + u64::from(n) * 4 + 20 * 2;
-        self.index_room(index_bytes, 2, n)?;
-        self.make_room(n);
-        if self.available() < n {
-            return Err(self.no_space(n));
-        }
+        let Reserved { inline, runs, index_bytes, journal_pages } = self.reserve(op.len, n)?;
 
         // Nothing can fail any more.
-        let runs = if inline {
-            self.reserved_inline += n;
-            Vec::new()
-        } else {
-            self.alloc.alloc(n).ok_or_else(|| self.no_space(n))?
-        };
-        let index_bytes = index_bytes + 20 * runs.len() as u64;
-        self.reserved_index += index_bytes;
-        self.reserved_pages += journal_pages;
         let edges = self.edges(op, &blocks);
         let on_device = edges.iter().any(|e| matches!(e.source, EdgeSource::Device { .. }));
         let guard = on_device.then(|| self.guard());
@@ -95,23 +86,7 @@ impl Store {
             .ok_or(WriteError::Malformed("range is empty or past the end of the chunk"))?;
         let n = blocks.len() as u32;
         let scope = self.index.scope_of((op.inode, op.chunk));
-        let inline = op.len <= INLINE_BYTES_MAX;
-        let journal_pages = if inline { n + 1 } else { RECORD_PAGES };
-        self.data_room(journal_pages)?;
-        let index_bytes = 160 + u64::from(n) * 4 + 20 * 2;
-        self.index_room(index_bytes, 2, n)?;
-        if self.available() < n {
-            return Err(self.no_space(n));
-        }
-        let runs = if inline {
-            self.reserved_inline += n;
-            Vec::new()
-        } else {
-            self.alloc.alloc(n).ok_or_else(|| self.no_space(n))?
-        };
-        let index_bytes = index_bytes + 20 * runs.len() as u64;
-        self.reserved_index += index_bytes;
-        self.reserved_pages += journal_pages;
+        let Reserved { inline, runs, index_bytes, journal_pages } = self.reserve(op.len, n)?;
         let id = WriteId(self.next_id);
         self.next_id += 1;
         let (first_block, writes) = (blocks.start, planned(&runs));
@@ -133,6 +108,32 @@ impl Store {
         );
         let head = op.offset as usize % BLOCK;
         Ok(WritePlan { id, first_block, blocks: n, head, inline, writes, edges: Vec::new() })
+    }
+
+    /// Takes what a write of `n` blocks needs, or nothing.
+    fn reserve(&mut self, len: u32, n: u32) -> Result<Reserved, WriteError> {
+        let inline = len <= INLINE_BYTES_MAX;
+        let journal_pages = if inline { n + 1 } else { RECORD_PAGES };
+        self.data_room(journal_pages)?;
+        let index_bytes = 160 + u64::from(n) * 4 + 20 * 2;
+        self.index_room(index_bytes, 2, n)?;
+        self.block_room(n)?;
+        let runs = if inline {
+            self.reserved_inline += n;
+            Vec::new()
+        } else {
+            self.alloc.alloc(n).ok_or_else(|| self.no_space(n))?
+        };
+        let index_bytes = index_bytes + 20 * runs.len() as u64;
+        self.reserved_index += index_bytes;
+        self.reserved_pages += journal_pages;
+        Ok(Reserved { inline, runs, index_bytes, journal_pages })
+    }
+
+    /// Whether there are `n` blocks; what groups that moved away left goes for them.
+    pub(crate) fn block_room(&mut self, n: u32) -> Result<(), WriteError> {
+        self.make_room(n);
+        if self.available() < n { Err(self.no_space(n)) } else { Ok(()) }
     }
 
     fn may_write(&self, scope: Scope, g: Generation) -> Result<(), WriteError> {

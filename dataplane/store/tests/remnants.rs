@@ -128,6 +128,36 @@ fn it_goes_before_anybody_hears_no_space_and_not_under_a_reader() {
     assert!(fits(&mut r, written).is_ok());
 }
 
+/// A member needs the space as a primary does.
+#[test]
+fn it_goes_for_what_a_primary_sends_too() {
+    for copied in [false, true] {
+        let mut r = released();
+        let mut n = 0u32;
+        let mut op = |r: &mut Rig| {
+            n += 1;
+            let chunk = ChunkIndex(1 + n / 64);
+            WriteOp { chunk, ..r.op(n % 64 * 65_536, 65_536, 1, base(0, 0)) }
+        };
+        // Nothing is free but what is left of the other group, and less than one of these.
+        while r.store.stats().free_bytes >= r.store.stats().remnant_bytes + 65_536 {
+            let write = op(&mut r);
+            r.write_op(&write, b'w').expect("there is room");
+            r.settle();
+        }
+        assert!(r.store.stats().remnant_bytes > 65_536);
+        if copied {
+            let staged = r.store.stage(16).expect("what is left goes");
+            r.store.unstage(vec![staged], &Default::default());
+        } else {
+            let write = op(&mut r);
+            let plan = r.store.begin_shipped(&write).expect("what is left goes");
+            r.store.abort_write(plan.id);
+        }
+        assert_eq!(r.store.stats().remnant_bytes, 0);
+    }
+}
+
 #[test]
 fn an_eviction_of_everything_takes_it_too() {
     for all in [true, false] {

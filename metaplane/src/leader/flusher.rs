@@ -30,10 +30,10 @@ const PUT_ITEMS_MAX: usize = 32;
 const PUT_BYTES_MAX: u64 = 32 << 20;
 /// Stores of one batch in flight at most (a PutObjects call counts as one).
 const STORES_MAX: usize = 16;
-/// First pause of an inode that failed; doubles.
 /// Age in ms of what is flushed while a node fills up, if it isn't due before: what is written right now would
 /// only be written again.
 const PRESSED_AGE_MS: i64 = 1_000;
+/// First pause of an inode that failed; doubles.
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// Failures remembered; past it the memory starts anew.
