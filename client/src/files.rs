@@ -294,6 +294,9 @@ impl FileSystem {
             }
             let Some(remote) = live() else { return Ok(()) };
             let commit = inode.pending_commit();
+            // From here on nobody asks for anything in this handle's name: the metadata plane may
+            // hear of its end first, and would call the asker stale.
+            inode.state().remotes.remove(&file.id);
             if commit.is_none() {
                 // Nobody waits for this: it goes with others, in one log entry.
                 self.shared.linger(remote);
@@ -309,7 +312,10 @@ impl FileSystem {
                     }
                     return Ok(());
                 }
-                Err(ClientError::Fs(FsError::SessionExpired)) => {}
+                // The commit is still due, and takes a handle that replaces this one.
+                Err(ClientError::Fs(FsError::SessionExpired)) => {
+                    inode.state().remotes.insert(file.id, remote);
+                }
                 Err(e) => return Err(e),
             }
         }

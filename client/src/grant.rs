@@ -95,6 +95,9 @@ impl OpenInode {
                 Ok(_) => return Err(ClientError::Metadata("no grant in the answer".into())),
                 Err(ClientError::Fs(FsError::SessionExpired)) => continue,
                 Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
+                    if self.released(&remote) {
+                        continue;
+                    }
                     self.mark_stale();
                     return Err(ClientError::Stale);
                 }
@@ -102,6 +105,11 @@ impl OpenInode {
             }
         }
         Err(FsError::SessionExpired.into())
+    }
+
+    /// That handle was closed here since: what is said of it says nothing about the file.
+    fn released(&self, remote: &Remote) -> bool {
+        !self.state().remotes.values().any(|r| r.handle == remote.handle && r.epoch == remote.epoch)
     }
 
     fn usable(
