@@ -4,7 +4,7 @@
 use crate::Result;
 use crate::error::ClientError;
 use crate::inode::OpenInode;
-use ebb_metaplane_protocol::attr::{SetAttr, TimeChange};
+use ebb_metaplane_protocol::attr::{FileKind, SetAttr, TimeChange};
 use ebb_metaplane_protocol::op::CommitWrite;
 use ebb_metaplane_protocol::{FsError, Op, OpReply};
 use std::sync::Arc;
@@ -106,7 +106,9 @@ impl OpenInode {
             TimeChange::Now => TimeChange::At(crate::now()),
             at => at,
         };
-        state.set.mode = set.mode.or(state.set.mode);
+        // One change after the other: a mode set after the owner stays as it was set.
+        state.set.mode =
+            state.set.mode.map(|mode| set.mode_over(mode, FileKind::File)).or(set.mode);
         state.set.uid = set.uid.or(state.set.uid);
         state.set.gid = set.gid.or(state.set.gid);
         state.set.atime = set.atime.map(fixed).or(state.set.atime);

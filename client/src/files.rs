@@ -8,7 +8,7 @@ use crate::readahead::Detector;
 use crate::writer::Unsent;
 use bytes::Bytes;
 use ebb_dataplane_protocol::{InodeId, Lineage};
-use ebb_metaplane_protocol::attr::{Attr, FileKind, SetAttr};
+use ebb_metaplane_protocol::attr::{Attr, FileKind, SetAttr, without_privileges};
 use ebb_metaplane_protocol::op::{OpenMode, Opened};
 use ebb_metaplane_protocol::{FsError, Op, OpReply};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -242,6 +242,23 @@ impl FileSystem {
         }
         file.peek_failure()?;
         file.inode.write(offset, data).await
+    }
+
+    /// Whether a write or truncate by a process without CAP_FSETID has to end what lets others run
+    /// the file as its owner or group ([`without_privileges`]).
+    pub fn has_privileges(&self, handle: FileHandle) -> Result<bool> {
+        let mode = self.file(handle)?.inode.state().mode();
+        Ok(without_privileges(mode) != mode)
+    }
+
+    /// Ends them.
+    pub async fn end_privileges(&self, inode: InodeId) -> Result<()> {
+        let mode = self.getattr(inode).await?.mode;
+        let set = SetAttr { mode: Some(without_privileges(mode)), ..SetAttr::default() };
+        if set.mode != Some(mode) {
+            self.setattr(inode, set).await?;
+        }
+        Ok(())
     }
 
     /// Close of a descriptor: everything written is acknowledged and committed, so that whoever

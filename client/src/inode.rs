@@ -164,12 +164,17 @@ impl State {
             TimeChange::At(t) => t,
             TimeChange::Now => crate::now(),
         };
-        let SetAttr { mode, uid, gid, size: _, atime, mtime } = self.set;
-        a.mode = mode.unwrap_or(a.mode);
+        let SetAttr { mode: _, uid, gid, size: _, atime, mtime } = self.set;
+        a.mode = self.set.mode_over(a.mode, a.kind);
         a.uid = uid.unwrap_or(a.uid);
         a.gid = gid.unwrap_or(a.gid);
         a.atime = atime.map_or(a.atime, at);
         a.mtime = mtime.map_or(a.mtime, at);
+    }
+
+    /// Permission bits, with uncommitted changes.
+    pub(crate) fn mode(&self) -> u32 {
+        self.set.mode_over(self.attr.mode, self.attr.kind)
     }
 
     /// Takes the uncommitted changes into the known attributes: they were committed by a call that

@@ -79,17 +79,21 @@ impl Shared {
         }
     }
 
+    /// Has the kernel ask again for an inode's attributes.
+    fn forget_attributes(&self, inode: InodeId) {
+        let Some(notifier) = self.notifier.get() else { return };
+        // Attributes only (a negative offset): takes no page lock, so it cannot wait for a read
+        // that we are to answer.
+        if let Err(e) = notifier.inval_inode(INodeNo(inode.0), -1, 0) {
+            tracing::debug!(inode = inode.0, error = %e, "the kernel keeps old attributes");
+        }
+    }
+
     /// How the kernel's caches go on with an opened file.
     fn at_open(&self, a: &Attr, write: bool) -> FopenFlags {
         let at = self.known.opened(a, write);
-        if at.attributes_old
-            && let Some(notifier) = self.notifier.get()
-        {
-            // Attributes only (a negative offset): takes no page lock, so it cannot wait for a read
-            // that we are to answer.
-            if let Err(e) = notifier.inval_inode(INodeNo(a.inode.0), -1, 0) {
-                tracing::debug!(inode = a.inode.0, error = %e, "the kernel keeps old attributes");
-            }
+        if at.attributes_old {
+            self.forget_attributes(a.inode);
         }
         if at.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() }
     }
@@ -104,6 +108,12 @@ fn empty(what: &str, result: Result<()>, reply: ReplyEmpty) {
 
 fn owner(req: &Request) -> Owner {
     Owner { uid: req.uid(), gid: req.gid() }
+}
+
+/// Whether a truncate by this process ends the file's set-user-ID and set-group-ID. The kernel says
+/// so of writes only; root stands for CAP_FSETID here.
+fn may_not_keep_privileges(req: &Request) -> bool {
+    req.uid() != 0
 }
 
 fn open_flags(flags: i32) -> OpenFlags {
@@ -157,6 +167,9 @@ impl Filesystem for Shim {
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_ATOMIC_O_TRUNC,
             InitFlags::FUSE_CACHE_SYMLINKS,
+            // Set-user-ID and set-group-ID end here and at the metadata plane, not by a look at the
+            // attributes before each chown.
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         ] {
             if config.add_capabilities(wish).is_err() {
                 tracing::debug!(?wish, "this kernel does without");
@@ -193,7 +206,7 @@ impl Filesystem for Shim {
 
     fn setattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -213,8 +226,15 @@ impl Filesystem for Shim {
         if size.is_some() {
             self.shared.known.written(inode(ino));
         }
+        let ends_privileges = size.is_some() && may_not_keep_privileges(req);
         self.start(async move |s| {
-            let result = s.fs.setattr(inode(ino), set).await;
+            let result = async {
+                if ends_privileges {
+                    s.fs.end_privileges(inode(ino)).await?;
+                }
+                s.fs.setattr(inode(ino), set).await
+            };
+            let result = result.await;
             if result.as_ref().map_or(true, |a| a.kind == FileKind::Directory) {
                 s.known.directory_changed(inode(ino));
             }
@@ -344,14 +364,26 @@ impl Filesystem for Shim {
         reply.error(Errno::EPERM);
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
         let flags = open_flags(flags.0);
-        self.start(async move |s| match s.fs.open(inode(ino), flags).await {
-            Ok(file) => {
-                let caches = s.at_open(&file.attr, flags.write);
-                reply.opened(fuser::FileHandle(file.handle.0), caches);
+        let ends_privileges = flags.truncate && may_not_keep_privileges(req);
+        self.start(async move |s| {
+            let result = async {
+                if ends_privileges {
+                    s.fs.end_privileges(inode(ino)).await?;
+                }
+                s.fs.open(inode(ino), flags).await
+            };
+            match result.await {
+                Ok(file) => {
+                    let caches = s.at_open(&file.attr, flags.write);
+                    reply.opened(fuser::FileHandle(file.handle.0), caches);
+                }
+                Err(e) => reply.error(errno("open", &e)),
             }
-            Err(e) => reply.error(errno("open", &e)),
+            if ends_privileges {
+                s.forget_attributes(inode(ino));
+            }
         });
     }
 
@@ -408,17 +440,32 @@ impl Filesystem for Shim {
     fn write(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: fuser::FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: WriteFlags,
+        write_flags: WriteFlags,
         _flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let handle = FileHandle(fh.0);
         let len = data.len() as u32;
+        let kills = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        if kills && self.shared.fs.has_privileges(handle).unwrap_or(false) {
+            let data = data.to_vec();
+            return self.start(async move |s| {
+                let result = async {
+                    s.fs.end_privileges(inode(ino)).await?;
+                    s.fs.write(handle, offset, &data).await
+                };
+                match result.await {
+                    Ok(()) => reply.written(len),
+                    Err(e) => reply.error(errno("write", &e)),
+                }
+                s.forget_attributes(inode(ino));
+            });
+        }
         // The buffer has room: one copy, and the answer goes out from this very thread.
         match self.shared.fs.try_write(handle, offset, data) {
             Ok(Some(unsent)) => {

@@ -7,9 +7,12 @@ use common::TestCluster;
 use ebb_fuse::{MountConfig, MountError, mount};
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 use nix::sys::statvfs::statvfs;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::fs::{
+    FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, fchown, symlink,
+};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -249,6 +252,66 @@ async fn calls_answer_as_posix_says() {
         random_io(&m, &local);
     })
     .await;
+    mounted.stop().await;
+    cluster.stop().await;
+}
+
+/// What a process of another user does to a file: its shell's exit code.
+fn as_user(user: u32, script: &str, path: &Path) -> Option<i32> {
+    let mut shell = Command::new("/bin/sh");
+    shell.arg("-c").arg(script).arg("sh").arg(path).current_dir("/").uid(user).gid(user);
+    shell.status().expect("a shell").code()
+}
+
+fn privileges(m: &Path) {
+    const USER: u32 = 1000;
+    let path = m.join("privileged");
+    let set = |mode: u32| {
+        fs::set_permissions(&path, Permissions::from_mode(mode)).expect("chmod");
+    };
+    let mode = || fs::metadata(&path).expect("stat").mode() & 0o7777;
+    let f = File::create(&path).expect("create");
+    // Of a file just made, changes are gathered; their order counts.
+    f.set_permissions(Permissions::from_mode(0o6755)).expect("fchmod");
+    fchown(&f, Some(USER), Some(USER)).expect("fchown");
+    assert_eq!(mode(), 0o755, "a new owner ends them");
+    f.set_permissions(Permissions::from_mode(0o6755)).expect("fchmod");
+    (&f).write_all(b"by root").expect("write");
+    drop(f);
+    assert_eq!(mode(), 0o6755, "set after the owner, and root may write");
+    chown(&path, Some(USER), None).expect("chown");
+    assert_eq!(mode(), 0o755, "also of a file that nobody writes");
+
+    for script in ["echo more >>\"$1\"", ": >\"$1\"", "truncate -s 3 \"$1\""] {
+        set(0o6755);
+        assert_eq!(as_user(USER, script, &path), Some(0), "{script}");
+        assert_eq!(mode(), 0o755, "{script}");
+    }
+    set(0o6755);
+    OpenOptions::new().write(true).truncate(true).open(&path).expect("O_TRUNC by root");
+    assert_eq!(mode(), 0o6755);
+    set(0o2745);
+    chown(&path, Some(USER), None).expect("chown");
+    assert_eq!(mode(), 0o2745, "without x for the group the bit is of another meaning");
+    let dir = m.join("shared");
+    fs::create_dir(&dir).expect("mkdir");
+    fs::set_permissions(&dir, Permissions::from_mode(0o2775)).expect("chmod");
+    chown(&dir, Some(USER), None).expect("chown");
+    assert_eq!(fs::metadata(&dir).expect("stat").mode() & 0o7777, 0o2775, "of files only");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn set_user_id_ends_as_linux_has_it() {
+    if !can_mount() || !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let cluster = TestCluster::start(1).await;
+    // A user's process has to get there.
+    fs::set_permissions(cluster.dir(), Permissions::from_mode(0o755)).expect("chmod");
+    let mounted = Mounted::new(&cluster, "m").await;
+    let m = mounted.path.clone();
+    fs::set_permissions(&m, Permissions::from_mode(0o777)).expect("chmod");
+    blocking(move || privileges(&m)).await;
     mounted.stop().await;
     cluster.stop().await;
 }

@@ -331,9 +331,7 @@ fn apply_attrs(n: &mut Inode, set: &SetAttr, now: Time) -> bool {
         TimeChange::Now => now,
         TimeChange::At(t) => t,
     };
-    if let Some(mode) = set.mode {
-        n.mode = mode & 0o7777;
-    }
+    n.mode = set.mode_over(n.mode, n.kind);
     if let Some(uid) = set.uid {
         n.uid = uid;
     }

@@ -81,6 +81,29 @@ pub struct SetAttr {
     pub mtime: Option<TimeChange>,
 }
 
+impl SetAttr {
+    /// Permission bits after this change of a file with `mode`. As Linux has it, a new owner or
+    /// group of anything but a directory ends its privileges, unless the change says otherwise.
+    pub fn mode_over(&self, mode: u32, kind: FileKind) -> u32 {
+        let owned_anew = self.uid.is_some() || self.gid.is_some();
+        match self.mode {
+            Some(mode) => mode & 0o7777,
+            None if owned_anew && kind != FileKind::Directory => without_privileges(mode),
+            None => mode,
+        }
+    }
+}
+
+/// Permission bits without what lets others run a file as its owner or group: set-user-ID, and
+/// set-group-ID where the group may execute (elsewhere that bit means mandatory locking).
+pub fn without_privileges(mode: u32) -> u32 {
+    const SET_UID: u32 = 0o4000;
+    const SET_GID: u32 = 0o2000;
+    const GROUP_MAY_EXECUTE: u32 = 0o010;
+    let gone = if mode & GROUP_MAY_EXECUTE == 0 { SET_UID } else { SET_UID | SET_GID };
+    mode & !gone
+}
+
 /// A new time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub enum TimeChange {
