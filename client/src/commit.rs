@@ -11,20 +11,34 @@ use std::sync::Arc;
 use std::time::Instant;
 
 impl OpenInode {
-    /// What is to be committed now; `None`: nothing.
-    pub(crate) fn pending_commit(&self) -> Option<CommitWrite> {
+    /// What is to be committed now, and how many changes that are; `None`: nothing.
+    pub(crate) fn pending_commit(&self) -> Option<(CommitWrite, u64)> {
         let state = self.state();
         // A stale inode's writes were to another object; they must not size the new one.
-        (state.uncommitted() && !state.stale).then(|| CommitWrite {
+        let pending = || CommitWrite {
             inode: self.id,
             ends: state.ends.iter().map(|(g, e)| (*g, *e)).collect(),
             mtime: state.mtime,
             set: state.set,
-        })
+        };
+        (state.uncommitted() && !state.stale).then(|| (pending(), state.changes))
     }
 
     /// A commit was applied: what it carried is no longer pending, unless it changed since.
-    pub(crate) fn committed(&self, done: &CommitWrite) {
+    pub(crate) fn committed(&self, done: &CommitWrite, changes: u64) {
+        self.forget(done);
+        let mut state = self.state();
+        state.committed_changes = state.committed_changes.max(changes);
+    }
+
+    /// The object was replaced: what was to be committed is lost, and every handle says so once.
+    fn lost(&self, commit: &CommitWrite) {
+        self.mark_stale();
+        self.forget(commit);
+        self.state().fail(ClientError::Stale);
+    }
+
+    fn forget(&self, done: &CommitWrite) {
         let mut state = self.state();
         for (generation, end) in &done.ends {
             if state.ends.get(generation).is_some_and(|now| now <= end) {
@@ -53,15 +67,20 @@ impl OpenInode {
     }
 
     /// Tells the metadata plane the ends and times of acknowledged writes, and attribute changes
-    /// that rode along.
+    /// that rode along: all that were noted before the call. Callers that wait together share one
+    /// commit, as long as it began after the last of them came.
     pub(crate) async fn commit(&self) -> Result<()> {
+        let wanted = self.state().changes;
         let _one = self.committing.lock().await;
+        if self.state().committed_changes >= wanted {
+            return Ok(());
+        }
         self.commit_locked().await
     }
 
     /// The same for a caller that holds `committing`.
     pub(crate) async fn commit_locked(&self) -> Result<()> {
-        let Some(commit) = self.pending_commit() else {
+        let Some((commit, changes)) = self.pending_commit() else {
             let mut state = self.state();
             state.fresh = false;
             let lost = state.stale && state.uncommitted();
@@ -72,7 +91,7 @@ impl OpenInode {
         for _ in 0..3 {
             let remote = self.live_remote(true).await.inspect_err(|e| {
                 if matches!(e, ClientError::Stale) {
-                    self.committed(&commit);
+                    self.lost(&commit);
                 }
             })?;
             let op = Op::Commit(commit.clone());
@@ -80,14 +99,13 @@ impl OpenInode {
                 Ok((OpReply::Attr(attr), _)) => {
                     // First the new attributes, then the overlay goes: no reader sees neither.
                     self.state().see(&attr);
-                    self.committed(&commit);
+                    self.committed(&commit, changes);
                     return Ok(());
                 }
                 Ok(_) => return Err(ClientError::Metadata("no attributes in the answer".into())),
                 Err(ClientError::Fs(FsError::SessionExpired)) => {}
                 Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
-                    self.mark_stale();
-                    self.committed(&commit);
+                    self.lost(&commit);
                     return Err(ClientError::Stale);
                 }
                 Err(e) => return Err(e),

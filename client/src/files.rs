@@ -319,13 +319,14 @@ impl FileSystem {
                 self.shared.linger(remote);
                 return Ok(());
             }
-            let op = Op::Release { handle: remote.handle, commit: commit.clone() };
+            let carried = commit.as_ref().map(|(commit, _)| commit.clone());
+            let op = Op::Release { handle: remote.handle, commit: carried };
             match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
                 Ok(_) => {
-                    if let Some(done) = &commit {
+                    if let Some((done, changes)) = &commit {
                         // The answer carries no attributes; other handles go on with what was told.
                         inode.state().fold();
-                        inode.committed(done);
+                        inode.committed(done, *changes);
                     }
                     return Ok(());
                 }

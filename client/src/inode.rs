@@ -62,6 +62,10 @@ pub(crate) struct State {
     pub(crate) set: SetAttr,
     /// When the oldest uncommitted change was made.
     pub(crate) uncommitted_since: Option<Instant>,
+    /// Changes noted so far, and how many of them a commit has carried: who finds its own among them
+    /// needs no commit of its own.
+    pub(crate) changes: u64,
+    pub(crate) committed_changes: u64,
     /// Created by this client and not yet committed: attribute changes may ride.
     pub(crate) fresh: bool,
     /// The last failed background write; `failures` counts them, handles remember what they saw.
@@ -87,6 +91,8 @@ impl OpenInode {
             mtime: None,
             set: SetAttr::default(),
             uncommitted_since: None,
+            changes: 0,
+            committed_changes: 0,
             fresh: false,
             failure: None,
             failures: 0,
@@ -201,6 +207,7 @@ impl State {
     }
 
     pub(crate) fn note_uncommitted(&mut self) {
+        self.changes += 1;
         self.uncommitted_since.get_or_insert_with(Instant::now);
     }
 }

@@ -61,3 +61,45 @@ async fn a_handle_closed_while_another_writes_costs_no_write() {
     flushing.await.expect("no error");
     cluster.stop().await;
 }
+
+/// Whoever waits for the same commit shares it, as long as it began after its own write: a thousand
+/// durable writes of many threads are far fewer commits, and what a commit covers is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn fsyncs_that_wait_together_share_a_commit() {
+    const TASKS: u64 = 16;
+    const WRITES: u64 = 60;
+    const BLOCK: u64 = 4096;
+    let cluster = TestCluster::start(1).await;
+    let (fs, other) = (cluster.fs("writers").await, cluster.fs("other").await);
+    let made = fs.create(InodeId::ROOT, b"f", 0o644, OWNER, WRITE).await.expect("a create");
+    let requests = async || {
+        let status = cluster.status().await;
+        let counter = status.counters.iter().find(|(name, _)| name == "requests");
+        counter.expect("it is counted").1
+    };
+    let before = requests().await;
+    let written: Vec<_> = (0..TASKS)
+        .map(|task| {
+            let (fs, other) = (fs.clone(), other.clone());
+            tokio::spawn(async move {
+                for n in 0..WRITES {
+                    // Each grows the file, so that the others' attributes tell what was committed.
+                    let at = (n * TASKS + task) * BLOCK;
+                    fs.write(made.handle, at, &[1; BLOCK as usize]).await.expect("buffered");
+                    fs.fsync(made.handle).await.expect("durable");
+                    if n % 20 == 19 {
+                        let seen = other.lookup(InodeId::ROOT, b"f").await.expect("a look-up").size;
+                        assert!(seen >= at + BLOCK, "synced up to {}, seen {seen}", at + BLOCK);
+                    }
+                }
+            })
+        })
+        .collect();
+    for task in written {
+        task.await.expect("no panic");
+    }
+    let asked = requests().await - before;
+    println!("{} fsyncs, {asked} requests", TASKS * WRITES);
+    assert!(asked < TASKS * WRITES / 2, "{} fsyncs, {asked} requests", TASKS * WRITES);
+    cluster.stop().await;
+}
