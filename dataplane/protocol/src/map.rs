@@ -117,6 +117,14 @@ impl PgEntry {
     pub fn primary(&self) -> Option<ShardRef> {
         self.members.first().copied()
     }
+    /// Everybody who has something of it: the in-sync members, then those on the way.
+    pub fn holders(&self) -> impl Iterator<Item = ShardRef> {
+        self.members.iter().chain(&self.syncing).copied()
+    }
+    /// Somebody beside the primary is a member, in-sync or not.
+    pub fn has_others(&self) -> bool {
+        self.members.len() + self.syncing.len() > 1
+    }
 }
 
 /// The cluster map.
@@ -167,14 +175,20 @@ impl ClusterMap {
         let node = self.node(shard.node)?;
         Some((&node.host, *node.ports.get(usize::from(shard.core.0))?))
     }
-    /// Groups whose primary is on a node.
+    /// Groups of which a node holds something, in whatever role.
     pub fn groups_of(&self, node: NodeId) -> impl Iterator<Item = (PgId, &PgEntry)> {
         self.pgs
             .iter()
             .take(usize::from(u16::MAX))
             .enumerate()
-            .filter(move |(_, pg)| pg.members.iter().chain(&pg.syncing).any(|m| m.node == node))
+            .filter(move |(_, pg)| pg.holders().any(|m| m.node == node))
             .map(|(i, pg)| (PgId(i as u16), pg))
+    }
+    /// Of those, the groups that have no in-sync member anywhere else.
+    pub fn only_on(&self, node: NodeId) -> impl Iterator<Item = (PgId, &PgEntry)> {
+        let alone =
+            move |pg: &PgEntry| !pg.members.is_empty() && pg.members.iter().all(|m| m.node == node);
+        self.groups_of(node).filter(move |(_, pg)| alone(pg))
     }
 }
 

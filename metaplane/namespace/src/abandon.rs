@@ -12,6 +12,7 @@ use crate::dirtiness::Phase;
 use crate::handle::Handle;
 use crate::inode::{Inode, Loaded};
 use crate::kv::{Kv, KvRead};
+use crate::members::Members;
 use crate::tables::*;
 use ebb_dataplane_protocol::{
     HandleId, InodeId, Lineage, MapVersion, NodeId, PgEpoch, PgId, SessionId,
@@ -58,9 +59,9 @@ impl<K: KvRead> Reader<'_, K> {
         self.0.get(&key(ABANDONED, &[&store.to_be_bytes()])).is_some()
     }
 
-    /// Groups that a node holds.
+    /// Groups of which a node has the only copy. Of others, an in-sync member has all that it has.
     fn groups_held(&self, node: NodeId) -> FsResult<Vec<PgId>> {
-        Ok(self.map()?.groups_of(node).map(|(pg, _)| pg).collect())
+        Ok(self.map()?.only_on(node).map(|(pg, _)| pg).collect())
     }
 }
 
@@ -179,9 +180,13 @@ impl<K: Kv> Ctx<'_, K> {
             let Some(entry) = map.pgs.get_mut(usize::from(pg.0)) else { continue };
             entry.epoch = PgEpoch(entry.epoch.0 + 1);
             entry.members.clear();
+            entry.syncing.clear();
             entry.since_map_version = version;
             entry.moving = false;
             entry.windows_since = entry.epoch;
+        }
+        for entry in &mut map.pgs {
+            entry.leave(node, version);
         }
         self.put_map(&map);
         self.kv.put(&key(ABANDONED, &[&store.to_be_bytes()]), &be(u64::from(node.0)));

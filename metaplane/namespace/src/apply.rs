@@ -89,6 +89,19 @@ impl<K: Kv> Ctx<'_, K> {
                 done(self.abandon_inodes(*node, *cut_off, inodes))
             }
             Command::RemoveNode { node, cut_off } => done(self.remove_node(*node, *cut_off)),
+            Command::SetReplication { replicas, min_in_sync } => {
+                done(self.set_replication(*replicas, *min_in_sync))
+            }
+            Command::AddMember { pg, from, member } => done(self.add_member(*pg, *from, *member)),
+            Command::MemberInSync { pg, from, member } => {
+                done(self.member_in_sync(*pg, *from, *member))
+            }
+            Command::DropMember { pg, from, member, planned } => {
+                done(self.drop_member(*pg, *from, *member, *planned))
+            }
+            Command::TakeOver { pg, from, to, keep_old } => {
+                done(self.take_over(*pg, *from, *to, *keep_old))
+            }
             Command::SetShutdown(down) => {
                 self.set_counter(Counter::ShuttingDown, u64::from(*down));
                 CommandReply::Done

@@ -43,6 +43,10 @@ pub(crate) enum Counter {
     PgCount = 25,
     /// Files that an abandoned node took along.
     LostFiles = 26,
+    /// Wanted members of each group; 0 is 1.
+    Replicas = 27,
+    /// In-sync members of each group that writes need; 0 is 1.
+    MinInSync = 28,
 }
 
 impl<K: KvRead> Reader<'_, K> {

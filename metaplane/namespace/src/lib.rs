@@ -31,6 +31,7 @@ mod inode;
 mod key_state;
 mod lost_base;
 mod map;
+mod members;
 mod moves;
 mod notice;
 mod ops;

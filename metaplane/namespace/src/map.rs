@@ -29,8 +29,16 @@ impl<K: KvRead> Reader<'_, K> {
     }
 }
 
-fn refused<T>(why: impl Into<String>) -> FsResult<T> {
+pub(crate) fn refused<T>(why: impl Into<String>) -> FsResult<T> {
     Err(FsError::Invalid(why.into()))
+}
+
+/// Whether the map has a core.
+pub(crate) fn known_core(map: &ClusterMap, core: ShardRef) -> FsResult<()> {
+    match map.address(core) {
+        Some(_) => Ok(()),
+        None => refused(format!("no core {} on node {}", core.core, core.node)),
+    }
 }
 
 impl<K: Kv> Ctx<'_, K> {
@@ -77,6 +85,9 @@ impl<K: Kv> Ctx<'_, K> {
             map.version = MapVersion(map.version.0 + 1);
             self.put_map(&map);
         }
+        if self.read().node_boot(id)?.is_some_and(|known| known != *boot) {
+            self.restarted(id)?;
+        }
         self.kv.put(&key(NODE_BOOT, &[&be(u64::from(id.0))]), &boot.to_be_bytes());
         Ok(id)
     }
@@ -115,7 +126,13 @@ impl<K: Kv> Ctx<'_, K> {
         let Some(entry) = map.pgs.get_mut(usize::from(pg.0)) else {
             return refused("no such group");
         };
+        // That it moves is told with the next map. That it doesn't any more has to be: a map in between may have
+        // said otherwise, and its primary takes no writes until it hears of it.
+        let over = entry.moving && !moving;
         entry.moving = moving;
+        if over {
+            map.version = MapVersion(map.version.0 + 1);
+        }
         self.put_map(&map);
         Ok(())
     }
@@ -134,10 +151,7 @@ impl<K: Kv> Ctx<'_, K> {
     ) -> FsResult<()> {
         let mut map = self.read().map()?;
         for m in members {
-            let known = map.node(m.node).is_some_and(|n| usize::from(m.core.0) < n.ports.len());
-            if !known {
-                return refused(format!("no core {} on node {}", m.core, m.node));
-            }
+            known_core(&map, *m)?;
         }
         let version = MapVersion(map.version.0 + 1);
         let Some(entry) = map.pgs.get_mut(usize::from(pg.0)) else {
@@ -148,6 +162,7 @@ impl<K: Kv> Ctx<'_, K> {
         }
         entry.epoch = PgEpoch(entry.epoch.0 + 1);
         entry.members = members.to_vec();
+        entry.syncing.clear();
         entry.since_map_version = version;
         entry.moving = false;
         if unknown_windows {

@@ -112,6 +112,57 @@ pub enum Command {
         /// As in `StandIn`.
         cut_off: u64,
     },
+    /// How many copies of what S3 does not have: members of each group that are wanted, and in-sync ones
+    /// without which writes are refused (R42). The map says the latter.
+    SetReplication {
+        /// Wanted, the primary included.
+        replicas: u8,
+        /// Needed.
+        min_in_sync: u8,
+    },
+    /// A core begins to be a member of a group: syncing, in a new epoch (PROTOCOL R43). Here and below, `from` is
+    /// the epoch that the decision was made at; in another one nothing happens.
+    AddMember {
+        /// The group.
+        pg: PgId,
+        /// Epoch the decision was made at.
+        from: PgEpoch,
+        /// Who.
+        member: ShardRef,
+    },
+    /// A syncing member has everything, says the primary, and counts from now on (R47): in-sync, the last in
+    /// the order.
+    MemberInSync {
+        /// The group.
+        pg: PgId,
+        /// Epoch the decision was made at.
+        from: PgEpoch,
+        /// Who.
+        member: ShardRef,
+    },
+    /// A member other than the primary is one no more (R43).
+    DropMember {
+        /// The group.
+        pg: PgId,
+        /// Epoch the decision was made at.
+        from: PgEpoch,
+        /// Who.
+        member: ShardRef,
+        /// It could stay: refused if fewer in-sync members are left than were promised (R48).
+        planned: bool,
+    },
+    /// An in-sync member is the primary from now on: a new epoch, a new lead (R44). The leader sees to it that
+    /// the old primary serves no more.
+    TakeOver {
+        /// The group.
+        pg: PgId,
+        /// Epoch the decision was made at.
+        from: PgEpoch,
+        /// Who.
+        to: ShardRef,
+        /// The old primary journaled its freeze and stays, in-sync; else it is a member no more.
+        keep_old: bool,
+    },
     /// Shutting down (no grants, creates, joins), or not any more.
     SetShutdown(bool),
     /// Begins flushes (§2): Dirty(g) → Sealing(g) for each that is dirty; others are skipped.
