@@ -55,6 +55,12 @@ pub struct ClusterConfig {
     pub meta_port: u16,
     /// Port of the embedded S3 server, 0 until it is known.
     pub s3_port: u16,
+    /// Copies of what S3 does not have.
+    #[serde(default = "one_copy")]
+    pub replicas: u8,
+    /// In-sync copies that writes need.
+    #[serde(default = "one_copy")]
+    pub min_in_sync: u8,
     /// The next start may take the bucket from a cluster that was not taken down.
     #[serde(default)]
     pub steal_bucket: bool,
@@ -63,6 +69,10 @@ pub struct ClusterConfig {
 /// What a node takes for its indexes unless `ebb up --index` says otherwise.
 const fn index_default() -> u64 {
     144 << 20
+}
+
+fn one_copy() -> u8 {
+    1
 }
 
 /// A cluster id in a TOML file (which knows no 128-bit integers).
@@ -256,6 +266,8 @@ mod tests {
             host: "127.0.0.1".into(),
             meta_port: 0,
             s3_port: 0,
+            replicas: 1,
+            min_in_sync: 1,
             steal_bucket: false,
         }
     }

@@ -4,7 +4,6 @@
 //! metadata plane, the processes are found again by their pid files. So it can die at any moment
 //! and the next one takes over ([`local`]).
 //!
-//! * [`placement`]: which core holds which placement group (weighted rendezvous hashing).
 //! * [`plan`]: pure: status in, actions out (I8: a node goes only when nothing depends on it).
 //! * [`layout`]: the directory of a local cluster.
 //! * [`process`]: one supervised server process.
@@ -14,7 +13,6 @@
 pub mod error;
 pub mod layout;
 pub mod local;
-pub mod placement;
 pub mod plan;
 pub mod process;
 pub mod run;

@@ -6,14 +6,17 @@
 //! * **Zero and back**: with no active node the groups are held by nobody; a client that needs data
 //!   raises `wake_wanted`, and the last non-zero wish returns.
 //!
+//! * **Copies**: with several members wanted, the metadata plane's leader moves groups that somebody holds (ARCHITECTURE, replication): to copy
+//!   is cheaper than to flush, and a take-over must not wait for a controller.
+//!
 //! * **Lost**: groups of a node that is cut off go to others at once if S3 has all of theirs (R24); the others wait
 //!   for it, or for `ebb node abandon`. One of which nothing is left leaves the map if its process has another store by now.
 //!
 //! Every action is idempotent and is repeated on the next turn until the status shows its effect.
 
-use crate::placement::primary_of;
 use ebb_dataplane_protocol::{NodeId, NodeInfo, NodeState, PgId, ShardRef};
 use ebb_metaplane_protocol::admin::CutOff;
+use ebb_metaplane_protocol::placement::primary_of;
 use ebb_metaplane_protocol::{AdminCall, ClusterStatus};
 
 /// Moves under way at most: each freezes a group for a moment.
@@ -169,6 +172,14 @@ fn groups(status: &ClusterStatus, actions: &mut Vec<Action>) {
         let pg = PgId(i as u16);
         if status.moves.contains(&pg) {
             continue;
+        }
+        if entry.primary().is_some() && (status.replicas > 1 || entry.has_others()) {
+            // The leader sees to groups with members; but not to those that nobody is to hold, nor when none of
+            // those in-sync is in contact.
+            let lost = entry.members.iter().all(|m| cut_off(status, m.node).is_some());
+            if !lost && !holders.is_empty() {
+                continue;
+            }
         }
         if let Some(lost) = entry.primary().and_then(|p| cut_off(status, p.node)) {
             // Nothing is frozen for it, so it is not rationed.

@@ -3,7 +3,7 @@
 use super::*;
 use ebb_dataplane_protocol::control::CoreStats;
 use ebb_dataplane_protocol::{ClusterMap, MapVersion, PgEntry, PgEpoch};
-use ebb_metaplane_protocol::admin::NodeStatus;
+use ebb_metaplane_protocol::admin::{GroupStates, NodeStatus};
 
 const GROUPS: usize = 64;
 
@@ -22,6 +22,9 @@ impl Toy {
         };
         let status = ClusterStatus {
             map,
+            replicas: 1,
+            min_in_sync: 1,
+            groups: GroupStates::default(),
             desired_nodes: desired,
             wake_nodes: desired,
             wake_wanted: false,

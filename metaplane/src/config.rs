@@ -33,6 +33,12 @@ pub struct MetaConfig {
     /// Placement groups; fixed when the cluster is formatted.
     #[serde(default = "pg_count_default")]
     pub pg_count: u16,
+    /// Members of each placement group: copies of what S3 does not have, each on a node of its own.
+    #[serde(default = "one_copy")]
+    pub replicas: u8,
+    /// With fewer in-sync members than this a group takes no writes.
+    #[serde(default = "one_copy")]
+    pub min_in_sync: u8,
     /// Take a bucket over whose cluster was not taken down.
     #[serde(default)]
     pub steal_bucket: bool,
@@ -113,6 +119,9 @@ impl Timings {
 fn one() -> u64 {
     1
 }
+fn one_copy() -> u8 {
+    1
+}
 fn pg_count_default() -> u16 {
     64
 }
@@ -144,6 +153,8 @@ impl MetaConfig {
             cluster: cluster.to_string(),
             key_file: key_file.into(),
             pg_count: pg_count_default(),
+            replicas: one_copy(),
+            min_in_sync: one_copy(),
             steal_bucket: false,
             ready_file: None,
             s3_patience_s: s3_patience_default(),
@@ -185,6 +196,12 @@ impl MetaConfig {
         self.cluster_id()?;
         if self.pg_count == 0 || self.pg_count > 4096 {
             return Err(MetaError::Config("pg_count must be 1 to 4096".into()));
+        }
+        if self.replicas == 0 || self.min_in_sync == 0 || self.min_in_sync > self.replicas {
+            return Err(MetaError::Config(format!(
+                "min_in_sync ({}) must be 1 to replicas ({})",
+                self.min_in_sync, self.replicas
+            )));
         }
         if !self.members.is_empty() && !self.members.contains_key(&self.node_id.to_string()) {
             return Err(MetaError::Config(format!(

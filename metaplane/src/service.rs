@@ -36,6 +36,11 @@ pub(crate) struct Counts {
     pub(crate) sessions_expired: AtomicU64,
     pub(crate) pg_moves: AtomicU64,
     pub(crate) stand_ins: AtomicU64,
+    pub(crate) take_overs: AtomicU64,
+    pub(crate) hand_overs: AtomicU64,
+    pub(crate) members_added: AtomicU64,
+    pub(crate) members_in_sync: AtomicU64,
+    pub(crate) members_dropped: AtomicU64,
 }
 
 /// Adds one.
@@ -63,6 +68,11 @@ impl Counts {
             get("sessions_expired", &self.sessions_expired),
             get("pg_moves", &self.pg_moves),
             get("stand_ins", &self.stand_ins),
+            get("take_overs", &self.take_overs),
+            get("hand_overs", &self.hand_overs),
+            get("members_added", &self.members_added),
+            get("members_in_sync", &self.members_in_sync),
+            get("members_dropped", &self.members_dropped),
         ]
     }
 }
@@ -77,6 +87,8 @@ pub(crate) struct Wakes {
     pub(crate) keys: Notify,
     pub(crate) moves: Notify,
     pub(crate) groups: Notify,
+    /// A primary asks for something for its group's members.
+    pub(crate) members: Notify,
     pub(crate) owner: Notify,
     /// A command was applied that may have left work to the loops.
     pub(crate) stirred: Notify,
@@ -111,6 +123,7 @@ pub(crate) struct Service {
     pub(crate) port: Arc<ebb_rpc::server::Counters>,
     pub(crate) flushes: crate::leader::flusher::FlushDesk,
     pub(crate) movers: crate::leader::mover::MoveDesk,
+    pub(crate) hand_overs: crate::leader::replicas::HandOvers,
     pub(crate) names: crate::server::names::Names,
 }
 

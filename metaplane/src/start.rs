@@ -107,6 +107,7 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
         port: Arc::clone(&port),
         flushes: FlushDesk::new(),
         movers: Default::default(),
+        hand_overs: Default::default(),
         names: Default::default(),
         config,
     });

@@ -105,6 +105,12 @@ pub(crate) struct Up {
     /// Dirty data goes to S3 after this many ms, or earlier when a node fills up
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     pub flush_after: u64,
+    /// Copies of what is not in S3 yet, each on a node of its own; default: 1, or as it was
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub replicas: Option<u8>,
+    /// Refuse writes while fewer copies than this are complete; default: 1, or as it was
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub min_in_sync: Option<u8>,
     /// Take over a bucket whose cluster is gone for good without `ebb down`; what it had not flushed is lost
     #[arg(long)]
     pub steal_bucket: bool,

@@ -30,6 +30,13 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
         if s.moves.is_empty() { String::new() } else { format!(", {} moving", s.moves.len()) },
         if s.shutting_down { ", SHUTTING DOWN" } else { "" },
     ))?;
+    if s.replicas > 1 {
+        let g = &s.groups;
+        output::line(&format!(
+            "copies   {} wanted, {} needed: {} groups in-sync, {} syncing, {} degraded",
+            s.replicas, s.min_in_sync, g.in_sync, g.syncing, g.degraded
+        ))?;
+    }
     output::line(&format!(
         "files    {} inodes known, {} not in S3 yet{}, {} keys pending",
         s.inodes,

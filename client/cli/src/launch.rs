@@ -104,6 +104,8 @@ fn meta_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Resul
     meta.ready_file = Some(ready);
     meta.s3_patience_s = S3_PATIENCE_S;
     meta.steal_bucket = config.steal_bucket;
+    meta.replicas = config.replicas;
+    meta.min_in_sync = config.min_in_sync;
     meta.timings.flush_after_ms = config.flush_after_ms;
     if config.embedded_s3 {
         // Nothing on the way to our own server holds a request back: what is not carried out soon

@@ -89,10 +89,20 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
                 config.endpoint.as_ref().map(|e| format!(" at {e}")).unwrap_or_default()
             )));
         }
-        if args.steal_bucket {
-            layout.save(&ClusterConfig { steal_bucket: true, ..config.clone() })?;
+        let (replicas, min_in_sync) = copies(args, config.replicas, config.min_in_sync)?;
+        let config = ClusterConfig { replicas, min_in_sync, ..config };
+        if args.steal_bucket || args.replicas.is_some() || args.min_in_sync.is_some() {
+            let steal_bucket = config.steal_bucket || args.steal_bucket;
+            layout.save(&ClusterConfig { steal_bucket, ..config.clone() })?;
         }
         return Ok((config, false));
+    }
+    let (replicas, min_in_sync) = copies(args, 1, 1)?;
+    let nodes = args.nodes.unwrap_or(2.max(u32::from(replicas)));
+    if nodes < u32::from(min_in_sync) {
+        return Err(CliError::usage(format!(
+            "--min-in-sync {min_in_sync} needs as many nodes, and there are {nodes}"
+        )));
     }
     let embedded = args.bucket.is_none();
     if embedded && args.s3_endpoint.is_some() {
@@ -117,7 +127,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         embedded_s3: embedded,
         embedded_access_key: format!("EBB{}", hex::encode_upper(random(8)?)),
         embedded_secret_key: hex::encode(random(20)?),
-        nodes: args.nodes.unwrap_or(2),
+        nodes,
         cores_per_node: args.cores,
         node_capacity_bytes: args.node_capacity,
         arena_bytes: args.arena,
@@ -126,6 +136,8 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         host: args.host.clone(),
         meta_port: args.meta_port,
         s3_port: args.s3_port,
+        replicas,
+        min_in_sync,
         steal_bucket: args.steal_bucket,
     };
     for (port, what) in [(args.meta_port, "--meta-port"), (args.s3_port, "--s3-port")] {
@@ -139,6 +151,18 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
     }
     layout.create(&config)?;
     Ok((config, true))
+}
+
+/// The copies asked for, else those there are.
+fn copies(args: &Up, replicas: u8, min_in_sync: u8) -> Result<(u8, u8), CliError> {
+    let replicas = args.replicas.unwrap_or(replicas);
+    let min_in_sync = args.min_in_sync.unwrap_or(min_in_sync.min(replicas));
+    if min_in_sync > replicas {
+        return Err(CliError::usage(format!(
+            "--min-in-sync {min_in_sync} is more than the {replicas} copies there are to be (--replicas)"
+        )));
+    }
+    Ok((replicas, min_in_sync))
 }
 
 /// Stops what a failed start left running. A directory made by that start is forgotten, so that the

@@ -43,6 +43,9 @@ pub enum Control {
     /// Journals Freeze: writes of the group get `Frozen` until the epoch passes on or `Thaw`.
     /// Reply `Done`.
     Freeze(PgId, PgEpoch),
+    /// Nothing of the group is served any more in this epoch, reads neither: another member takes it over (PROTOCOL
+    /// R44). After `Freeze`; forgotten with the process, whose restart is a new epoch (R45). `Thaw` lifts it. Reply `Done`.
+    Yield(PgId, PgEpoch),
     /// Lifts a freeze of this epoch. Reply `Done`.
     Thaw(PgId, PgEpoch),
     /// A page of the windows of a group that is frozen in this epoch, from past (session, sequence) on

@@ -194,7 +194,12 @@ impl<B: Buffer> ShardCore<B> {
             Control::Freeze(pg, epoch) => {
                 self.run_control(owed, vec![Step::Freeze(pg, epoch)], Finish::Done);
             }
+            Control::Yield(pg, epoch) => {
+                self.placement.release(pg, PgEpoch(epoch.0.saturating_add(1)));
+                self.control_reply(owed, &ControlReply::Done);
+            }
             Control::Thaw(pg, epoch) => {
+                self.placement.take_back(pg, PgEpoch(epoch.0.saturating_add(1)));
                 self.run_control(owed, vec![Step::Thaw(pg, epoch)], Finish::Done);
             }
             Control::ReleasePg(pg, epoch) => {

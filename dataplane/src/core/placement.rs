@@ -133,6 +133,13 @@ impl Placement {
         *e = (*e).max(epoch);
     }
 
+    /// The epoch that it was given up for did not come.
+    pub(crate) fn take_back(&mut self, pg: PgId, epoch: PgEpoch) {
+        if self.released.get(&pg) == Some(&epoch) {
+            self.released.remove(&pg);
+        }
+    }
+
     /// Whether this core is the group's primary in its map, and in which epoch.
     pub(crate) fn own_epoch(&self, pg: PgId) -> Option<PgEpoch> {
         let entry = self.map.as_ref()?.pgs.get(usize::from(pg.0))?;
@@ -254,6 +261,17 @@ mod tests {
         assert_eq!(status(&p, claim(1, 3), false, 0), Status::StaleEpoch);
         p.update(ME, map(4, 2, ME, false), 1000);
         assert_eq!(status(&p, claim(2, 4), false, 0), Status::Ok, "it came back in that epoch");
+    }
+
+    #[test]
+    fn what_was_given_up_for_an_epoch_that_did_not_come_is_served_again() {
+        let mut p = Placement::default();
+        p.update(ME, map(3, 1, ME, false), 1000);
+        p.release(PgId(0), PgEpoch(2));
+        p.take_back(PgId(0), PgEpoch(1));
+        assert_eq!(status(&p, claim(1, 3), false, 0), Status::StaleEpoch, "another epoch's");
+        p.take_back(PgId(0), PgEpoch(2));
+        assert_eq!(status(&p, claim(1, 3), false, 0), Status::Ok);
     }
 
     #[test]

@@ -139,11 +139,49 @@ pub struct NodeStatus {
     pub cores: Vec<CoreStats>,
 }
 
+/// Groups by how many copies there are of what S3 does not have.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize,
+)]
+pub struct GroupStates {
+    /// As many in-sync members as are wanted.
+    pub in_sync: u32,
+    /// Fewer, and somebody is being copied to.
+    pub syncing: u32,
+    /// Fewer, and nobody is.
+    pub degraded: u32,
+    /// Nobody holds them.
+    pub unheld: u32,
+}
+
+impl GroupStates {
+    /// Counts the groups of a map.
+    pub fn of(map: &ClusterMap, replicas: u8) -> Self {
+        let mut states = Self::default();
+        for e in &map.pgs {
+            let counter = match e.members.len() {
+                0 => &mut states.unheld,
+                n if n >= usize::from(replicas) => &mut states.in_sync,
+                _ if e.syncing.is_empty() => &mut states.degraded,
+                _ => &mut states.syncing,
+            };
+            *counter += 1;
+        }
+        states
+    }
+}
+
 /// How things are.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize)]
 pub struct ClusterStatus {
     /// The map.
     pub map: ClusterMap,
+    /// Members that each group is to have.
+    pub replicas: u8,
+    /// In-sync members that writes need.
+    pub min_in_sync: u8,
+    /// The groups by state.
+    pub groups: GroupStates,
     /// Wanted nodes.
     pub desired_nodes: u32,
     /// The last non-zero wish, for waking.

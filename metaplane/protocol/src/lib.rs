@@ -14,6 +14,7 @@ pub mod hostile;
 pub mod node;
 pub mod op;
 pub mod own;
+pub mod placement;
 pub mod query;
 
 pub use admin::{AdminCall, AdminReply, ClusterStatus};

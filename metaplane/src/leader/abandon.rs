@@ -88,7 +88,7 @@ impl Service {
     fn held_by(&self, node: NodeId, cut_off: u64) -> FsResult<BTreeSet<InodeId>> {
         let found = self.voter.peek(|_, r| -> FsResult<_> {
             let mut found = BTreeSet::new();
-            for (pg, _) in r.map()?.groups_of(node) {
+            for (pg, _) in r.map()?.only_on(node) {
                 found.extend(r.held_in(pg, cut_off, None, usize::MAX)?);
             }
             Ok(found)

@@ -7,6 +7,7 @@
 //! one under the old map. Nothing else is concluded from silence: a node is gone only by its own word, or a person's.
 
 use ebb_dataplane_protocol::control::CoreStats;
+use ebb_dataplane_protocol::replica::Wishes;
 use ebb_dataplane_protocol::{ClusterMap, MapVersion, NodeId, PgId};
 use ebb_metaplane_protocol::admin::NodeStatus;
 use std::collections::HashMap;
@@ -26,6 +27,7 @@ struct Heard {
     map_version: MapVersion,
     stats: Vec<CoreStats>,
     dirty_groups: Vec<PgId>,
+    wishes: Wishes,
 }
 
 /// What is known of a node's lease.
@@ -131,9 +133,18 @@ impl Liveness {
         map_version: MapVersion,
         stats: Vec<CoreStats>,
         dirty_groups: Vec<PgId>,
+        wishes: Wishes,
     ) {
         let at = Instant::now();
-        self.table().heard.insert(node, Heard { at, boot, map_version, stats, dirty_groups });
+        let heard = Heard { at, boot, map_version, stats, dirty_groups, wishes };
+        self.table().heard.insert(node, heard);
+    }
+
+    /// What nodes asked for their groups in their last heartbeats.
+    pub(crate) fn wishes(&self) -> Vec<(NodeId, Wishes)> {
+        let table = self.table();
+        let some = table.heard.iter().filter(|(_, h)| h.wishes != Wishes::default());
+        some.map(|(node, h)| (*node, h.wishes.clone())).collect()
     }
 
     /// A process registered: what its predecessor said is of no more use, and it will ask for a lease.
@@ -196,7 +207,7 @@ impl Liveness {
         dirty
             .filter(|(node, pg)| {
                 let entry = map.pgs.get(usize::from(pg.0));
-                entry.is_some_and(|e| e.members.iter().all(|m| m.node != *node))
+                entry.is_some_and(|e| e.holders().all(|m| m.node != *node))
             })
             .collect()
     }

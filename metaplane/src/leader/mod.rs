@@ -9,9 +9,11 @@ pub(crate) mod cores;
 pub(crate) mod flusher;
 pub(crate) mod keys;
 pub(crate) mod liveness;
+pub(crate) mod members;
 pub(crate) mod mover;
 pub(crate) mod moves;
 pub(crate) mod notices;
+pub(crate) mod replicas;
 pub(crate) mod rescue;
 pub(crate) mod seal;
 pub(crate) mod sessions;
@@ -100,6 +102,7 @@ fn start(service: &Arc<Service>, stop: Stop) {
     task!(run_notices);
     task!(run_moves);
     task!(run_groups);
+    task!(run_replicas);
     task!(run_stores);
     task!(run_waker);
 }

@@ -30,8 +30,17 @@ const PAUSE_FAILED: Duration = Duration::from_millis(500);
 struct Desk {
     wanted: BTreeMap<PgId, Vec<ShardRef>>,
     moving: BTreeSet<PgId>,
-    /// Old holders that still have to release a group.
-    releases: Vec<(PgId, ShardRef)>,
+    /// Old holders that still have to release a group, with what they are told.
+    releases: Vec<(PgId, ShardRef, Leave)>,
+}
+
+/// How an old holder leaves a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leave {
+    /// It has nothing but clean data.
+    Release,
+    /// It was being copied to: half a copy is nothing.
+    Discard,
 }
 
 /// Where groups are wanted.
@@ -74,10 +83,10 @@ impl MoveDesk {
     pub(crate) fn wanted(&self) -> Vec<PgId> {
         self.desk().wanted.keys().copied().collect()
     }
-    fn owe_release(&self, pg: PgId, donor: ShardRef) {
-        self.desk().releases.push((pg, donor));
+    fn owe_release(&self, pg: PgId, donor: ShardRef, how: Leave) {
+        self.desk().releases.push((pg, donor, how));
     }
-    fn take_releases(&self) -> Vec<(PgId, ShardRef)> {
+    fn take_releases(&self) -> Vec<(PgId, ShardRef, Leave)> {
         std::mem::take(&mut self.desk().releases)
     }
 }
@@ -170,6 +179,11 @@ impl Service {
         if self.is_cut_off(donor.node) {
             return self.stand_in(&map, pg, &group, to).await;
         }
+        if !to.is_empty() && (self.config.replicas > 1 || group.has_others()) {
+            return Err(FsError::Invalid(
+                "groups with members go where these are (`replicas`)".into(),
+            ));
+        }
         self.clear_for(&map, pg, &group, to).await?;
         if !group.moving {
             self.submit_internal(Command::PgMoving(pg, true)).await?;
@@ -201,7 +215,9 @@ impl Service {
         }
         self.hand_windows_over(&map, pg, &group, to).await?;
         self.set_group(pg, &group, to).await?;
-        self.movers.owe_release(pg, donor);
+        // Members have applied what their primary has: the same blocks are clean there by now.
+        group.members.iter().for_each(|m| self.movers.owe_release(pg, *m, Leave::Release));
+        group.syncing.iter().for_each(|m| self.movers.owe_release(pg, *m, Leave::Discard));
         Ok(())
     }
 
@@ -239,17 +255,20 @@ impl Service {
     async fn release_groups(&self) {
         let Ok(map) = self.map() else { return };
         self.discard_left_overs(&map).await;
-        for (pg, donor) in self.movers.take_releases() {
+        for (pg, donor, how) in self.movers.take_releases() {
             let Ok(group) = entry(&map, pg) else { continue };
-            if map.node(donor.node).is_none() || group.members.contains(&donor) {
+            if map.node(donor.node).is_none() || group.holders().any(|m| m == donor) {
                 continue;
             }
-            let release = Control::ReleasePg(pg, group.epoch);
+            let release = match how {
+                Leave::Release => Control::ReleasePg(pg, group.epoch),
+                Leave::Discard => Control::DiscardPg(pg, group.epoch),
+            };
             if let Err(e) = self.cores.order(&map, donor, &release, TIMEOUT).await {
                 tracing::debug!(%pg, error = %e, "releasing a group");
                 let lease = Duration::from_millis(self.config.timings.lease_ms);
                 if self.liveness.is_alive(donor.node, lease * 10) {
-                    self.movers.owe_release(pg, donor);
+                    self.movers.owe_release(pg, donor, how);
                 }
             }
         }

@@ -5,12 +5,14 @@
 //! it sent before that doesn't send it again. Limit, as in R40: a leader that stands still between its last look and its
 //! proposal, while leadership goes to another and comes back, isn't fenced. It takes a vote of others, so not with one voter.
 
+use super::liveness::Bar;
 use super::mover::again;
 use crate::service::{Service, count, fs_error};
 use ebb_dataplane_protocol::control::Control;
 use ebb_dataplane_protocol::{ClusterMap, CoreId, NodeId, PgEntry, PgEpoch, PgId, ShardRef};
 use ebb_metaplane_protocol::admin::CutOff;
 use ebb_metaplane_protocol::{Command, CommandReply, FsError, FsResult};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Limit of a call.
@@ -60,9 +62,14 @@ impl Service {
             self.tell(map, *core, &take).await?;
         }
         let back = || again("its holder is back");
-        let bar = self.liveness.bar(donor.node, self.lease_wait()).ok_or_else(back)?;
-        let (_, cut_off) = self.cut_off(donor.node).await?.ok_or_else(back)?;
-        if !bar.holds() {
+        // All that are in-sync: as long as one of them is in contact, it takes over.
+        let mut bars = Vec::with_capacity(group.members.len());
+        let mut cut_off = 0;
+        for m in &group.members {
+            bars.push(self.liveness.bar(m.node, self.lease_wait()).ok_or_else(back)?);
+            cut_off = cut_off.max(self.cut_off(m.node).await?.ok_or_else(back)?.1);
+        }
+        if !bars.iter().all(Bar::holds) {
             return Err(again("the leader changes"));
         }
         let members = to.to_vec();
@@ -75,7 +82,7 @@ impl Service {
                 Ok(())
             }
             Err(e) => {
-                bar.keep();
+                bars.into_iter().for_each(Bar::keep);
                 Err(e)
             }
         }
@@ -92,7 +99,7 @@ impl Service {
         if group.epoch == PgEpoch(0) {
             return Ok(());
         }
-        for core in to.iter().filter(|core| !group.members.contains(core)) {
+        for core in to.iter().filter(|core| group.holders().all(|m| m != **core)) {
             self.tell(map, *core, &Control::DiscardPg(pg, group.epoch)).await?;
         }
         Ok(())
@@ -120,12 +127,20 @@ impl Service {
     /// Nodes that are cut off, and which of their groups wait for them.
     pub(crate) async fn cut_offs(&self, map: &ClusterMap) -> FsResult<Vec<CutOff>> {
         let mut found = Vec::new();
+        let mut cut = BTreeMap::new();
         for node in map.nodes.iter().map(|n| n.id) {
-            let Some((since, over)) = self.cut_off(node).await? else { continue };
+            cut.extend(self.cut_off(node).await?.map(|c| (node, c)));
+        }
+        for (node, (since, _)) in &cut {
+            let (node, since) = (*node, *since);
             let waiting = self.voter.peek(|_, r| -> FsResult<Vec<PgId>> {
                 let mut waiting = Vec::new();
-                for (pg, _) in map.groups_of(node) {
-                    if !r.may_stand_in(pg, over)? {
+                for (pg, group) in map.groups_of(node) {
+                    // While an in-sync member is in contact nothing waits for this one.
+                    let over = group.members.iter().map(|m| Some(cut.get(&m.node)?.1));
+                    let Some(over) = over.collect::<Option<Vec<u64>>>() else { continue };
+                    let over = over.into_iter().max().unwrap_or_default();
+                    if group.members.iter().any(|m| m.node == node) && !r.may_stand_in(pg, over)? {
                         waiting.push(pg);
                     }
                 }

@@ -36,6 +36,12 @@ impl Service {
         match call {
             AdminCall::Status => Ok(AdminReply::Status(Box::new(self.status().await?))),
             AdminCall::SetDesired { nodes } => {
+                let min = u32::from(self.config.min_in_sync);
+                if nodes > 0 && nodes < min {
+                    return Err(FsError::Invalid(format!(
+                        "{nodes} nodes can't hold the {min} copies that writes need (--min-in-sync)"
+                    )));
+                }
                 self.submit_internal(Command::SetDesired(nodes)).await.map(done)
             }
             AdminCall::SetNodeState { node, state } => {

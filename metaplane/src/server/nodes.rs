@@ -2,6 +2,7 @@
 //! brings it the newer map.
 
 use crate::service::{Service, fs_error};
+use ebb_dataplane_protocol::replica::Wishes;
 use ebb_metaplane_protocol::{Command, CommandReply, FsError, FsResult, NodeCall, NodeReply};
 
 impl Service {
@@ -20,7 +21,7 @@ impl Service {
                 let bucket_config = self.bucket_json.clone();
                 Ok(NodeReply::Registered { node, map, bucket_config })
             }
-            NodeCall::Heartbeat { node, boot, map_version, stats, dirty_groups, .. } => {
+            NodeCall::Heartbeat { node, boot, map_version, stats, dirty_groups, wishes } => {
                 // Before the map is read: a stand-in that is decided later comes after this lease, one that is
                 // under way is not in the map yet (R23).
                 let leased = self.liveness.begin_lease(node);
@@ -32,7 +33,11 @@ impl Service {
                     .map_err(fs_error)??;
                 let stop = known != Some(boot);
                 if !stop {
-                    self.liveness.heard(node, boot, map_version, stats, dirty_groups);
+                    let asks = wishes != Wishes::default();
+                    self.liveness.heard(node, boot, map_version, stats, dirty_groups, wishes);
+                    if asks {
+                        self.wakes.members.notify_one();
+                    }
                     if self.liveness.pressed() {
                         self.wakes.flush.notify_one();
                     }

@@ -2,7 +2,7 @@
 
 use crate::raft::propose::now;
 use crate::service::{Service, fs_error};
-use ebb_metaplane_protocol::admin::{CutOff, NodeStatus};
+use ebb_metaplane_protocol::admin::{CutOff, GroupStates, NodeStatus};
 use ebb_metaplane_protocol::{ClusterStatus, FsResult};
 use std::sync::atomic::Ordering;
 
@@ -13,7 +13,7 @@ fn cut_off_text(c: &CutOff, groups: usize) -> String {
     match c.waiting.len() {
         0 if groups == 0 => format!("node {node} is cut off since {since} s; it holds nothing"),
         0 => format!(
-            "node {node} is cut off since {since} s; S3 has all that it held, its {groups} groups go to others"
+            "node {node} is cut off since {since} s; S3 or other nodes have all that it held, its {groups} groups go to others"
         ),
         waiting => format!(
             "node {node} is cut off since {since} s, and {waiting} of its {groups} groups may have data that S3 \
@@ -25,9 +25,11 @@ fn cut_off_text(c: &CutOff, groups: usize) -> String {
 
 impl Service {
     pub(super) async fn status(&self) -> FsResult<ClusterStatus> {
-        let (map, counts, sessions) = self
+        let (map, counts, sessions, (replicas, min_in_sync)) = self
             .voter
-            .read(|_, r| -> FsResult<_> { Ok((r.map()?, r.counts()?, r.sessions()?)) })
+            .read(|_, r| -> FsResult<_> {
+                Ok((r.map()?, r.counts()?, r.sessions()?, r.replication()?))
+            })
             .await
             .map_err(fs_error)??;
         let oldest = counts.dirty_oldest.map_or(0, |t| now().0.saturating_sub(t.0).max(0) as u64);
@@ -98,7 +100,17 @@ impl Service {
             self.wake_wanted.store(false, Ordering::Release);
         }
         let bucket = &self.config.bucket;
+        let groups = GroupStates::of(&map, replicas);
+        if groups.degraded > 0 {
+            warnings.push(format!(
+                "{} groups have fewer than {replicas} complete copies of what S3 does not have yet",
+                groups.degraded
+            ));
+        }
         Ok(ClusterStatus {
+            replicas,
+            min_in_sync,
+            groups,
             desired_nodes: counts.desired_nodes,
             wake_nodes: counts.wake_nodes,
             wake_wanted,

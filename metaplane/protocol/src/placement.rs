@@ -1,5 +1,9 @@
 //! Weighted rendezvous hashing: each placement group goes to the core with the best score, so that
-//! adding or removing a node moves only the groups it wins or loses.
+//! adding or removing a node moves only the groups it wins or loses; its other members go to the best cores of the next
+//! best nodes, so that who takes over is who would have been the best without the node that was lost.
+//!
+//! Here because both use it: the controller for where a group is wanted, the leader for its members. Nothing of it is
+//! in the state machine: scores are floating-point numbers.
 //!
 //! Score = -w / ln(u), u uniform in (0,1) from a hash of (group, node, core): Thaler and
 //! Ravishankar, "Using Name-Based Mappings to Increase Hit Rates" (1998), in the weighted form of
@@ -37,6 +41,18 @@ pub fn primary_of(pg: PgId, nodes: &[&NodeInfo]) -> Option<ShardRef> {
         }
     }
     best.map(|(_, shard)| shard)
+}
+
+/// The best `count` cores for a group, each on a node of its own, the best first: that is [`primary_of`].
+pub fn members_of(pg: PgId, nodes: &[&NodeInfo], count: usize) -> Vec<ShardRef> {
+    let mut best: Vec<(f64, ShardRef)> = Vec::with_capacity(nodes.len());
+    for node in nodes {
+        let Some(shard) = primary_of(pg, &[node]) else { continue };
+        let weight = node.capacity_bytes.max(1) as f64 / node.ports.len().max(1) as f64;
+        best.push((score(pg, shard, weight), shard));
+    }
+    best.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    best.into_iter().map(|(_, shard)| shard).take(count).collect()
 }
 
 #[cfg(test)]
@@ -86,5 +102,25 @@ mod tests {
     #[test]
     fn nobody_holds_a_group_of_no_nodes() {
         assert_eq!(primary_of(PgId(1), &[]), None);
+    }
+
+    #[test]
+    fn members_are_on_different_nodes_spread_evenly_and_the_next_one_is_the_heir() {
+        let nodes: Vec<_> = (1..=4).map(|i| node(i, 2, 100)).collect();
+        let refs: Vec<_> = nodes.iter().collect();
+        let mut held: HashMap<NodeId, u32> = HashMap::new();
+        for pg in (0..4096).map(PgId) {
+            let members = members_of(pg, &refs, 2);
+            assert_eq!(members.len(), 2);
+            assert_ne!(members[0].node, members[1].node);
+            assert_eq!(Some(members[0]), primary_of(pg, &refs));
+            let without: Vec<_> =
+                refs.iter().copied().filter(|n| n.id != members[0].node).collect();
+            assert_eq!(Some(members[1]), primary_of(pg, &without), "the heir");
+            members.iter().for_each(|m| *held.entry(m.node).or_default() += 1);
+        }
+        assert!(held.values().all(|n| (1800..2300).contains(n)), "{held:?}");
+        assert_eq!(members_of(PgId(1), &refs[..1], 2).len(), 1, "there are no more nodes");
+        assert!(members_of(PgId(1), &[], 2).is_empty());
     }
 }
