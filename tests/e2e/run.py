@@ -23,6 +23,7 @@ MODULES = [
     "outside",
     "kills",
     "lost_nodes",
+    "replicas",
     "bad_input",
     "foreign_s3",
     "benches",
@@ -34,7 +35,7 @@ def main():
     parser.add_argument("--ebb", default="ebb", help="the binary")
     parser.add_argument("--only", default="", help="run tests whose name contains this")
     parser.add_argument("--list", action="store_true", help="list the tests")
-    parser.add_argument("--soak", type=int, default=None, help="rounds of the kill tests")
+    parser.add_argument("--soak", type=int, default=None, help="rounds of the kill tests and of lost devices")
     args = parser.parse_args()
     harness.EBB = shutil.which(args.ebb) or os.path.abspath(args.ebb)
     if args.soak is not None:
