@@ -1,5 +1,6 @@
 //! The primary's side: order, ship, count (R41–R43, R47).
 
+use super::ops::{Look, Ops, Touches};
 use crate::core::call::{Answer, Call, Channel, LinkId, PeerError};
 use crate::core::placement::Refusal;
 use crate::core::{Buffer, Command, Pending, ShardCore, Waiter};
@@ -40,31 +41,11 @@ pub(crate) struct Lead<B> {
     /// The map in which it began.
     since: MapVersion,
     pub(crate) epoch: PgEpoch,
-    /// Mutations so far: the next one's number.
-    pub(crate) next: u64,
-    /// Those that are not answered yet.
-    ops: BTreeMap<u64, Op>,
+    /// Mutations that are not answered yet.
+    ops: Ops,
     pub(crate) members: BTreeMap<ShardRef, Member<B>>,
     /// Of the newest mutation appended.
     pub(crate) last: Option<Ticket>,
-}
-
-/// What of the data a mutation changes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Touches {
-    Nothing,
-    Chunk(InodeId, ChunkIndex),
-    /// A flush's result.
-    Scope(InodeId),
-    /// Whatever was applied before this core led the group: which of it the others have isn't known
-    /// before each of them was copied to.
-    Everything,
-}
-
-struct Op {
-    durable: bool,
-    touches: Touches,
-    waiters: Vec<Waiter>,
 }
 
 pub(crate) struct Member<B> {
@@ -121,13 +102,6 @@ pub(crate) enum What {
     End(u64),
 }
 
-impl Op {
-    /// All that was applied before this core led the group.
-    fn before() -> Self {
-        Self { durable: true, touches: Touches::Everything, waiters: Vec::new() }
-    }
-}
-
 impl<B> Member<B> {
     fn new(in_sync: bool, now_ms: u64) -> Self {
         Self {
@@ -182,7 +156,7 @@ impl<B: Buffer> ShardCore<B> {
                 if let Some(last) = lead.last {
                     self.replication.last.insert(pg, last);
                 }
-                over.extend(lead.ops.into_values().flat_map(|op| op.waiters));
+                over.extend(lead.ops.into_waiters());
                 self.abandon_copy(pg, None);
             }
             let (Some(entry), Some(since)) = (self.placement.led(pg), since) else { continue };
@@ -198,8 +172,7 @@ impl<B: Buffer> ShardCore<B> {
                 id,
                 since,
                 epoch,
-                next: 1,
-                ops: BTreeMap::from([(0, Op::before())]),
+                ops: Ops::new(),
                 members: BTreeMap::new(),
                 last: before,
             });
@@ -218,7 +191,7 @@ impl<B: Buffer> ShardCore<B> {
             for shard in gone {
                 self.abandon_copy(pg, Some(shard));
             }
-            self.settle_ops(pg);
+            self.settle_ops(pg, &Look::All);
         }
         // Not this core's any more: nobody is told "done" for what the others may not have.
         for waiter in over {
@@ -273,17 +246,21 @@ impl<B: Buffer> ShardCore<B> {
     /// A mutation of a group was appended: the others get it, and its ticket waits for them.
     pub(crate) fn ship(&mut self, pg: PgId, ticket: Ticket, ship: Ship, payload: Payload<B>) {
         let Some(lead) = self.replication.leads.get_mut(&pg) else { return };
-        let number = lead.next;
-        lead.next += 1;
+        // A repetition of what is on its way got the ticket of that one: nothing was appended for it. Counted
+        // again it would take the ticket away from the first, which then is never held.
+        if lead.last.is_some_and(|last| ticket <= last) {
+            return;
+        }
         lead.last = Some(ticket);
         let touches = match &ship {
             Ship::Write(w) => Touches::Chunk(w.inode, w.chunk),
             Ship::FlushDone(done) => Touches::Scope(done.inode),
             _ => Touches::Nothing,
         };
-        lead.ops.insert(number, Op { durable: false, touches, waiters: Vec::new() });
+        let number = lead.ops.push(touches);
         let id = lead.id;
-        self.replication.shipped.insert(ticket, (pg, id, number));
+        let before = self.replication.shipped.insert(ticket, (pg, id, number));
+        debug_assert!(before.is_none(), "a ticket is one mutation's");
         let shards: Vec<ShardRef> = lead.members.keys().copied().collect();
         if let Ship::Write(w) = &ship {
             for c in self.replication.copies.iter_mut().filter(|c| c.pg == pg) {
@@ -321,7 +298,7 @@ impl<B: Buffer> ShardCore<B> {
         let Some(m) = lead.members.get_mut(&shard) else { return };
         let Some(stream) = m.stream.as_mut().filter(|s| s.begun) else { return };
         if stream.skipped.len() >= SKIPPED_LOOK {
-            stream.skipped.retain(|n| lead.ops.contains_key(n));
+            stream.skipped.retain(|n| lead.ops.is_open(*n));
         }
         stream.skipped.insert(number);
         let id = stream.id;
@@ -453,7 +430,7 @@ impl<B: Buffer> ShardCore<B> {
             }
         }
         let Some(lead) = self.replication.leads.get_mut(&pg) else { return };
-        let next = lead.next;
+        let next = lead.ops.next();
         let Some(m) = lead.members.get_mut(&shard) else { return };
         let Some(stream) = m.stream.as_mut().filter(|s| s.id == id) else { return };
         stream.in_flight -= 1;
@@ -475,17 +452,18 @@ impl<B: Buffer> ShardCore<B> {
             What::Copy => {}
             What::Chunk(inode, chunk, next) => {
                 stream.chunks.insert((inode, chunk), next);
-                self.settle_ops(pg);
+                self.settle_ops(pg, &Look::Chunk(inode, chunk));
                 self.wake_early_readers(pg);
             }
             What::Scope(inode, next) => {
                 stream.scopes.insert(inode, next);
-                self.settle_ops(pg);
+                self.settle_ops(pg, &Look::Scope(inode));
                 self.wake_early_readers(pg);
             }
             What::Op(number) => {
+                let first = stream.acked.map_or(stream.from, |acked| acked + 1);
                 stream.acked = stream.acked.max(Some(number));
-                self.settle_ops(pg);
+                self.settle_ops(pg, &Look::Numbers(first..=number));
             }
             What::End(next) => {
                 stream.whole = true;
@@ -494,7 +472,7 @@ impl<B: Buffer> ShardCore<B> {
                 stream.scopes.clear();
                 m.wished = true;
                 m.copied_to = m.copied_to.max(next);
-                self.settle_ops(pg);
+                self.settle_ops(pg, &Look::All);
             }
         }
         self.stream_push(pg, shard);
@@ -514,7 +492,7 @@ impl<B: Buffer> ShardCore<B> {
         }
         m.again_ms = now_ms + again_ms;
         self.abandon_copy(pg, Some(shard));
-        self.settle_ops(pg);
+        self.settle_ops(pg, &Look::All);
     }
 
     /// Opens the streams that are due.
@@ -574,7 +552,7 @@ impl<B: Buffer> ShardCore<B> {
 
     /// Number of the group's next mutation.
     pub(crate) fn next_op(&self, pg: PgId) -> u64 {
-        self.replication.leads.get(&pg).map_or(0, |l| l.next)
+        self.replication.leads.get(&pg).map_or(0, |l| l.ops.next())
     }
 
     // --- counting ---------------------------------------------------------------------------------
@@ -585,28 +563,25 @@ impl<B: Buffer> ShardCore<B> {
             return waiters.into_iter().for_each(|waiter| self.run_waiter(waiter));
         };
         let lead = self.replication.leads.get_mut(&pg).filter(|lead| lead.id == id);
-        match lead.and_then(|lead| lead.ops.get_mut(&number)) {
-            Some(op) => {
-                op.durable = true;
-                self.wait_op(pg, number, waiters);
-                let lead = self.replication.leads.get(&pg);
-                let waits = lead.and_then(|l| l.ops.get(&number));
-                self.stats.replication_waits +=
-                    u64::from(waits.is_some_and(|op| !op.waiters.is_empty()));
-            }
+        let Some(lead) = lead.filter(|lead| lead.ops.is_open(number)) else {
             // The group is another's by now, or was in between: whether they have it isn't known.
-            None => waiters.into_iter().for_each(|waiter| self.refuse_waiter(waiter)),
-        }
+            return waiters.into_iter().for_each(|waiter| self.refuse_waiter(waiter));
+        };
+        lead.ops.durable(number);
+        drop(lead.ops.wait(number, waiters));
+        self.settle_ops(pg, &Look::Numbers(number..=number));
+        let lead = self.replication.leads.get(&pg);
+        let waits = lead.is_some_and(|l| l.ops.is_waited_for(number));
+        self.stats.replication_waits += u64::from(waits);
     }
 
     pub(crate) fn wait_op(&mut self, pg: PgId, number: u64, waiters: Vec<Waiter>) {
-        let op = self.replication.leads.get_mut(&pg).and_then(|l| l.ops.get_mut(&number));
-        match op {
-            Some(op) => {
-                op.waiters.extend(waiters);
-                self.settle_ops(pg);
-            }
-            None => waiters.into_iter().for_each(|w| self.run_waiter(w)),
+        let waits = match self.replication.leads.get_mut(&pg) {
+            Some(lead) => lead.ops.wait(number, waiters),
+            None => Err(waiters),
+        };
+        if let Err(waiters) = waits {
+            waiters.into_iter().for_each(|w| self.run_waiter(w));
         }
     }
 
@@ -614,62 +589,45 @@ impl<B: Buffer> ShardCore<B> {
     /// began with, the chunk is copied next.
     pub(crate) fn open_op_of(&mut self, pg: PgId, key: (InodeId, ChunkIndex)) -> Option<u64> {
         let lead = self.replication.leads.get(&pg)?;
-        let touches = Touches::Chunk(key.0, key.1);
-        let shows = |op: &Op| match op.touches {
-            Touches::Nothing | Touches::Scope(_) => false,
-            Touches::Chunk(..) => op.touches == touches,
-            Touches::Everything => !lead.members.values().all(|m| !m.required || m.has(0, touches)),
-        };
-        let open = lead.ops.iter().rev().find(|(_, op)| op.durable && shows(op));
-        let number = *open?.0;
-        if number == 0 {
-            for c in self.replication.copies.iter_mut().filter(|c| c.pg == pg) {
-                c.want(key.0, Some(key.1));
-            }
+        if let Some(number) = lead.ops.newest_of(key.0, key.1) {
+            return Some(number);
         }
-        Some(number)
+        let touches = Touches::Chunk(key.0, key.1);
+        if !lead.ops.is_open(0) || lead.members.values().all(|m| !m.required || m.has(0, touches)) {
+            return None;
+        }
+        for c in self.replication.copies.iter_mut().filter(|c| c.pg == pg) {
+            c.want(key.0, Some(key.1));
+        }
+        Some(0)
     }
 
     /// More was copied of what the lead began with: who waits for a part of it looks again.
     fn wake_early_readers(&mut self, pg: PgId) {
-        let lead = self.replication.leads.get_mut(&pg);
-        let Some(op) = lead.and_then(|l| l.ops.get_mut(&0)) else { return };
+        let Some(lead) = self.replication.leads.get_mut(&pg) else { return };
         let reads = |w: &Waiter| matches!(w, Waiter::Read(_) | Waiter::Write(_));
-        let (early, rest) = std::mem::take(&mut op.waiters).into_iter().partition(reads);
-        op.waiters = rest;
-        let early: Vec<Waiter> = early;
+        let early = lead.ops.take_early(reads);
         early.into_iter().for_each(|w| self.run_waiter(w));
     }
 
     /// The newest mutation of a group so far: who repeats one that is not everywhere waits for all up to it.
     pub(crate) fn op_barrier(&self, pg: PgId) -> Option<u64> {
-        self.replication.leads.get(&pg)?.next.checked_sub(1)
+        self.replication.leads.get(&pg)?.ops.next().checked_sub(1)
     }
 
     /// A mutation up to `barrier` that is not where it has to be.
     pub(crate) fn open_op_below(&self, pg: PgId, barrier: u64) -> Option<u64> {
-        let ops = &self.replication.leads.get(&pg)?.ops;
-        ops.range(..=barrier).next_back().map(|(number, _)| *number)
+        self.replication.leads.get(&pg)?.ops.open_below(barrier)
     }
 
     /// Answers what is where it has to be.
-    pub(crate) fn settle_ops(&mut self, pg: PgId) {
+    fn settle_ops(&mut self, pg: PgId, look: &Look) {
         let Some(lead) = self.replication.leads.get_mut(&pg) else { return };
         let members = &lead.members;
-        let everywhere = |number: u64, op: &Op| {
-            members.values().filter(|m| m.required).all(|m| m.has(number, op.touches))
+        let everywhere = |number: u64, touches: Touches| {
+            members.values().filter(|m| m.required).all(|m| m.has(number, touches))
         };
-        let done: Vec<u64> = lead
-            .ops
-            .iter()
-            .filter(|(number, op)| op.durable && everywhere(**number, op))
-            .map(|(number, _)| *number)
-            .collect();
-        let mut waiters = Vec::new();
-        for number in done {
-            waiters.extend(lead.ops.remove(&number).into_iter().flat_map(|op| op.waiters));
-        }
-        for waiter in waiters {
+        for waiter in lead.ops.settle(look, everywhere) {
             self.run_waiter(waiter);
         }
     }

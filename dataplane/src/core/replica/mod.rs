@@ -10,6 +10,7 @@
 pub(crate) mod copy;
 pub(crate) mod follow;
 pub(crate) mod lead;
+mod ops;
 
 use super::Owed;
 use ebb_dataplane_protocol::{PgId, ShardRef};
