@@ -1,10 +1,11 @@
 //! Replicated groups: three cores with real stores over simulated devices, a simulated network and
 //! metadata plane, seeded (PROTOCOL R41–R48; I1, I4, I5, I7).
 //!
-//! Clients write cells and read them back; the metadata side seals, uploads, commits or aborts. Nodes
-//! crash and come back, or are lost with their device; links and whole nodes are cut off; members are
-//! dropped, added, copied to, made in-sync; the primary is replaced. After all of it every cell must
-//! read as what was acked last, or as what was asked for after that.
+//! Clients write cells and read them back; the metadata side seals, uploads, commits or aborts, truncates and
+//! removes files, and has primaries hand over (freeze, yield, or thaw). Nodes crash and come back, or are
+//! lost with their device; links and whole nodes are cut off; members are dropped, added, copied to, made
+//! in-sync; the primary is replaced. After all of it every cell must read as what was acked last, or as
+//! what was asked for after that; a primary that is there must be able to give its place away.
 //!
 //! One seed, told step by step: `EBB_SIM_TRACE=1 EBB_SIM_SEED=7 cargo test -p ebb-dataplane --test
 //! replication -- --nocapture`.
@@ -54,6 +55,10 @@ fn seeds_that_found_a_defect_stay_mended() {
         349, 423,
         // A flush's result was applied to what was left of a group that the core was out of.
         1306, 1808,
+        // A view presented twice took the ticket from the first, and everything that waits for all before it hung.
+        13, 15, 17, 20,
+        // A view that was known here, and not yet everywhere, was called applied.
+        50,
         // A control request waited for a ticket that became durable while a later step of it was parked
         // (1162; the others probably).
         1162, 2055, 2603, 2696,

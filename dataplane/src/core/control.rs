@@ -257,9 +257,11 @@ impl<B: Buffer> ShardCore<B> {
             if self.placement.version() < grant.least_map_version {
                 return self.await_map(grant.least_map_version, owed, None, body);
             }
-            // A view that is not newer, or of an inode that is gone, has nothing left to apply.
-            if let Ok(more) = self.view_steps(&grant) {
-                steps.extend(more);
+            // A view that is not newer, or of an inode that is gone, has nothing left to apply. What it brought
+            // may not be durable, or not everywhere, all the same: somebody else presented it a moment ago.
+            match self.view_steps(&grant) {
+                Ok(more) if !more.is_empty() => steps.extend(more),
+                Ok(_) | Err(_) => steps.extend(self.applied_steps(&grant)),
             }
         }
         self.run_control(owed, steps, Finish::Done);

@@ -101,6 +101,19 @@ impl<B: Buffer> ShardCore<B> {
         Ok(steps)
     }
 
+    /// Steps that append nothing where a view, or a newer one, was appended before: who takes them is answered when
+    /// that is durable, and where it has to be (R14, R42).
+    pub(crate) fn applied_steps(&self, grant: &Grant) -> Vec<Step> {
+        let (inode, view) = (grant.inode, &grant.view);
+        let mut scopes = self.scopes_below(inode, grant.alloc_limit);
+        scopes.retain(|scope| self.store.view_version(*scope).0 >= view.version);
+        let again = |scope| {
+            let (version, base, cuts) = (view.version, base_of(view), view.cuts.clone());
+            Step::View(ViewUpdate { scope, version, base, cuts })
+        };
+        scopes.into_iter().map(again).collect()
+    }
+
     /// Dirty data that a committed flush put into S3 and whose `FlushDone` never came here is still
     /// right as long as only flushes changed the object. After an outside change (another lineage), or
     /// when the lineage it was written under is no longer known, it must not cover the new object.

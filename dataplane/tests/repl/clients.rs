@@ -1,5 +1,6 @@
 //! Clients and the leader of the replication simulator.
 
+use super::troubles::Stage;
 use super::{CLUSTER, PGS, World, key};
 use ebb_dataplane::core::*;
 use ebb_dataplane_protocol::auth::Role;
@@ -34,11 +35,29 @@ const FILE_BYTES: u64 = LENGTHS[0] + LENGTHS[1];
 #[derive(Clone, Debug)]
 pub enum Request {
     Present,
-    Write { file: usize, cell: usize, value: u64 },
-    Read { file: usize, cell: usize, least: u64 },
+    Write {
+        file: usize,
+        cell: usize,
+        value: u64,
+    },
+    /// What it must show at least, and what was cut away when it was asked.
+    Read {
+        file: usize,
+        cell: usize,
+        least: u64,
+        cut: u64,
+    },
     Seal(usize, Generation, usize),
     Part(usize, Generation, usize),
     Notice(usize, usize),
+    /// A cut, and the version of the view that brought it.
+    Cut(usize, usize, ViewVersion),
+    /// An inode is gone.
+    Drop(InodeId, usize),
+    /// A group's primary hands over.
+    Hand(usize, PgEpoch, Stage),
+    /// What a primary says it holds.
+    Holding(PgId),
 }
 
 /// Bytes at their places; the rest is zeros.
@@ -58,6 +77,8 @@ struct Cell {
     pending: Option<(u64, usize, u64, bool)>,
     /// The newest value a read has shown.
     seen: u64,
+    /// Values up to this one were cut away: zeros, until a newer one comes.
+    cut: u64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -88,6 +109,8 @@ struct File {
     asked: [bool; RUNS],
     /// To be told to the primaries until they answer.
     notice: Option<(Told, [bool; RUNS])>,
+    /// Which runs' primaries have the newest view's cuts.
+    heard_cuts: [bool; RUNS],
 }
 
 pub struct Files {
@@ -95,6 +118,9 @@ pub struct Files {
     /// Next sequence of each session, and those not answered.
     sessions: Vec<(u64, Vec<u64>)>,
     etags: u64,
+    /// Inodes that are gone, and which runs' primaries were told, and are being asked.
+    gone: BTreeMap<InodeId, ([bool; RUNS], [bool; RUNS])>,
+    last_inode: u64,
     /// No new work.
     still: bool,
 }
@@ -104,27 +130,27 @@ impl Files {
         let all = (1..=FILES).map(|n| File {
             inode: InodeId(n * 7),
             generation: Generation(1),
-            view: FileView {
-                version: ViewVersion(1),
-                content: ContentId(1),
-                ..FileView::default()
-            },
+            view: first_view(),
             cells: vec![Cell::default(); CELLS.len()],
             flush: Flush::None,
             asked: [false; RUNS],
             notice: None,
+            heard_cuts: [false; RUNS],
         });
         let sessions = vec![(1, Vec::new()); SESSIONS];
-        Self { all: all.collect(), sessions, etags: 0, still: false }
+        let (gone, last_inode) = (BTreeMap::new(), FILES * 7);
+        Self { all: all.collect(), sessions, etags: 0, gone, last_inode, still: false }
     }
 
     pub fn quiet(&self) -> bool {
-        self.all.iter().all(|f| {
-            f.flush == Flush::None
-                && f.notice.is_none()
-                && f.asked == [false; RUNS]
-                && f.cells.iter().all(|c| c.pending.is_none())
-        })
+        self.gone.values().all(|g| g.0 == [true; RUNS])
+            && self.all.iter().all(|f| {
+                f.flush == Flush::None
+                    && f.notice.is_none()
+                    && f.view.cuts.is_empty()
+                    && f.asked == [false; RUNS]
+                    && f.cells.iter().all(|c| c.pending.is_none())
+            })
     }
 
     pub fn busy(&self) -> String {
@@ -133,6 +159,19 @@ impl Files {
             self.all.iter().map(|f| (&f.flush, f.asked, &f.notice, &f.cells)).collect::<Vec<_>>()
         )
     }
+}
+
+fn is_done(reply: &Reply<AlignedBuf>) -> bool {
+    matches!(codec::decode(&reply.body), Ok(ControlReply::Done))
+}
+
+fn first_view() -> FileView {
+    FileView { version: ViewVersion(1), content: ContentId(1), ..FileView::default() }
+}
+
+/// Where a cell is in its file.
+fn start_of(cell: usize) -> u64 {
+    u64::from(CELLS[cell].0) * u64::from(CHUNK_BYTES) + CELLS[cell].1
 }
 
 fn bytes_of(value: u64, len: usize) -> Vec<u8> {
@@ -201,6 +240,9 @@ impl World {
         if self.rng.random_bool(0.3) {
             return self.read_cell(file, cell);
         }
+        if self.rng.random_bool(0.04) {
+            return self.truncate(file);
+        }
         if self.files.all[file].cells[cell].pending.is_none() {
             let s = self.rng.random_range(0..SESSIONS);
             let session = &mut self.files.sessions[s];
@@ -262,8 +304,8 @@ impl World {
         let header = self.header(Opcode::Read, file, cell);
         let body = self.context((file, cell), session, 0, 0).encode().to_vec();
         let c = &self.files.all[file].cells[cell];
-        let least = c.acked.max(c.seen);
-        let asked = Request::Read { file, cell, least };
+        let (least, cut) = (c.acked.max(c.seen), c.cut);
+        let asked = Request::Read { file, cell, least, cut };
         self.ask(n, Role::Client, session, (header, body, None), asked);
     }
 
@@ -272,7 +314,71 @@ impl World {
     pub fn leader_step(&mut self) {
         let file = self.rng.random_range(0..FILES as usize);
         let run = self.rng.random_range(0..RUNS);
-        self.leader_file(file, run);
+        match self.rng.random_range(0..10) {
+            0 | 1 => self.truncate(file),
+            2 if self.rng.random_bool(0.5) => self.remove(file),
+            3 => self.tell_of_gone(),
+            _ => self.leader_file(file, run),
+        }
+    }
+
+    /// The command commits; clients and the leader tell the primaries. Only what nobody is writing goes, so that it
+    /// is known what is left.
+    fn truncate(&mut self, file: usize) {
+        let at = start_of(self.rng.random_range(0..CELLS.len()));
+        let f = &mut self.files.all[file];
+        let after = |cell: &usize| start_of(*cell) >= at;
+        let busy = (0..CELLS.len()).filter(after).any(|c| f.cells[c].pending.is_some());
+        if busy || f.flush != Flush::None || f.notice.is_some() || f.view.cuts.len() >= 8 {
+            return;
+        }
+        for cell in (0..CELLS.len()).filter(after) {
+            f.cells[cell].cut = f.cells[cell].acked;
+        }
+        f.view.cuts.push(Cut { generation: f.generation, at });
+        f.view.version = ViewVersion(f.view.version.0 + 1);
+        f.generation = f.generation.next();
+        f.heard_cuts = [false; RUNS];
+        if let Some(b) = f.view.backing.as_mut() {
+            b.limit = b.limit.min(at);
+        }
+        self.tally.cuts += 1;
+        self.trace(|| format!("file {file} is cut at {at}"));
+        // Several clients may learn of it at once.
+        for session in 1..=self.rng.random_range(0..=SESSIONS as u64) {
+            for run in 0..RUNS {
+                if let Some(n) = self.primary(self.pg(file, run)) {
+                    self.present(n, file, SessionId(session));
+                }
+            }
+        }
+    }
+
+    /// A file goes, and another one takes its name.
+    fn remove(&mut self, file: usize) {
+        let f = &mut self.files.all[file];
+        let busy = f.asked != [false; RUNS] || f.cells.iter().any(|c| c.pending.is_some());
+        if busy || f.flush != Flush::None || f.notice.is_some() {
+            return;
+        }
+        self.files.last_inode += 1;
+        self.files.gone.insert(f.inode, ([false; RUNS], [false; RUNS]));
+        (f.inode, f.generation) = (InodeId(self.files.last_inode), Generation(1));
+        (f.view, f.heard_cuts) = (first_view(), [false; RUNS]);
+        f.cells.iter_mut().for_each(|c| c.cut = c.acked);
+        self.tally.removed += 1;
+        self.trace(|| format!("file {file} is gone"));
+    }
+
+    fn tell_of_gone(&mut self) {
+        let owed = |g: &([bool; RUNS], [bool; RUNS])| (0..RUNS).find(|r| !g.0[*r] && !g.1[*r]);
+        let next = self.files.gone.iter().find_map(|(i, g)| Some((*i, owed(g)?)));
+        let Some((inode, run)) = next else { return };
+        let pg = PgId::of(inode, RunIndex(run as u32), PGS);
+        let Some(n) = self.primary(pg) else { return };
+        self.files.gone.get_mut(&inode).expect("known").1[run] = true;
+        let drop = Control::DropInodes(self.map.version, vec![inode]);
+        self.meta_ask(n, &drop, Request::Drop(inode, run));
     }
 
     fn leader_file(&mut self, file: usize, run: usize) {
@@ -290,6 +396,15 @@ impl World {
                     Told::Aborted(g) => Control::FlushAborted(version, vec![(inode, g)]),
                 };
                 self.control(n, file, run, &notice, Request::Notice(file, run));
+            }
+            return;
+        }
+        if !f.view.cuts.is_empty() {
+            if !f.heard_cuts[run] {
+                let asked = Request::Cut(file, run, f.view.version);
+                let views =
+                    Control::ApplyViews(vec![self.grant(file, GrantMode::Read, SessionId(0))]);
+                self.control(n, file, run, &views, asked);
             }
             return;
         }
@@ -343,6 +458,10 @@ impl World {
 
     fn control(&mut self, n: u32, file: usize, run: usize, control: &Control, asked: Request) {
         self.files.all[file].asked[run] = true;
+        self.meta_ask(n, control, asked);
+    }
+
+    pub fn meta_ask(&mut self, n: u32, control: &Control, asked: Request) {
         self.trace(|| format!("leader asks node {n}: {asked:?}"));
         let header = Header::request(Opcode::Control, 0);
         self.ask(n, Role::Meta, SessionId(0), (header, codec::encode(control), None), asked);
@@ -414,8 +533,9 @@ impl World {
                     self.trace(|| format!("acked file {file} cell {cell} value {value}"));
                 }
             }
-            Request::Read { file, cell, least } => {
-                if status == Status::Ok {
+            Request::Read { file, cell, least, cut } => {
+                // Cut while it was under way: either is right.
+                if status == Status::Ok && self.files.all[file].cells[cell].cut == cut {
                     self.check_read(file, cell, least, &reply);
                 }
             }
@@ -473,6 +593,37 @@ impl World {
                     }
                 }
             }
+            Request::Cut(file, run, version) => {
+                let f = &mut self.files.all[file];
+                f.asked[run] = false;
+                let done = is_done(&reply);
+                if f.view.version == version && status == Status::Ok && done {
+                    f.heard_cuts[run] = true;
+                    // Every primary has them: they leave the view.
+                    if f.heard_cuts == [true; RUNS] {
+                        f.view.cuts.clear();
+                    }
+                }
+            }
+            Request::Drop(inode, run) => {
+                let (told, asked) = self.files.gone.get_mut(&inode).expect("known");
+                asked[run] = false;
+                let done = is_done(&reply);
+                told[run] |= status == Status::Ok && done;
+            }
+            Request::Hand(at, epoch, stage) => {
+                let done = is_done(&reply);
+                self.handed(at, epoch, stage, status == Status::Ok && done);
+            }
+            Request::Holding(pg) => {
+                let Ok(ControlReply::Pg(holding)) = codec::decode(&reply.body) else {
+                    panic!("group {pg}: {status:?}");
+                };
+                assert!(!holding.frozen, "group {pg} is frozen and nobody will thaw it");
+                let gone = |i: &&InodeId| self.files.gone.contains_key(i);
+                let left = holding.dirty_inodes.iter().find(gone);
+                assert!(left.is_none(), "group {pg} still holds {left:?}, which is gone");
+            }
         }
     }
 
@@ -509,7 +660,11 @@ impl World {
     /// Nobody will answer.
     pub fn lost(&mut self, asked: Request) {
         match asked {
-            Request::Present | Request::Read { .. } => {}
+            Request::Present | Request::Read { .. } | Request::Holding(_) => {}
+            Request::Drop(inode, run) => {
+                self.files.gone.get_mut(&inode).expect("known").1[run] = false;
+            }
+            Request::Hand(at, epoch, stage) => self.handed(at, epoch, stage, false),
             Request::Write { file, cell, value } => {
                 if let Some(p) = &mut self.files.all[file].cells[cell].pending
                     && p.0 == value
@@ -519,6 +674,7 @@ impl World {
             }
             Request::Seal(file, _, run)
             | Request::Notice(file, run)
+            | Request::Cut(file, run, _)
             | Request::Part(file, _, run) => self.files.all[file].asked[run] = false,
         }
     }
@@ -536,12 +692,17 @@ impl World {
         let got = &bytes[from..from + len];
         let value = u64::from_le_bytes(got[..8].try_into().expect("eight bytes"));
         let c = &mut self.files.all[file].cells[cell];
-        let most = c.pending.map_or(c.acked, |p| p.0);
+        let (cut, most) = (c.cut, c.pending.map_or(c.acked, |p| p.0));
+        // Zeros are what a cut left.
+        let state = if value == 0 { cut } else { value };
         assert!(
-            got == bytes_of(value, len) && (least..=most).contains(&value),
-            "file {file} cell {cell} reads {value}; acked before it was asked {least}, asked for {most}"
+            got == bytes_of(value, len)
+                && (least..=most).contains(&state)
+                && (value == 0 || value > cut),
+            "file {file} cell {cell} reads {value}; acked before it was asked {least}, asked for {most}, \
+             cut away {cut}"
         );
-        c.seen = c.seen.max(value);
+        c.seen = c.seen.max(state);
         self.tally.reads += 1;
     }
 
@@ -549,6 +710,7 @@ impl World {
 
     pub fn retry_all(&mut self) {
         self.files.still = true;
+        (0..RUNS * self.files.gone.len().min(4)).for_each(|_| self.tell_of_gone());
         for file in 0..FILES as usize {
             (0..RUNS).for_each(|run| self.leader_file(file, run));
             for cell in 0..CELLS.len() {
@@ -574,6 +736,17 @@ impl World {
                     }
                 }
                 assert!(self.tally.reads > before, "file {file} cell {cell} can't be read {what}");
+            }
+        }
+    }
+}
+
+impl World {
+    /// Nothing is held by a primary that is gone, and no group is frozen.
+    pub fn check_holdings(&mut self) {
+        for pg in (0..PGS).map(PgId) {
+            if let Some(n) = self.primary(pg) {
+                self.meta_ask(n, &Control::PgStatus(pg), Request::Holding(pg));
             }
         }
     }

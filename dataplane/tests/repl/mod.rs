@@ -62,6 +62,10 @@ pub struct Tally {
     pub adds: u64,
     pub joins: u64,
     pub void_wishes: u64,
+    pub cuts: u64,
+    pub removed: u64,
+    pub hand_overs: u64,
+    pub thaws: u64,
 }
 
 impl Tally {
@@ -85,6 +89,10 @@ impl Tally {
             self.adds,
             self.joins,
             self.void_wishes,
+            self.cuts,
+            self.removed,
+            self.hand_overs,
+            self.thaws,
         ]
         .iter()
         .all(|n| *n > 0)
@@ -108,6 +116,10 @@ impl Tally {
         self.adds += o.adds;
         self.joins += o.joins;
         self.void_wishes += o.void_wishes;
+        self.cuts += o.cuts;
+        self.removed += o.removed;
+        self.hand_overs += o.hand_overs;
+        self.thaws += o.thaws;
     }
 }
 
@@ -150,6 +162,8 @@ pub struct World {
     pub map: ClusterMap,
     /// What was asked of the metadata plane, and when it gets to it; `true`: to make in-sync.
     wishes: Vec<(u64, bool, Wish)>,
+    /// Groups that are being handed over.
+    hand_overs: BTreeMap<usize, troubles::HandOver>,
     /// What clients and the leader asked.
     asked: BTreeMap<u64, (u32, Asked)>,
     pub s3: S3,
@@ -225,6 +239,7 @@ impl World {
             links: BTreeMap::new(),
             late: BTreeMap::new(),
             wishes: Vec::new(),
+            hand_overs: BTreeMap::new(),
             cut_links: BTreeSet::new(),
             next_link: 1,
             next_request: 1,
@@ -250,9 +265,10 @@ impl World {
         for _ in 0..steps {
             match self.rng.random_range(0..1000) {
                 0..200 => self.client_step(),
-                200..230 => self.leader_step(),
-                230..236 => self.trouble(),
-                236..260 => self.meta_step(),
+                200..240 => self.leader_step(),
+                240..246 => self.trouble(),
+                246..270 => self.meta_step(),
+                270..285 => self.hand_over_step(),
                 _ => self.turn(),
             }
         }
@@ -562,6 +578,21 @@ impl World {
         self.check_all("after healing");
         // The other members have to be able to go on alone.
         for round in 0..3 {
+            // A primary that is there gives its place away, whatever it went through. A member that comes
+            // meanwhile makes the attempt void.
+            for at in 0..usize::from(PGS) {
+                let what = format!("round {round}, group {at} is handed over");
+                let before = self.tally.hand_overs;
+                for _ in 0..20 {
+                    self.begin_hand_over(at);
+                    self.settle(&what);
+                    if self.tally.hand_overs > before {
+                        break;
+                    }
+                }
+                assert!(self.tally.hand_overs > before, "{what}, in vain");
+            }
+            self.check_all(&format!("round {round}, handed over"));
             for at in 0..usize::from(PGS) {
                 if self.map.pgs[at].members.len() < 2 {
                     continue;
@@ -578,6 +609,7 @@ impl World {
             let what = format!("round {round} of other primaries");
             self.settle(&what);
             self.check_all(&what);
+            self.check_holdings();
         }
     }
 
@@ -586,6 +618,7 @@ impl World {
             if i % 10 == 0 {
                 self.heartbeats();
                 self.meta_step();
+                (0..usize::from(PGS)).for_each(|at| self.drive_hand_over(at));
             }
             if i % 50 == 0 {
                 self.retry_all();
@@ -597,7 +630,8 @@ impl World {
                 .values()
                 .all(|n| n.in_flight.is_empty() && n.core.as_ref().is_some_and(|c| c.is_idle()));
             let quiet = self.links.values().all(|l| l.calls.is_empty() && l.answers.is_empty());
-            if whole && idle && quiet && self.asked.is_empty() && self.files.quiet() {
+            let settled = self.hand_overs.is_empty();
+            if whole && idle && quiet && settled && self.asked.is_empty() && self.files.quiet() {
                 return;
             }
         }

@@ -2,6 +2,23 @@
 //! members that are dropped, added and made in-sync.
 
 use super::*;
+use ebb_dataplane_protocol::control::Control;
+
+/// A step of a hand-over.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stage {
+    Freeze,
+    Yield,
+    Thaw,
+}
+
+/// A primary that gives its place away.
+#[derive(Clone, Debug)]
+pub struct HandOver {
+    epoch: PgEpoch,
+    stage: Stage,
+    asked: bool,
+}
 
 impl World {
     // --- trouble -------------------------------------------------------------------------------------
@@ -230,6 +247,86 @@ impl World {
                 }
             }
         }
+    }
+
+    // --- hand-overs ------------------------------------------------------------------------------------
+
+    pub(super) fn hand_over_step(&mut self) {
+        let at = self.rng.random_range(0..usize::from(PGS));
+        match self.hand_overs.get_mut(&at) {
+            None if self.rng.random_bool(0.2) => self.begin_hand_over(at),
+            None => {}
+            // The leader's patience ends.
+            Some(h) if h.asked && self.rng.random_bool(0.02) => {
+                (h.stage, h.asked) = (Stage::Thaw, false);
+            }
+            Some(_) => self.drive_hand_over(at),
+        }
+    }
+
+    pub(super) fn begin_hand_over(&mut self, at: usize) {
+        let e = &self.map.pgs[at];
+        if e.members.len() > 1 && e.members.iter().all(|m| self.in_contact(m)) {
+            let epoch = e.epoch;
+            self.hand_overs.insert(at, HandOver { epoch, stage: Stage::Freeze, asked: false });
+            self.set_moving(at, true);
+        }
+    }
+
+    fn set_moving(&mut self, at: usize, moving: bool) {
+        self.map.version = MapVersion(self.map.version.0 + 1);
+        self.map.pgs[at].moving = moving;
+    }
+
+    pub(super) fn drive_hand_over(&mut self, at: usize) {
+        let Some(h) = self.hand_overs.get(&at).filter(|h| !h.asked).cloned() else { return };
+        let (pg, e) = (PgId(at as u16), &self.map.pgs[at]);
+        let Some(primary) = e.primary().filter(|_| e.epoch == h.epoch) else {
+            // Another epoch: its primary thaws by itself.
+            self.hand_overs.remove(&at);
+            return self.set_moving(at, false);
+        };
+        let control = match h.stage {
+            Stage::Freeze => Control::Freeze(pg, h.epoch),
+            Stage::Yield => Control::Yield(pg, h.epoch),
+            Stage::Thaw => Control::Thaw(pg, h.epoch),
+        };
+        self.hand_overs.get_mut(&at).expect("known").asked = true;
+        self.meta_ask(primary.node.0, &control, Asked::Hand(at, h.epoch, h.stage));
+    }
+
+    /// A primary answered, or never will.
+    pub(super) fn handed(&mut self, at: usize, epoch: PgEpoch, stage: Stage, done: bool) {
+        let same = |h: &&mut HandOver| h.epoch == epoch && h.stage == stage && h.asked;
+        let Some(h) = self.hand_overs.get_mut(&at).filter(same) else { return };
+        h.asked = false;
+        if self.map.pgs[at].epoch != epoch {
+            return;
+        }
+        let next = match (stage, done) {
+            (Stage::Freeze, true) if self.calm || self.rng.random_bool(0.7) => Stage::Yield,
+            (Stage::Yield, true) => {
+                let heir = self.map.pgs[at].members[1..].iter().position(|m| self.in_contact(m));
+                if let Some(next) = heir {
+                    self.hand_overs.remove(&at);
+                    self.tally.hand_overs += 1;
+                    let version = MapVersion(self.map.version.0 + 1);
+                    return self.change(at, |e| {
+                        let new = e.members.remove(next + 1);
+                        e.members.insert(0, new);
+                        (e.since_map_version, e.moving) = (version, false);
+                    });
+                }
+                Stage::Thaw
+            }
+            (Stage::Thaw, true) => {
+                self.tally.thaws += 1;
+                self.hand_overs.remove(&at);
+                return self.set_moving(at, false);
+            }
+            _ => Stage::Thaw,
+        };
+        self.hand_overs.get_mut(&at).expect("known").stage = next;
     }
 
     /// Another in-sync member in contact becomes the primary (R44).
