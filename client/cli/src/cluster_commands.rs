@@ -4,6 +4,7 @@ use crate::args::{Cli, FlushArgs, OnePath, Scale};
 use crate::exit::CliError;
 use crate::{file_commands, find, output};
 use ebb_controller::run::{admin, status as ask_status};
+use ebb_dataplane_protocol::control::CoreStats;
 use ebb_metaplane_protocol::admin::FlushReport;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus, Request, Response};
 use std::time::{Duration, Instant};
@@ -35,6 +36,17 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
         output::line(&format!(
             "copies   {} wanted, {} needed: {} groups in-sync, {} syncing, {} degraded",
             s.replicas, s.min_in_sync, g.in_sync, g.syncing, g.degraded
+        ))?;
+        let of = |what: fn(&CoreStats) -> u64| -> u64 {
+            s.nodes.iter().flat_map(|n| &n.cores).map(what).sum()
+        };
+        output::line(&format!(
+            "         {} members being copied to, {} copied; {} mutations sent, {} taken, {} answers waited for them",
+            of(|c| c.members_syncing),
+            output::bytes(of(|c| c.copied_bytes)),
+            of(|c| c.replicated),
+            of(|c| c.followed),
+            of(|c| c.replication_waits)
         ))?;
     }
     output::line(&format!(

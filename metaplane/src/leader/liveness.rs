@@ -8,9 +8,9 @@
 
 use ebb_dataplane_protocol::control::CoreStats;
 use ebb_dataplane_protocol::replica::Wishes;
-use ebb_dataplane_protocol::{ClusterMap, MapVersion, NodeId, PgId};
+use ebb_dataplane_protocol::{ClusterMap, CoreId, MapVersion, NodeId, PgId, ShardRef};
 use ebb_metaplane_protocol::admin::NodeStatus;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -145,6 +145,17 @@ impl Liveness {
         let table = self.table();
         let some = table.heard.iter().filter(|(_, h)| h.wishes != Wishes::default());
         some.map(|(node, h)| (*node, h.wishes.clone())).collect()
+    }
+
+    /// Cores of which no group has a member without a complete copy, and the map by which they said so.
+    pub(crate) fn whole(&self) -> BTreeMap<ShardRef, MapVersion> {
+        let mut whole = BTreeMap::new();
+        for (node, h) in &self.table().heard {
+            for (core, _) in h.stats.iter().enumerate().filter(|(_, s)| s.members_syncing == 0) {
+                whole.insert(ShardRef { node: *node, core: CoreId(core as u16) }, h.map_version);
+            }
+        }
+        whole
     }
 
     /// A process registered: what its predecessor said is of no more use, and it will ask for a lease.

@@ -9,9 +9,11 @@
 //! Groups with one wanted and one actual member aren't touched: they change hands by `mover` and `stand_in`.
 
 use ebb_dataplane_protocol::replica::{Wish, Wishes};
-use ebb_dataplane_protocol::{ClusterMap, NodeId, NodeInfo, NodeState, PgEntry, PgId, ShardRef};
+use ebb_dataplane_protocol::{
+    ClusterMap, MapVersion, NodeId, NodeInfo, NodeState, PgEntry, PgId, ShardRef,
+};
 use ebb_metaplane_protocol::placement::members_of;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Members being copied to at once, in the cluster.
 pub(crate) const COPIES_MAX: usize = 16;
@@ -32,6 +34,9 @@ pub(crate) struct Known<'a> {
     pub(crate) wishes: &'a [(NodeId, Wishes)],
     /// Groups that somebody moves: only what failed is seen to.
     pub(crate) busy: &'a BTreeSet<PgId>,
+    /// Cores whose groups' members have everything, as of these maps: the others' freezes would wait for copies, and
+    /// writers for the freezes.
+    pub(crate) whole: &'a BTreeMap<ShardRef, MapVersion>,
     /// Groups that are handing over.
     pub(crate) handing: usize,
     /// Nothing but what failed is seen to.
@@ -154,7 +159,8 @@ impl Known<'_> {
             return free.then_some(Step::Add(*new));
         }
         if first != primary {
-            return self.in_contact(first.node).then_some(Step::HandOver(first));
+            let whole = self.whole.get(&primary).is_some_and(|v| *v >= entry.since_map_version);
+            return (whole && self.in_contact(first.node)).then_some(Step::HandOver(first));
         }
         let surplus = entry.members[1..].iter().rev().find(|m| !want.contains(m));
         let needed = usize::from(entry.min_in_sync.max(1));

@@ -12,6 +12,7 @@ struct Toy {
     cut_off: BTreeSet<NodeId>,
     wishes: Vec<(NodeId, Wishes)>,
     busy: BTreeSet<PgId>,
+    whole: BTreeMap<ShardRef, MapVersion>,
     copies_seen: usize,
     least: usize,
 }
@@ -30,6 +31,7 @@ impl Toy {
             cut_off: BTreeSet::new(),
             wishes: Vec::new(),
             busy: BTreeSet::new(),
+            whole: BTreeMap::new(),
             copies_seen: 0,
             least: usize::MAX,
         };
@@ -49,6 +51,7 @@ impl Toy {
             capacity_bytes: 1 << 30,
         });
         self.alive.insert(NodeId(n));
+        self.whole.insert(on(n), MapVersion(u64::MAX));
     }
 
     fn lose(&mut self, n: u32) {
@@ -64,6 +67,7 @@ impl Toy {
             cut_off: &self.cut_off,
             wishes: &self.wishes,
             busy: &self.busy,
+            whole: &self.whole,
             handing: 0,
             still: false,
         })
@@ -283,4 +287,19 @@ fn what_was_promised_stays_and_groups_that_move_are_left_alone() {
     let mut toy = Toy::new(3, 2);
     toy.busy = (0..GROUPS).map(PgId).collect();
     assert!(toy.plan().is_empty());
+}
+
+#[test]
+fn nobody_hands_over_before_its_members_have_everything() {
+    let mut toy = Toy::new(3, 2);
+    toy.whole.clear();
+    toy.settle();
+    let others = |toy: &Toy| toy.map.pgs.iter().filter(|e| e.primary() != Some(on(1))).count();
+    assert_eq!(others(&toy), 0, "copied to, and nobody gave its place away");
+    toy.whole.insert(on(1), MapVersion(6));
+    toy.map.pgs.iter_mut().for_each(|e| e.since_map_version = MapVersion(7));
+    assert!(toy.plan().is_empty(), "said before the group changed its primary");
+    toy.whole.insert(on(1), MapVersion(7));
+    toy.settle();
+    assert!(others(&toy) > 0);
 }

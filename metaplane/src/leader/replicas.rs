@@ -13,7 +13,7 @@ use super::members::{Known, Step, plan};
 use super::mover::again;
 use crate::service::{Service, count, fs_error};
 use ebb_dataplane_protocol::control::Control;
-use ebb_dataplane_protocol::{ClusterMap, NodeId, PgEntry, PgId, ShardRef};
+use ebb_dataplane_protocol::{ClusterMap, NodeId, PgEntry, PgEpoch, PgId, ShardRef};
 use ebb_metaplane_protocol::{Command, CommandReply, FsError, FsResult};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +28,9 @@ const LOOK_MIN: Duration = Duration::from_millis(20);
 
 /// A hand-over that failed is begun again after this: writers of a group that is frozen wait.
 const HAND_OVER_AGAIN: Duration = Duration::from_secs(30);
+
+/// Attempts to thaw a group whose primary did not hand over.
+const THAWS_MAX: usize = 20;
 
 /// Groups whose primaries hand over, or failed to a moment ago.
 #[derive(Debug, Default)]
@@ -92,6 +95,7 @@ impl Service {
             cut_off: &cut_off,
             wishes: &self.liveness.wishes(),
             busy: &busy,
+            whole: &self.liveness.whole(),
             handing,
             still: counts.shutting_down || counts.desired_nodes == 0,
         });
@@ -120,6 +124,11 @@ impl Service {
                 tokio::spawn(async move {
                     match service.hand_over(&map, pg, &group, to).await {
                         Ok(()) => drop(service.hand_overs.table().remove(&pg)),
+                        // Its members changed meanwhile: the next look says what is next.
+                        Err(e) if service.has_moved_on(pg, group.epoch) => {
+                            tracing::debug!(%pg, error = %e, "a hand-over is void");
+                            service.hand_overs.table().remove(&pg);
+                        }
                         Err(e) => {
                             tracing::warn!(%pg, error = %e, "handing a group over");
                             service.hand_overs.table().insert(pg, Some(Instant::now()));
@@ -173,6 +182,12 @@ impl Service {
         }
     }
 
+    /// Whether the group is in another epoch by now.
+    fn has_moved_on(&self, pg: PgId, from: PgEpoch) -> bool {
+        let group = self.map().ok().and_then(|map| map.pgs.get(usize::from(pg.0)).cloned());
+        group.is_some_and(|group| group.epoch != from)
+    }
+
     /// The primary gives its place to an in-sync member, and stays one itself. Until the new epoch its journaled freeze holds, also
     /// over a restart; it is lifted if that epoch does not come.
     async fn hand_over(
@@ -207,7 +222,17 @@ impl Service {
         if let Err(e) = done {
             self.submit_internal(Command::PgMoving(pg, false)).await?;
             let thaw = Control::Thaw(pg, from);
-            self.cores.order(map, old, &thaw, TIMEOUT).await.map_err(|e| again(&e.to_string()))?;
+            // Nobody else lifts the freeze while the epoch lasts.
+            for _ in 0..THAWS_MAX {
+                if self.has_moved_on(pg, from) {
+                    break;
+                }
+                match self.cores.order(map, old, &thaw, TIMEOUT).await {
+                    Ok(()) => break,
+                    Err(e) => tracing::debug!(%pg, error = %e, "thawing"),
+                }
+                tokio::time::sleep(LOOK).await;
+            }
             return Err(e);
         }
         count(&self.counts.hand_overs);
