@@ -6,6 +6,7 @@
 //! simply runs again.
 
 use super::placement::Refusal;
+use super::replica::lead::Barrier;
 use super::upload::PutTask;
 use super::write::waits_for_batch;
 use super::{Buffer, Command, Owed, PATIENCE_MS, PeerInfo, RETRY_BUSY_MS, ShardCore, Waiter};
@@ -102,8 +103,16 @@ pub(crate) struct ControlTask {
     finish: Finish,
     /// Every ticket is durable.
     durable: bool,
-    /// Mutations of groups up to these have to be everywhere before the answer (R42).
-    barriers: Vec<(PgId, u64)>,
+    /// Mutations that have to be everywhere before the answer (R42).
+    barriers: Vec<Awaited>,
+}
+
+/// Of a group, in one time of leading it.
+#[derive(Clone, Copy, Debug)]
+struct Awaited {
+    pg: PgId,
+    lead: u64,
+    barrier: Barrier,
 }
 
 /// A request that waits for a newer map.
@@ -179,6 +188,7 @@ impl<B: Buffer> ShardCore<B> {
             }
             Control::ApplyViews(grants) => self.apply_views(owed, &grants, body),
             Control::DropInodes(_, inodes) => {
+                let again = inodes.iter().any(|inode| self.dropped.peek(inode).is_some());
                 let steps = inodes.into_iter().flat_map(|inode| {
                     let scopes = self.store.scopes(inode).into_iter();
                     let scopes = scopes.filter(|s| self.placement.followed(s.pg).is_none());
@@ -186,7 +196,12 @@ impl<B: Buffer> ShardCore<B> {
                     std::iter::once(Step::Forget(inode)).chain(scopes)
                 });
                 let steps = steps.collect();
-                self.run_control(owed, steps, Finish::Done);
+                let id = self.begin_control(owed, steps, Finish::Done);
+                if again {
+                    // Gone here, and maybe not everywhere: nothing says any more in which groups it was.
+                    self.await_all_since(id);
+                }
+                self.run_steps(id);
             }
             Control::EvictClean(inodes) => {
                 self.run_control(owed, vec![Step::EvictClean(inodes)], Finish::Done);
@@ -272,6 +287,11 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     pub(crate) fn run_control(&mut self, owed: Owed, steps: Vec<Step>, finish: Finish) {
+        let id = self.begin_control(owed, steps, finish);
+        self.run_steps(id);
+    }
+
+    fn begin_control(&mut self, owed: Owed, steps: Vec<Step>, finish: Finish) -> ControlId {
         let id = ControlId(self.next_id());
         let task = ControlTask {
             owed,
@@ -283,7 +303,19 @@ impl<B: Buffer> ShardCore<B> {
             barriers: Vec::new(),
         };
         self.controls.insert(id, task);
-        self.run_steps(id);
+        id
+    }
+
+    /// Everything so far of every group that this core leads with others has to be everywhere before the answer.
+    fn await_all_since(&mut self, id: ControlId) {
+        let all = self.led_groups().into_iter().filter_map(|pg| {
+            let (lead, newest) = self.op_newest(pg)?;
+            Some(Awaited { pg, lead, barrier: Barrier::Since(newest) })
+        });
+        let all: Vec<Awaited> = all.collect();
+        if let Some(task) = self.controls.get_mut(&id) {
+            task.barriers.extend(all);
+        }
     }
 
     fn run_steps(&mut self, id: ControlId) {
@@ -416,9 +448,16 @@ impl<B: Buffer> ShardCore<B> {
             self.ship(pg, ticket, ship, Vec::new());
         }
         // Also where nothing was to do any more: the first time may not be everywhere yet.
-        if let (Some(barrier), Some(task)) = (self.op_barrier(pg), self.controls.get_mut(&id)) {
-            task.barriers.retain(|b| b.0 != pg);
-            task.barriers.push((pg, barrier));
+        let Some((lead, newest)) = self.op_newest(pg) else { return };
+        let barrier = match step {
+            // Of a view only itself is waited for, and of what this core led the group with only that inode: whoever
+            // opens a file doesn't wait until the whole group was copied.
+            Step::View(update) => Barrier::Inode(newest, update.scope.inode),
+            _ => Barrier::All(newest),
+        };
+        if let Some(task) = self.controls.get_mut(&id) {
+            task.barriers.retain(|b| b.pg != pg || !b.barrier.is_within(barrier));
+            task.barriers.push(Awaited { pg, lead, barrier });
         }
     }
 
@@ -431,9 +470,21 @@ impl<B: Buffer> ShardCore<B> {
 
     fn finish_control(&mut self, id: ControlId) {
         if let Some(task) = self.controls.get(&id) {
-            let open = |b: &(PgId, u64)| Some((b.0, self.open_op_below(b.0, b.1)?));
-            if let Some((pg, number)) = task.barriers.iter().find_map(open) {
-                return self.wait_op(pg, number, vec![Waiter::Control(id)]);
+            let mut barriers = task.barriers.clone();
+            while let Some(Awaited { pg, lead, barrier }) = barriers.last().copied() {
+                if self.op_newest(pg).is_none_or(|(now, _)| now != lead) {
+                    // Another leads it, or did: whether all have what was taken here isn't known.
+                    let stale = Refusal { refresh: true, ..Refusal::of(Status::StaleEpoch) };
+                    return self.refuse_control(id, stale);
+                }
+                if let Some(number) = self.open_op_within(pg, barrier) {
+                    if let Some(task) = self.controls.get_mut(&id) {
+                        task.barriers = barriers;
+                    }
+                    return self.wait_op(pg, number, vec![Waiter::Control(id)]);
+                }
+                // What was everywhere once stays so.
+                barriers.pop();
             }
         }
         let Some(task) = self.controls.remove(&id) else { return };

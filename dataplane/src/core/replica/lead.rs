@@ -88,6 +88,30 @@ pub(crate) struct Stream<B> {
     pub(crate) in_flight: usize,
 }
 
+/// Mutations that somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Barrier {
+    /// All up to this one.
+    All(u64),
+    /// All up to this one, and of what the lead began with this inode.
+    Inode(u64, InodeId),
+    /// All up to this one of this lead.
+    Since(u64),
+}
+
+impl Barrier {
+    /// Whether who waits for `other` waits for this.
+    pub(crate) fn is_within(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::All(a) | Self::Inode(a, _) | Self::Since(a), Self::All(b))
+            | (Self::Since(a), Self::Inode(b, _) | Self::Since(b)) => a <= b,
+            (Self::Inode(a, i), Self::Inode(b, j)) => i == j && a <= b,
+            (Self::All(_), Self::Inode(..) | Self::Since(_))
+            | (Self::Inode(..), Self::Since(_)) => false,
+        }
+    }
+}
+
 /// What a request of a stream is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum What {
@@ -453,12 +477,12 @@ impl<B: Buffer> ShardCore<B> {
             What::Chunk(inode, chunk, next) => {
                 stream.chunks.insert((inode, chunk), next);
                 self.settle_ops(pg, &Look::Chunk(inode, chunk));
-                self.wake_early_readers(pg);
+                self.wake_early(pg);
             }
             What::Scope(inode, next) => {
                 stream.scopes.insert(inode, next);
                 self.settle_ops(pg, &Look::Scope(inode));
-                self.wake_early_readers(pg);
+                self.wake_early(pg);
             }
             What::Op(number) => {
                 let first = stream.acked.map_or(stream.from, |acked| acked + 1);
@@ -603,21 +627,48 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     /// More was copied of what the lead began with: who waits for a part of it looks again.
-    fn wake_early_readers(&mut self, pg: PgId) {
+    fn wake_early(&mut self, pg: PgId) {
         let Some(lead) = self.replication.leads.get_mut(&pg) else { return };
-        let reads = |w: &Waiter| matches!(w, Waiter::Read(_) | Waiter::Write(_));
-        let early = lead.ops.take_early(reads);
+        let parts =
+            |w: &Waiter| matches!(w, Waiter::Read(_) | Waiter::Write(_) | Waiter::Control(_));
+        let early = lead.ops.take_early(parts);
         early.into_iter().for_each(|w| self.run_waiter(w));
     }
 
-    /// The newest mutation of a group so far: who repeats one that is not everywhere waits for all up to it.
-    pub(crate) fn op_barrier(&self, pg: PgId) -> Option<u64> {
-        self.replication.leads.get(&pg)?.ops.next().checked_sub(1)
+    /// The newest mutation of a group so far, and of which time of leading it: who repeats one that is not everywhere
+    /// waits for all up to it.
+    pub(crate) fn op_newest(&self, pg: PgId) -> Option<(u64, u64)> {
+        let lead = self.replication.leads.get(&pg)?;
+        Some((lead.id, lead.ops.next().checked_sub(1)?))
     }
 
-    /// A mutation up to `barrier` that is not where it has to be.
-    pub(crate) fn open_op_below(&self, pg: PgId, barrier: u64) -> Option<u64> {
-        self.replication.leads.get(&pg)?.ops.open_below(barrier)
+    /// The groups that this core leads.
+    pub(crate) fn led_groups(&self) -> Vec<PgId> {
+        let mut groups: Vec<PgId> = self.replication.leads.keys().copied().collect();
+        groups.sort_unstable();
+        groups
+    }
+
+    /// A mutation that is not where it has to be. If that is what the lead began with, its inode is copied next.
+    pub(crate) fn open_op_within(&mut self, pg: PgId, barrier: Barrier) -> Option<u64> {
+        let lead = self.replication.leads.get(&pg)?;
+        let (newest, inode) = match barrier {
+            Barrier::All(newest) => return lead.ops.open_below(newest),
+            Barrier::Since(newest) => return lead.ops.open_below(newest).filter(|n| *n > 0),
+            Barrier::Inode(newest, inode) => (newest, inode),
+        };
+        let touches = Touches::Scope(inode);
+        let begun_with = || lead.members.values().any(|m| m.required && !m.has(0, touches));
+        match lead.ops.open_below(newest)? {
+            0 if begun_with() => {
+                for c in self.replication.copies.iter_mut().filter(|c| c.pg == pg) {
+                    c.want(inode, None);
+                }
+                Some(0)
+            }
+            0 => None,
+            number => Some(number),
+        }
     }
 
     /// Answers what is where it has to be.
