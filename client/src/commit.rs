@@ -72,10 +72,12 @@ impl OpenInode {
     pub(crate) async fn commit(&self) -> Result<()> {
         let wanted = self.state().changes;
         let _one = self.committing.lock().await;
-        if self.state().committed_changes >= wanted {
-            return Ok(());
-        }
-        self.commit_locked().await
+        let covered = {
+            let state = self.state();
+            // A new file's first commit also ends the time in which changes ride, with nothing to carry too.
+            !state.fresh && state.committed_changes >= wanted
+        };
+        if covered { Ok(()) } else { self.commit_locked().await }
     }
 
     /// The same for a caller that holds `committing`.

@@ -244,21 +244,20 @@ impl FileSystem {
         file.inode.write(offset, data).await
     }
 
-    /// Whether a write or truncate by a process without CAP_FSETID has to end what lets others run
-    /// the file as its owner or group ([`without_privileges`]).
+    /// Whether a write by a process without CAP_FSETID has to end what lets others run the file as its
+    /// owner or group ([`without_privileges`]).
     pub fn has_privileges(&self, handle: FileHandle) -> Result<bool> {
         let mode = self.file(handle)?.inode.state().mode();
         Ok(without_privileges(mode) != mode)
     }
 
-    /// Ends them.
-    pub async fn end_privileges(&self, inode: InodeId) -> Result<()> {
-        let mode = self.getattr(inode).await?.mode;
-        let set = SetAttr { mode: Some(without_privileges(mode)), ..SetAttr::default() };
-        if set.mode != Some(mode) {
-            self.setattr(inode, set).await?;
+    /// Ends them, in a file with these attributes: what they are then.
+    pub async fn end_privileges(&self, attr: Attr) -> Result<Attr> {
+        let mode = without_privileges(attr.mode);
+        if mode == attr.mode {
+            return Ok(attr);
         }
-        Ok(())
+        self.setattr(attr.inode, SetAttr { mode: Some(mode), ..SetAttr::default() }).await
     }
 
     /// Close of a descriptor: everything written is acknowledged and committed, so that whoever

@@ -5,6 +5,7 @@ mod common;
 use common::TestCluster;
 use ebb_client::{Config, FileSystem, InodeId, OpenFlags, Owner};
 use ebb_metaplane_protocol::AdminCall;
+use ebb_metaplane_protocol::attr::SetAttr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -101,5 +102,20 @@ async fn fsyncs_that_wait_together_share_a_commit() {
     let asked = requests().await - before;
     println!("{} fsyncs, {asked} requests", TASKS * WRITES);
     assert!(asked < TASKS * WRITES / 2, "{} fsyncs, {asked} requests", TASKS * WRITES);
+    cluster.stop().await;
+}
+
+/// Attribute changes ride along while a new file is being written. Once it was closed they are sent: a
+/// close of the last handle may be under way, and nothing would carry them any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_chmod_after_the_close_of_an_empty_new_file_is_not_held_back() {
+    let cluster = TestCluster::start(1).await;
+    let (fs, other) = (cluster.fs("client").await, cluster.fs("other").await);
+    let made = fs.create(InodeId::ROOT, b"f", 0o644, OWNER, WRITE).await.expect("a create");
+    fs.flush(made.handle).await.expect("a close");
+    let set = SetAttr { mode: Some(0o755), ..SetAttr::default() };
+    fs.setattr(made.attr.inode, set).await.expect("a chmod");
+    let seen = other.lookup(InodeId::ROOT, b"f").await.expect("a look-up");
+    assert_eq!(seen.mode, 0o755);
     cluster.stop().await;
 }

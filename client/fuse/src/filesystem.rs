@@ -4,7 +4,9 @@ use crate::convert::{attr, errno, inode, kind, set_attr};
 use crate::directory::{DirStream, FIRST};
 use crate::known::Known;
 use crate::mount::MountConfig;
-use ebb_client::{Attr, FileHandle, FileKind, FileSystem, InodeId, OpenFlags, Owner, Result};
+use ebb_client::{
+    Attr, FileHandle, FileKind, FileSystem, InodeId, OpenFlags, OpenedFile, Owner, Result,
+};
 use fuser::{
     BsdFileFlags, Errno, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, Notifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
@@ -87,6 +89,27 @@ impl Shared {
         if let Err(e) = notifier.inval_inode(INodeNo(inode.0), -1, 0) {
             tracing::debug!(inode = inode.0, error = %e, "the kernel keeps old attributes");
         }
+    }
+
+    /// A file that was opened, and truncated by somebody who ends its privileges by that.
+    async fn opened(&self, file: Result<OpenedFile>, ends_privileges: bool) -> Result<OpenedFile> {
+        let mut file = file?;
+        if !ends_privileges || file.created {
+            return Ok(file);
+        }
+        let mode = file.attr.mode;
+        match self.fs.end_privileges(file.attr).await {
+            Ok(attr) => file.attr = attr,
+            Err(e) => {
+                // The caller gets the error, not the handle; its release has nothing to add.
+                let _ = self.fs.release(file.handle).await;
+                return Err(e);
+            }
+        }
+        if file.attr.mode != mode {
+            self.forget_attributes(file.attr.inode);
+        }
+        Ok(file)
     }
 
     /// How the kernel's caches go on with an opened file.
@@ -229,10 +252,8 @@ impl Filesystem for Shim {
         let ends_privileges = size.is_some() && may_not_keep_privileges(req);
         self.start(async move |s| {
             let result = async {
-                if ends_privileges {
-                    s.fs.end_privileges(inode(ino)).await?;
-                }
-                s.fs.setattr(inode(ino), set).await
+                let attr = s.fs.setattr(inode(ino), set).await?;
+                if ends_privileges { s.fs.end_privileges(attr).await } else { Ok(attr) }
             };
             let result = result.await;
             if result.as_ref().map_or(true, |a| a.kind == FileKind::Directory) {
@@ -368,21 +389,12 @@ impl Filesystem for Shim {
         let flags = open_flags(flags.0);
         let ends_privileges = flags.truncate && may_not_keep_privileges(req);
         self.start(async move |s| {
-            let result = async {
-                if ends_privileges {
-                    s.fs.end_privileges(inode(ino)).await?;
-                }
-                s.fs.open(inode(ino), flags).await
-            };
-            match result.await {
+            match s.opened(s.fs.open(inode(ino), flags).await, ends_privileges).await {
                 Ok(file) => {
                     let caches = s.at_open(&file.attr, flags.write);
                     reply.opened(fuser::FileHandle(file.handle.0), caches);
                 }
                 Err(e) => reply.error(errno("open", &e)),
-            }
-            if ends_privileges {
-                s.forget_attributes(inode(ino));
             }
         });
     }
@@ -398,9 +410,11 @@ impl Filesystem for Shim {
         reply: ReplyCreate,
     ) {
         let (name, owner, flags) = (name.as_bytes().to_vec(), owner(req), open_flags(flags));
+        let ends_privileges = flags.truncate && may_not_keep_privileges(req);
         self.start(async move |s| {
             let changes = s.known.changes();
             let result = s.fs.create(inode(parent), &name, mode, owner, flags).await;
+            let result = s.opened(result, ends_privileges).await;
             let directory = result.as_ref().ok().and_then(|file| file.parent.as_ref());
             s.known.directory_told(changes, inode(parent), directory);
             match result {
@@ -456,7 +470,7 @@ impl Filesystem for Shim {
             let data = data.to_vec();
             return self.start(async move |s| {
                 let result = async {
-                    s.fs.end_privileges(inode(ino)).await?;
+                    s.fs.end_privileges(s.fs.getattr(inode(ino)).await?).await?;
                     s.fs.write(handle, offset, &data).await
                 };
                 match result.await {
