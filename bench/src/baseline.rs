@@ -22,6 +22,86 @@ pub struct Sample {
     pub p99_us: f64,
     /// 99.9th percentile, µs.
     pub p999_us: f64,
+    /// Writes that shared one sync; 0 where nothing is synced.
+    pub writes_per_sync: f64,
+}
+
+/// When `fio` makes what it wrote durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Durable {
+    /// Never: what the device takes.
+    Never,
+    /// Each write by itself, as many at once as the depth says (O_DSYNC).
+    Each,
+    /// After every so many writes, all of them by one fdatasync: `--fdatasync=N`. No other fdatasync is in
+    /// flight meanwhile, as no other batch of our journal is.
+    Every(u32),
+}
+
+/// What `fio` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FioJob {
+    /// Random reads.
+    Read {
+        /// Bytes of a request.
+        size: u64,
+        /// Requests in flight.
+        depth: u32,
+    },
+    /// Random writes.
+    Write {
+        /// Bytes of a request.
+        size: u64,
+        /// Requests in flight.
+        depth: u32,
+        /// How they become durable.
+        durable: Durable,
+    },
+}
+
+impl std::fmt::Display for FioJob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Read { size, depth } => write!(f, "read {size} bytes, depth {depth}"),
+            Self::Write { size, depth, durable } => {
+                write!(f, "write {size} bytes, depth {depth}, ")?;
+                match durable {
+                    Durable::Never => write!(f, "no sync"),
+                    Durable::Each => write!(f, "O_DSYNC"),
+                    Durable::Every(n) => write!(f, "an fdatasync per {n}"),
+                }
+            }
+        }
+    }
+}
+
+impl FioJob {
+    fn arguments(self) -> Vec<String> {
+        let (rw, size, depth) = match self {
+            Self::Read { size, depth } => ("randread", size, depth),
+            Self::Write { size, depth, .. } => ("randwrite", size, depth),
+        };
+        let mut all =
+            vec![format!("--rw={rw}"), format!("--bs={size}"), format!("--iodepth={depth}")];
+        let durable = match self {
+            Self::Read { .. } => Durable::Never,
+            Self::Write { durable, .. } => durable,
+        };
+        // With several requests in flight fio's io_uring engine makes several fdatasyncs in the place of one
+        // (3.33: three to four times as many as asked for, since the count it goes by stands still
+        // meanwhile); its libaio engine makes exactly one, and waits for it.
+        let engine = match durable {
+            Durable::Every(_) if depth > 1 => "libaio",
+            _ => "io_uring",
+        };
+        all.push(format!("--ioengine={engine}"));
+        match durable {
+            Durable::Never => {}
+            Durable::Each => all.push("--sync=dsync".into()),
+            Durable::Every(n) => all.push(format!("--fdatasync={n}")),
+        }
+        all
+    }
 }
 
 /// The tools, and the file `fio` works on, which goes with this value.
@@ -89,47 +169,19 @@ impl Baseline {
         self.iperf3
     }
 
-    /// `fio` with io_uring and O_DIRECT at random offsets: reads, or writes that are durable each
-    /// (O_DSYNC), as ours are.
-    pub async fn fio(
-        &self,
-        read: bool,
-        size: u64,
-        depth: u32,
-        seconds: u64,
-    ) -> Result<Sample, BenchError> {
+    /// `fio` with O_DIRECT at random offsets.
+    pub async fn fio(&self, job: FioJob, seconds: u64) -> Result<Sample, BenchError> {
         let mut command = Command::new("fio");
         command
             .arg("--name=ebb")
             .arg(format!("--filename={}", self.file.display()))
-            .arg(if read { "--rw=randread" } else { "--rw=randwrite" })
-            .arg(format!("--bs={size}"))
-            .arg(format!("--iodepth={depth}"))
             .arg(format!("--size={}", self.file_bytes))
             .arg(format!("--runtime={seconds}"))
-            .args(["--time_based", "--ioengine=io_uring", "--direct=1", "--numjobs=1"])
-            .args(["--randrepeat=0", "--norandommap", "--output-format=json"]);
-        if !read {
-            command.arg("--sync=dsync");
-        }
-        let report = json("fio", command).await?;
-        let side = &report["jobs"][0][if read { "read" } else { "write" }];
-        let get = |v: &Value, what: &str| -> Result<f64, BenchError> {
-            v.as_f64().ok_or_else(|| BenchError::Program {
-                program: "fio",
-                why: format!("its report has no {what}"),
-            })
-        };
-        let us = |q: &str| -> Result<f64, BenchError> {
-            Ok(get(&side["clat_ns"]["percentile"][q], "percentiles")? / 1000.0)
-        };
-        Ok(Sample {
-            iops: get(&side["iops"], "iops")?,
-            mb_per_s: get(&side["bw_bytes"], "bw_bytes")? / 1e6,
-            p50_us: us("50.000000")?,
-            p99_us: us("99.000000")?,
-            p999_us: us("99.900000")?,
-        })
+            // From the request to its end, as ours are: the engine may do a synced write while it takes it.
+            .args(["--time_based", "--direct=1", "--numjobs=1", "--lat_percentiles=1"])
+            .args(["--randrepeat=0", "--norandommap", "--output-format=json"])
+            .args(job.arguments());
+        fio_sample(&json("fio", command).await?["jobs"][0], job)
     }
 
     /// `iperf3`, one stream over loopback, client and server on this machine.
@@ -172,6 +224,37 @@ impl Baseline {
     }
 }
 
+/// What a job of `fio`'s report says.
+fn fio_sample(report: &Value, job: FioJob) -> Result<Sample, BenchError> {
+    let side = &report[if matches!(job, FioJob::Read { .. }) { "read" } else { "write" }];
+    let get = |v: &Value, what: &str| -> Result<f64, BenchError> {
+        v.as_f64().ok_or_else(|| BenchError::Program {
+            program: "fio",
+            why: format!("its report has no {what}"),
+        })
+    };
+    let us = |q: &str| -> Result<f64, BenchError> {
+        Ok(get(&side["lat_ns"]["percentile"][q], "percentiles")? / 1000.0)
+    };
+    // How many syncs there were is in their latencies; `total_ios` stays 0.
+    let writes_per_sync = match job {
+        FioJob::Write { durable: Durable::Each, .. } => 1.0,
+        FioJob::Write { durable: Durable::Every(_), .. } => {
+            let syncs = get(&report["sync"]["lat_ns"]["N"], "number of syncs")?;
+            get(&side["total_ios"], "total_ios")? / syncs.max(1.0)
+        }
+        _ => 0.0,
+    };
+    Ok(Sample {
+        iops: get(&side["iops"], "iops")?,
+        mb_per_s: get(&side["bw_bytes"], "bw_bytes")? / 1e6,
+        p50_us: us("50.000000")?,
+        p99_us: us("99.000000")?,
+        p999_us: us("99.900000")?,
+        writes_per_sync,
+    })
+}
+
 async fn json(program: &'static str, mut command: Command) -> Result<Value, BenchError> {
     let failed = |why: String| BenchError::Program { program, why };
     let output = command
@@ -194,5 +277,36 @@ async fn json(program: &'static str, mut command: Command) -> Result<Value, Benc
             let said = String::from_utf8_lossy(&output.stderr);
             Err(failed(format!("{}: {e}; {}", output.status, said.trim())))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_of_fio_is_one_sync_after_its_writes_whatever_the_depth() {
+        let of =
+            |depth, durable| FioJob::Write { size: 4096, depth, durable }.arguments().join(" ");
+        assert!(of(16, Durable::Every(5)).ends_with("--ioengine=libaio --fdatasync=5"));
+        assert!(of(1, Durable::Every(1)).ends_with("--ioengine=io_uring --fdatasync=1"));
+        assert!(of(16, Durable::Each).ends_with("--ioengine=io_uring --sync=dsync"));
+        assert!(of(16, Durable::Never).ends_with("--iodepth=16 --ioengine=io_uring"));
+    }
+
+    #[test]
+    fn the_writes_per_sync_are_those_that_fio_made() {
+        let quantiles =
+            serde_json::json!({ "50.000000": 1000, "99.000000": 2000, "99.900000": 3000 });
+        let side = serde_json::json!({
+            "iops": 500.0, "bw_bytes": 2_048_000, "total_ios": 1000, "lat_ns": { "percentile": quantiles },
+        });
+        let report = serde_json::json!({ "write": side, "sync": { "total_ios": 0, "lat_ns": { "N": 250 } } });
+        let sample =
+            |durable| fio_sample(&report, FioJob::Write { size: 4096, depth: 16, durable });
+        let every = sample(Durable::Every(5)).expect("whole");
+        assert_eq!((every.writes_per_sync, every.iops, every.p99_us), (4.0, 500.0, 2.0));
+        assert_eq!(sample(Durable::Never).expect("whole").writes_per_sync, 0.0);
+        assert!(fio_sample(&report, FioJob::Read { size: 4096, depth: 1 }).is_err());
     }
 }

@@ -6,49 +6,24 @@
 //! this process's resident memory, so the allocator's overhead is in it.
 
 use crate::BenchError;
+use crate::fill::{Media, refused};
 use crate::memory;
 use crate::report::{Bar, Limit, columns};
-use ebb_dataplane_protocol::{ChunkIndex, ClusterId, ContentId, CoreId, InodeId, NodeId};
+use ebb_dataplane_protocol::{ClusterId, CoreId, NodeId};
 use ebb_store::{
-    CHUNK_BLOCKS, CheckpointStep, FillOp, Geometry, Identity, MEMORY_BYTES_DEFAULT, OpenDevice,
-    Store, WriteError, format_device,
+    CHUNK_BLOCKS, FillPlan, Geometry, Identity, MEMORY_BYTES_DEFAULT, OpenDevice, RelocationMove,
+    Store, format_device,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io;
 
+pub use crate::fill::Shape;
+
 const BLOCK: u64 = 4096;
 const GIB: u64 = 1 << 30;
-/// Chunks of one file.
-const FILE_CHUNKS: u32 = 256;
-/// Extents of one chunk in the fragmented shape.
-const PARTS: u32 = 64;
-/// Fills between two turns of the journal.
-const TURN_FILLS: u32 = 32;
 /// What a node may take beside its arena.
 const BESIDE_ARENA: Limit = Limit::at_most((256 << 20) as f64);
-
-/// How the cached data lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Shape {
-    /// Large files: one extent of 4 MiB per chunk.
-    WholeChunks,
-    /// Large files in pieces: 64 extents of 64 KiB per chunk, none next to its neighbour.
-    Fragmented,
-    /// Files of 64 KiB: an inode, a chunk and an extent each.
-    SmallFiles,
-}
-
-impl std::fmt::Display for Shape {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::WholeChunks => "4 MiB chunks",
-            Self::Fragmented => "64 KiB extents",
-            Self::SmallFiles => "64 KiB files",
-        })
-    }
-}
 
 /// One shape's figures.
 #[derive(Clone, Debug, Serialize)]
@@ -101,6 +76,21 @@ impl OpenDevice for Sparse {
     }
 }
 
+/// A device that takes everything and keeps nothing: nobody reads it again.
+struct Nowhere;
+
+impl Media for Nowhere {
+    fn write(&mut self, _: u64, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+    fn relocate(&mut self, _: &RelocationMove) -> io::Result<()> {
+        Ok(())
+    }
+    fn fill(&mut self, plan: &FillPlan, number: u32) -> io::Result<Vec<u32>> {
+        Ok((0..plan.blocks).map(|b| b.wrapping_mul(2_654_435_761) ^ number).collect())
+    }
+}
+
 /// A filled store.
 struct Filled {
     store: Store,
@@ -135,125 +125,22 @@ pub fn run(gib: u64, say: impl Fn(&str)) -> Result<Vec<Row>, BenchError> {
 }
 
 fn fill(shape: Shape, gib: u64) -> Result<Filled, BenchError> {
-    let refused = |e: &dyn std::fmt::Display| BenchError::Store(e.to_string());
     // Room for the parts that are kept from the cache: journal, checkpoints, reserve.
     let device_bytes = gib.saturating_mul(GIB).saturating_mul(5) / 4 + (2 << 30);
     let mut device = Sparse { bytes: device_bytes, blocks: BTreeMap::new() };
-    let geometry = Geometry::for_device(device_bytes).map_err(|e| refused(&e))?;
+    let geometry = Geometry::for_device(device_bytes).map_err(refused)?;
     let cluster = ClusterId(1);
     let identity = Identity { cluster, store: 1, node: NodeId(1), core: CoreId(0), pg_count: 64 };
-    format_device(&mut device, geometry, identity).map_err(|e| refused(&e))?;
-    let mut store = Store::open(&mut device, cluster).map_err(|e| refused(&e))?;
+    format_device(&mut device, geometry, identity).map_err(refused)?;
+    let mut store = Store::open(&mut device, cluster).map_err(refused)?;
     // What a node runs with.
     store.set_memory_limit(MEMORY_BYTES_DEFAULT);
     drop(device);
 
     let chunks = u32::try_from(gib * GIB / (u64::from(CHUNK_BLOCKS) * BLOCK))
         .map_err(|_| BenchError::Plan("that many GiB are past any device".into()))?;
-    let part = CHUNK_BLOCKS / PARTS;
-    let mut fills = 0;
-    let mut add = |store: &mut Store, inode: u64, chunk: u32, first_block: u32, blocks: u32| {
-        fills += 1;
-        if fills % TURN_FILLS == 0 {
-            turn(store)?;
-        }
-        let op = FillOp {
-            inode: InodeId(inode),
-            chunk: ChunkIndex(chunk),
-            first_block,
-            blocks,
-            content: ContentId(1),
-            tail_valid: BLOCK as u32,
-        };
-        add_one(store, &op, fills)
-    };
-    let mut limited = false;
-    'all: for group in 0..chunks.div_ceil(PARTS) {
-        for step in 0..PARTS {
-            let taken = match shape {
-                Shape::WholeChunks => {
-                    let n = group * PARTS + step;
-                    let inode = 100 + u64::from(n / FILE_CHUNKS);
-                    add(&mut store, inode, n % FILE_CHUNKS, 0, CHUNK_BLOCKS)?
-                }
-                // Part `step` of each chunk of the group in turn: no chunk's parts are neighbours
-                // on the device, or they would be joined.
-                Shape::Fragmented => {
-                    let mut taken = true;
-                    for n in group * PARTS..(group + 1) * PARTS {
-                        let inode = 100 + u64::from(n / FILE_CHUNKS);
-                        taken &= add(&mut store, inode, n % FILE_CHUNKS, step * part, part)?;
-                    }
-                    taken
-                }
-                Shape::SmallFiles => {
-                    let mut taken = true;
-                    for n in 0..PARTS {
-                        let file = (group * PARTS + step) * PARTS + n;
-                        taken &= add(&mut store, 100 + u64::from(file), 0, 0, part)?;
-                    }
-                    taken
-                }
-            };
-            if !taken {
-                limited = true;
-                break 'all;
-            }
-        }
-    }
-    turn(&mut store)?;
+    let limited = crate::fill::fill(&mut store, &mut Nowhere, shape, chunks)?;
     Ok(Filled { store, limited })
-}
-
-/// One fill; `false`: the store takes no more.
-fn add_one(store: &mut Store, op: &FillOp, seed: u32) -> Result<bool, BenchError> {
-    let refused = |e: WriteError| BenchError::Store(e.to_string());
-    let plan = match store.begin_fill(op) {
-        Ok(plan) => plan,
-        Err(WriteError::NoSpace { .. }) => return Ok(false),
-        // The journal wants its turn.
-        Err(WriteError::Wait(_)) => {
-            turn(store)?;
-            match store.begin_fill(op) {
-                Ok(plan) => plan,
-                Err(WriteError::NoSpace { .. }) => return Ok(false),
-                Err(e) => return Err(refused(e)),
-            }
-        }
-        Err(e) => return Err(refused(e)),
-    };
-    let crcs: Vec<u32> = (0..plan.blocks).map(|b| b.wrapping_mul(2_654_435_761) ^ seed).collect();
-    store.commit_fill(plan.id, &crcs).map_err(refused)?;
-    Ok(true)
-}
-
-/// Carries the journal and the checkpoint as far as they go; their writes go nowhere.
-fn turn(store: &mut Store) -> Result<(), BenchError> {
-    let refused = |e: &dyn std::fmt::Display| BenchError::Store(e.to_string());
-    loop {
-        let mut moved = false;
-        if let Some(batch) = store.take_batch() {
-            store.batch_durable(batch.id).map_err(|e| refused(&e))?;
-            moved = true;
-        }
-        if store.checkpoint_due() {
-            store.begin_checkpoint();
-        }
-        let token = match store.checkpoint_step() {
-            CheckpointStep::Idle | CheckpointStep::Wait => None,
-            CheckpointStep::Relocate { token, .. }
-            | CheckpointStep::Write { token, .. }
-            | CheckpointStep::Sync { token }
-            | CheckpointStep::WriteDurable { token, .. } => Some(token),
-        };
-        if let Some(token) = token {
-            store.checkpoint_done(token).map_err(|e| refused(&e))?;
-            moved = true;
-        }
-        if !moved {
-            return Ok(());
-        }
-    }
 }
 
 /// The rows for people.

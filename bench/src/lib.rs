@@ -1,16 +1,19 @@
 //! The benchmark harness: what `ebb bench` runs against a real cluster.
 //!
 //! Figures are medians or totals of real requests over real sockets; nothing is simulated, but for
-//! [`index`], which says so. What a figure is compared with is measured in the same run, turn by
+//! [`index`], which says so, and [`recovery`], which needs no cluster. What a figure is compared with is measured in the same run, turn by
 //! turn with ours, since absolute times do not carry between machines. Speed lives here, never in
 //! timed tests.
 
 pub mod baseline;
 pub mod chunk;
 pub mod engines;
+mod fill;
 pub mod index;
+pub mod journal;
 pub mod memory;
 pub mod mount;
+pub mod recovery;
 pub mod report;
 mod tar;
 
@@ -47,9 +50,12 @@ pub enum BenchError {
         /// What it said.
         why: String,
     },
-    /// The store of [`index`] refused something it should not.
+    /// The store of [`index`] or [`recovery`] refused something it should not.
     #[error("the store refused: {0}")]
     Store(String),
+    /// The counters of the cores' journals.
+    #[error("cannot learn how many writes shared a journal batch: {0}")]
+    Journal(String),
 }
 
 impl BenchError {

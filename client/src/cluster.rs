@@ -160,9 +160,10 @@ const AGAIN_MAX: Duration = Duration::from_secs(1);
 impl Shared {
     /// A linearizable read, repeated while the metadata plane says `Again`.
     pub(crate) async fn query(&self, query: Query) -> Result<QueryReply> {
-        let request = Request::Query(query);
         let deadline = Instant::now() + self.config.patience;
         loop {
+            let session = self.session.current().0;
+            let request = Request::Query { session, query: query.clone() };
             let reply = match self.meta.call(&request, self.config.patience).await? {
                 Response::Query(reply) => reply,
                 other => return Err(unexpected(&other)),

@@ -4,8 +4,9 @@
 use crate::Result;
 use crate::error::ClientError;
 use crate::inode::OpenInode;
+use ebb_dataplane_protocol::HandleId;
 use ebb_metaplane_protocol::attr::{FileKind, SetAttr, TimeChange};
-use ebb_metaplane_protocol::op::CommitWrite;
+use ebb_metaplane_protocol::op::{CommitWrite, Publish, Published};
 use ebb_metaplane_protocol::{FsError, Op, OpReply};
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,6 +25,39 @@ impl OpenInode {
         (state.uncommitted() && !state.stale).then(|| (pending(), state.changes))
     }
 
+    /// How the metadata plane is told: with the file's name, if it doesn't know of the file.
+    fn told_by(&self, commit: &CommitWrite, handle: HandleId) -> Op {
+        let state = self.state();
+        match &state.place {
+            None => Op::Commit(commit.clone()),
+            Some(place) => {
+                let attr = state.as_made();
+                Op::Publish(Publish {
+                    handle,
+                    parent: place.parent,
+                    name: place.name.clone(),
+                    mode: attr.mode,
+                    uid: attr.uid,
+                    gid: attr.gid,
+                    commit: commit.clone(),
+                })
+            }
+        }
+    }
+
+    /// The file has its name.
+    fn published(&self, done: &Published, epoch: u64, sent: Instant) {
+        let shared = &self.shared;
+        let Some(place) = self.state().place.take() else { return };
+        shared.unnamed.done(&place);
+        shared.cluster.names.renewed(place.parent, epoch, sent, done.names_ms);
+        let wanted = done.names_ms == 0;
+        shared.unnamed.told(epoch, place.parent, done.parent.as_ref(), wanted);
+        if wanted {
+            shared.recalled(place.parent);
+        }
+    }
+
     /// A commit was applied: what it carried is no longer pending, unless it changed since.
     pub(crate) fn committed(&self, done: &CommitWrite, changes: u64) {
         self.forget(done);
@@ -34,6 +68,12 @@ impl OpenInode {
     /// The object was replaced: what was to be committed is lost, and every handle says so once.
     fn lost(&self, commit: &CommitWrite) {
         self.mark_stale();
+        let place = self.state().place.take();
+        if let Some(place) = place {
+            let name = String::from_utf8_lossy(&place.name).into_owned();
+            tracing::warn!(inode = self.id.0, name, "a new file is lost: it can't have its name");
+            self.shared.unnamed.done(&place);
+        }
         self.forget(commit);
         self.state().fail(ClientError::Stale);
     }
@@ -75,7 +115,7 @@ impl OpenInode {
         let covered = {
             let state = self.state();
             // A new file's first commit also ends the time in which changes ride, with nothing to carry too.
-            !state.fresh && state.committed_changes >= wanted
+            !state.fresh && state.place.is_none() && state.committed_changes >= wanted
         };
         if covered { Ok(()) } else { self.commit_locked().await }
     }
@@ -96,8 +136,16 @@ impl OpenInode {
                     self.lost(&commit);
                 }
             })?;
-            let op = Op::Commit(commit.clone());
+            let op = self.told_by(&commit, remote.handle);
+            let naming = matches!(op, Op::Publish(_));
+            let sent = Instant::now();
             match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
+                Ok((OpReply::Published(done), epoch)) => {
+                    self.published(&done, epoch, sent);
+                    self.state().see(&done.attr);
+                    self.committed(&commit, changes);
+                    return Ok(());
+                }
                 Ok((OpReply::Attr(attr), _)) => {
                     // First the new attributes, then the overlay goes: no reader sees neither.
                     self.state().see(&attr);
@@ -107,6 +155,12 @@ impl OpenInode {
                 Ok(_) => return Err(ClientError::Metadata("no attributes in the answer".into())),
                 Err(ClientError::Fs(FsError::SessionExpired)) => {}
                 Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
+                    self.lost(&commit);
+                    return Err(ClientError::Stale);
+                }
+                // Its name was answered for, and can't be given: nothing but an answer says so.
+                Err(ClientError::Fs(e)) if naming && is_answer(&e) => {
+                    tracing::warn!(inode = self.id.0, error = %e, "naming a new file");
                     self.lost(&commit);
                     return Err(ClientError::Stale);
                 }
@@ -146,6 +200,9 @@ impl OpenInode {
     /// Truncates or extends, with writes of this client held back meanwhile: those before it are
     /// acknowledged first, those after it go under the new generation (PROTOCOL §4).
     pub(crate) async fn truncate(self: &Arc<Self>, set: SetAttr) -> Result<()> {
+        if self.is_unnamed() {
+            self.commit().await?;
+        }
         self.raise_barrier().await;
         self.drain().await;
         let result = self.shared.cluster.mutate(Op::SetAttr { inode: self.id, set }, None).await;
@@ -192,4 +249,17 @@ impl OpenInode {
         self.state().barrier = false;
         self.changed.notify_waiters();
     }
+}
+
+/// Whether a refusal is the last word on a file's name.
+fn is_answer(e: &FsError) -> bool {
+    !matches!(
+        e,
+        FsError::Again { .. }
+            | FsError::SessionExpired
+            | FsError::NotLeader(_)
+            | FsError::S3Unavailable(_)
+            | FsError::ShuttingDown
+            | FsError::Io(_)
+    )
 }

@@ -5,6 +5,7 @@ use crate::error::ClientError;
 use crate::fs::{FileSystem, Owner};
 use crate::inode::{OpenInode, Remote};
 use crate::readahead::Detector;
+use crate::unnamed::Which;
 use crate::writer::Unsent;
 use bytes::Bytes;
 use ebb_dataplane_protocol::{InodeId, Lineage};
@@ -53,7 +54,7 @@ pub(crate) struct OpenFile {
 }
 
 impl OpenFile {
-    /// An error of a background write this handle has not reported yet: once per handle.
+    /// An error of a background write this handle has not reported yet: once per handle, by an fsync.
     fn take_failure(&self) -> Result<()> {
         let state = self.inode.state();
         let before = self.seen_failures.swap(state.failures, Ordering::AcqRel);
@@ -63,7 +64,8 @@ impl OpenFile {
         }
     }
 
-    /// The same without taking note: writes fail early, fsync and close report.
+    /// The same without taking note. Writes fail early; and a close tells it, but is not the one that had to be told: a child
+    /// process closes its parent's descriptors, and nobody reads what that says.
     fn peek_failure(&self) -> Result<()> {
         let state = self.inode.state();
         match &state.failure {
@@ -89,6 +91,9 @@ impl FileSystem {
         owner: Owner,
         flags: OpenFlags,
     ) -> Result<OpenedFile> {
+        if let Some(made) = self.create_unnamed(parent, name, mode, owner, flags) {
+            return made;
+        }
         let op = Op::Create {
             parent,
             name: name.to_vec(),
@@ -97,11 +102,24 @@ impl FileSystem {
             gid: owner.gid,
             exclusive: flags.exclusive,
             open: OpenMode { write: flags.write, truncate: false },
+            delegate: true,
         };
+        // First the name, then the look at what was made here: nothing comes between.
         let sent = self.shared.cluster.names.adds(parent, name);
+        let _ = self.tell(Which::Name(parent, name)).await;
         let (reply, epoch) = self.shared.cluster.mutate(op, None).await?;
         if let OpReply::Opened(opened) = &reply {
             self.shared.cluster.names.renewed(parent, epoch, sent, opened.names_ms);
+            if let Some(given) = opened.delegation {
+                let wanted = opened.names_ms == 0;
+                let attr = opened.parent.as_ref();
+                self.shared.unnamed.delegated(epoch, parent, given, attr, wanted);
+                if wanted {
+                    self.shared.recalled(parent);
+                } else {
+                    self.shared.reserve_files_if_low();
+                }
+            }
         }
         let mut file = self.opened((reply, epoch), flags)?;
         if flags.truncate && !file.created && file.attr.size > 0 {
@@ -124,6 +142,9 @@ impl FileSystem {
     pub async fn open(&self, inode: InodeId, flags: OpenFlags) -> Result<OpenedFile> {
         let op =
             Op::Open { inode, open: OpenMode { write: flags.write, truncate: flags.truncate } };
+        if let Some(unnamed) = self.shared.inode(inode).filter(|i| i.is_unnamed()) {
+            unnamed.commit().await?;
+        }
         let known = self.shared.inode(inode).filter(|_| flags.truncate);
         let Some(known) = known else {
             return self.opened(self.shared.cluster.mutate(op, None).await?, flags);
@@ -142,7 +163,11 @@ impl FileSystem {
         result
     }
 
-    fn opened(&self, (reply, epoch): (OpReply, u64), flags: OpenFlags) -> Result<OpenedFile> {
+    pub(crate) fn opened(
+        &self,
+        (reply, epoch): (OpReply, u64),
+        flags: OpenFlags,
+    ) -> Result<OpenedFile> {
         let OpReply::Opened(opened) = reply else {
             return Err(ClientError::Metadata("no handle in the answer".into()));
         };
@@ -267,23 +292,33 @@ impl FileSystem {
         if !file.write {
             return Ok(());
         }
-        self.settle(&file).await
+        let committed = Self::settle(&file).await;
+        file.peek_failure()?;
+        committed
     }
 
     /// Everything written through any handle of the file is durable on the nodes and committed.
     pub async fn fsync(&self, handle: FileHandle) -> Result<()> {
         let file = self.file(handle)?;
-        self.settle(&file).await
-    }
-
-    async fn settle(&self, file: &OpenFile) -> Result<()> {
-        file.inode.drain().await;
-        let committed = file.inode.commit().await;
+        let committed = Self::settle(&file).await;
         file.take_failure()?;
         committed
     }
 
-    /// The last descriptor is gone. Errors are reported once, like those of a flush.
+    /// Everything written through any handle of the file is durable on the nodes. The metadata plane is not told: a
+    /// new file's name, times, and where the file ends if it grew follow with the next commit.
+    pub async fn sync_data(&self, handle: FileHandle) -> Result<()> {
+        let file = self.file(handle)?;
+        file.inode.drain().await;
+        file.take_failure()
+    }
+
+    async fn settle(file: &OpenFile) -> Result<()> {
+        file.inode.drain().await;
+        file.inode.commit().await
+    }
+
+    /// The last descriptor is gone. Errors that no fsync has told are.
     pub async fn release(&self, handle: FileHandle) -> Result<()> {
         let file = self.shared.files().remove(&handle.0).ok_or(ClientError::BadHandle)?;
         let inode = &file.inode;
@@ -305,8 +340,15 @@ impl FileSystem {
                 let (_, epoch) = self.shared.cluster.session.current();
                 inode.state().remotes.get(&file.id).copied().filter(|r| r.epoch == epoch)
             };
-            if live().is_none() {
-                inode.commit_locked().await?;
+            if live().is_none() || inode.is_unnamed() {
+                let named = inode.commit_locked().await;
+                if let (Err(e), Some(remote)) = (&named, live()) {
+                    // Nobody can name it any more; it goes with its handle.
+                    tracing::debug!(inode = inode.id.0, error = %e, "released without a name");
+                    inode.state().remotes.remove(&file.id);
+                    self.shared.linger(remote);
+                }
+                named?;
             }
             let Some(remote) = live() else { return Ok(()) };
             let commit = inode.pending_commit();

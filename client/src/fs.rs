@@ -6,6 +6,7 @@ use crate::cluster::{self, Cluster};
 use crate::error::ClientError;
 use crate::files::OpenFile;
 use crate::inode::{OpenInode, Remote};
+use crate::unnamed::{Unnamed, Which};
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::{Attr, SetAttr};
 use ebb_metaplane_protocol::op::RELEASES_MAX;
@@ -46,6 +47,7 @@ pub(crate) struct Shared {
     /// Closed handles the metadata plane has not been told of yet; sent every turn, or when there
     /// are many.
     lingering: Mutex<Vec<Remote>>,
+    pub(crate) unnamed: Unnamed,
 }
 
 /// How often buffers are looked over for what is due.
@@ -75,6 +77,7 @@ impl FileSystem {
             files: Mutex::default(),
             next_file: AtomicU64::new(1),
             lingering: Mutex::default(),
+            unnamed: Unnamed::default(),
             cluster: Arc::clone(&cluster.shared),
         });
         tokio::spawn(look_after(Arc::downgrade(&shared)));
@@ -116,6 +119,7 @@ impl FileSystem {
         if cluster.names.lacks(cluster.session.current().1, parent, name) {
             return Err(FsError::NotFound.into());
         }
+        let _ = self.tell(Which::Name(parent, name)).await;
         let query = Query::Lookup { parent, name: name.to_vec() };
         self.shared.attr_query(query).await
     }
@@ -123,13 +127,22 @@ impl FileSystem {
     /// Attributes, with this client's own unflushed writes.
     pub async fn getattr(&self, inode: InodeId) -> Result<Attr> {
         if let Some(open) = self.shared.inode(inode) {
-            let state = open.state();
-            // While this client writes the file, its own view is the one to show.
-            if state.may_ride() && state.attr_at.elapsed() < self.shared.cluster.config.attr_age_max
-            {
-                return Ok(state.effective());
+            let age_max = self.shared.cluster.config.attr_age_max;
+            let own = {
+                let state = open.state();
+                let rides = state.may_ride() && state.attr_at.elapsed() < age_max;
+                // While this client writes the file, its own view is the one to show.
+                rides.then(|| state.effective())
+            };
+            if let Some(own) = own {
+                return Ok(own);
+            }
+            if open.is_unnamed() {
+                open.commit().await?;
             }
         }
+        // A directory's times tell of its names.
+        let _ = self.tell(Which::In(inode)).await;
         self.shared.getattr(inode).await
     }
 
@@ -150,6 +163,9 @@ impl FileSystem {
                 open.ride(set);
                 return Ok(open.state().effective());
             }
+            if open.is_unnamed() {
+                open.commit().await?;
+            }
         }
         match self.shared.cluster.mutate(Op::SetAttr { inode, set }, None).await? {
             (OpReply::Attr(attr), _) => Ok(self.shared.noticed(attr)),
@@ -165,6 +181,7 @@ impl FileSystem {
         after: &[u8],
         limit: u32,
     ) -> Result<(Vec<DirEntry>, bool)> {
+        let _ = self.tell(Which::In(inode)).await;
         let query = Query::ReadDir { inode, after: after.to_vec(), limit };
         match self.shared.cluster.query(query).await? {
             QueryReply::Page { mut entries, end } => {
@@ -218,11 +235,13 @@ impl FileSystem {
 
     /// Removes a file or a symbolic link. An open file lives on.
     pub async fn unlink(&self, parent: InodeId, name: &[u8]) -> Result<()> {
+        let _ = self.tell(Which::Name(parent, name)).await;
         self.shared.op(Op::Unlink { parent, name: name.to_vec() }).await
     }
 
     /// Removes an empty directory.
     pub async fn rmdir(&self, parent: InodeId, name: &[u8]) -> Result<()> {
+        self.shared.give_back_all().await;
         self.shared.op(Op::Rmdir { parent, name: name.to_vec() }).await
     }
 
@@ -235,7 +254,10 @@ impl FileSystem {
         new_name: &[u8],
         flags: u32,
     ) -> Result<()> {
+        // First the name, then the look at what was made here: nothing comes between.
         self.shared.cluster.names.adds(new_parent, new_name);
+        let _ = self.tell(Which::Name(parent, name)).await;
+        let _ = self.tell(Which::Name(new_parent, new_name)).await;
         let (name, new_name) = (name.to_vec(), new_name.to_vec());
         self.shared.op(Op::Rename { parent, name, new_parent, new_name, flags }).await
     }
@@ -300,6 +322,7 @@ impl Shared {
     /// Mkdir or Symlink.
     async fn made(&self, op: Op, parent: InodeId, name: &[u8]) -> Result<(Made, u64)> {
         let sent = self.cluster.names.adds(parent, name);
+        let _ = self.tell(Which::Name(parent, name)).await;
         match self.cluster.mutate(op, None).await? {
             (OpReply::Made(made), epoch) => {
                 self.cluster.names.renewed(parent, epoch, sent, made.names_ms);
@@ -369,6 +392,7 @@ async fn look_after(shared: Weak<Shared>) {
     loop {
         turn.tick().await;
         let Some(shared) = shared.upgrade() else { return };
+        shared.look_after_names(TURN);
         shared.release_lingering();
         let open: Vec<_> = shared.inodes().values().cloned().collect();
         let config = &shared.cluster.config;

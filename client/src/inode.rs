@@ -10,6 +10,7 @@ use crate::error::ClientError;
 use crate::fs::Shared;
 use crate::grant::GrantState;
 use crate::readahead::Blocks;
+use crate::unnamed::Place;
 use bytes::Bytes;
 use ebb_dataplane_protocol::{Generation, HandleId, InodeId, Lineage};
 use ebb_metaplane_protocol::attr::{Attr, SetAttr, Time, TimeChange};
@@ -53,6 +54,8 @@ pub(crate) struct State {
     pub(crate) opens: usize,
     pub(crate) grant: Option<Arc<GrantState>>,
     pub(crate) stale: bool,
+    /// Where it belongs, while only this client knows of it.
+    pub(crate) place: Option<Place>,
     pub(crate) buffer: WriteBuffer,
     /// Acknowledged and not committed: per generation, one past the last byte.
     pub(crate) ends: BTreeMap<Generation, u64>,
@@ -86,6 +89,7 @@ impl OpenInode {
             opens: 0,
             grant: None,
             stale: false,
+            place: None,
             buffer: WriteBuffer::new(segment),
             ends: BTreeMap::new(),
             mtime: None,
@@ -114,6 +118,11 @@ impl OpenInode {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether only this client knows of it.
+    pub(crate) fn is_unnamed(&self) -> bool {
+        self.state().place.is_some()
+    }
+
     pub(crate) fn mark_stale(&self) {
         self.state().stale = true;
     }
@@ -137,7 +146,11 @@ impl State {
     pub(crate) fn see(&mut self, attr: &Attr) {
         let rank = |a: &Attr| (a.ctime, a.generation);
         if attr.lineage == self.lineage && rank(attr) >= rank(&self.attr) {
-            self.attr = attr.clone();
+            self.attr = match self.place {
+                None => attr.clone(),
+                // Nobody else knows whose it is and what it may.
+                Some(_) => Attr { generation: attr.generation, ..self.attr.clone() },
+            };
             self.attr_at = Instant::now();
         }
     }
@@ -150,6 +163,11 @@ impl State {
     /// The size as this client's readers see it.
     pub(crate) fn size(&self) -> u64 {
         self.attr.size.max(self.local_end())
+    }
+
+    /// Attributes as they were at the create, of a file that only this client knows of.
+    pub(crate) fn as_made(&self) -> &Attr {
+        &self.attr
     }
 
     /// The attributes with what this client has not committed yet.
@@ -192,7 +210,10 @@ impl State {
 
     /// Whether something is to be committed.
     pub(crate) fn uncommitted(&self) -> bool {
-        !self.ends.is_empty() || self.mtime.is_some() || self.set != SetAttr::default()
+        !self.ends.is_empty()
+            || self.mtime.is_some()
+            || self.set != SetAttr::default()
+            || self.place.is_some()
     }
 
     /// Whether attribute changes may wait for the next commit: this client is writing the file.

@@ -36,6 +36,7 @@ mod sequence;
 mod session;
 mod status;
 mod transfer;
+mod unnamed;
 mod writer;
 
 pub use begin::begin;

@@ -36,7 +36,13 @@ impl MapCache {
             return Ok(current);
         }
         let query = Query::Map { have: current.version, wake };
-        match meta.call(&Request::Query(query), patience).await? {
+        match meta
+            .call(
+                &Request::Query { session: ebb_dataplane_protocol::SessionId(0), query },
+                patience,
+            )
+            .await?
+        {
             Response::Query(reply) => match reply? {
                 QueryReply::Map(None) => Ok(current),
                 QueryReply::Map(Some(new)) => {

@@ -47,6 +47,11 @@ impl Names {
         self.own().renewed(dir, epoch, sent, Duration::from_millis(lent_ms.into()));
     }
 
+    /// Adds `name` to `dir` if it surely is not there.
+    pub(crate) fn claim(&self, epoch: u64, dir: InodeId, name: &[u8]) -> bool {
+        self.own().claim(dir, name, epoch, Instant::now())
+    }
+
     /// Whether `name` surely is not in `dir`.
     pub(crate) fn lacks(&self, epoch: u64, dir: InodeId, name: &[u8]) -> bool {
         self.own().lacks(dir, name, epoch, Instant::now())

@@ -4,6 +4,7 @@
 use crate::error::ClientError;
 use crate::files::not_a_file;
 use crate::fs::{FileSystem, Owner};
+use crate::unnamed::Which;
 use crate::{OpenFlags, Result};
 use bytes::{Bytes, BytesMut};
 use ebb_dataplane_protocol::InodeId;
@@ -55,6 +56,9 @@ impl FileSystem {
     async fn resolve_components(&self, path: Vec<Vec<u8>>) -> Result<Attr> {
         if path.is_empty() {
             return self.getattr(InodeId::ROOT).await;
+        }
+        if let Some(name) = path.last() {
+            let _ = self.tell(Which::Called(name)).await;
         }
         match self.shared.cluster.query(Query::Resolve { path }).await? {
             QueryReply::Attr(attr) => match self.shared.inode(attr.inode) {

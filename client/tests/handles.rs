@@ -119,3 +119,31 @@ async fn a_chmod_after_the_close_of_an_empty_new_file_is_not_held_back() {
     assert_eq!(seen.mode, 0o755);
     cluster.stop().await;
 }
+
+/// What a benchmark calls durable, or a database: the nodes have it, although nothing is committed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_was_synced_is_on_the_nodes_before_it_is_committed() {
+    let cluster = TestCluster::start(1).await;
+    let config = Config { write_age_max: PATIENCE, ..Config::default() };
+    let fs = FileSystem::new(&cluster.connect_with("writer", config).await);
+    let other = cluster.fs("other").await;
+    let made = fs.create(InodeId::ROOT, b"f", 0o644, OWNER, WRITE).await.expect("a create");
+    let (inode, handle) = (made.attr.inode, made.handle);
+    fs.write(handle, 0, &[1; 2 * PIECE]).await.expect("a write");
+    fs.fsync(handle).await.expect("a commit");
+
+    let seen = async || {
+        let file = other.open(inode, OpenFlags::default()).await.expect("an open");
+        let bytes = other.read(file.handle, 0, PIECE as u64).await.expect("a read");
+        other.release(file.handle).await.expect("a close");
+        (bytes[0], file.attr.mtime)
+    };
+    let (before, committed) = seen().await;
+    fs.write(handle, 0, &[2; PIECE]).await.expect("a write");
+    assert_eq!(seen().await.0, before, "it waits in the writer's buffer");
+    fs.sync_data(handle).await.expect("on the nodes");
+    assert_eq!(seen().await, (2, committed), "the bytes are there, their time is not");
+    fs.fsync(handle).await.expect("a commit");
+    assert!(seen().await.1 > committed);
+    fs.release(handle).await.expect("a close");
+}

@@ -178,7 +178,7 @@ async fn an_unanswered_write_of_a_lost_node_is_an_error_and_not_applied_again() 
     cluster.rules.lose_next_write_of(session);
     let asking = tokio::spawn({
         let (fs, handle) = (writer.clone(), file.handle);
-        async move { fs.fsync(handle).await }
+        async move { fs.flush(handle).await }
     });
     cluster.rules.lost(session).await;
     // In S3, and clean, with its writer's handle still open.
@@ -193,7 +193,11 @@ async fn an_unanswered_write_of_a_lost_node_is_an_error_and_not_applied_again() 
     cluster.rules.release(session);
     let told = asking.await.expect("no panic");
     assert!(matches!(told, Err(ClientError::WriteLost { .. })), "{told:?}");
+    // That was a close, maybe a child process's: an fsync has to say it, too.
+    let told = writer.fsync(file.handle).await;
+    assert!(matches!(told, Err(ClientError::WriteLost { .. })), "{told:?}");
     writer.fsync(file.handle).await.expect("told once");
+    writer.flush(file.handle).await.expect("a close after it");
     let reader = cluster.fs("reader").await;
     assert!(
         reader.read_file(b"f").await.expect("a read") == vec![b'b'; LEN],

@@ -38,6 +38,9 @@ pub struct ClusterConfig {
     pub embedded_secret_key: String,
     /// First wish for data nodes.
     pub nodes: u32,
+    /// They run on other machines, started by others with `ebb serve data`: none is started here.
+    #[serde(default)]
+    pub nodes_elsewhere: bool,
     /// Cores of each data node.
     pub cores_per_node: u16,
     /// Bytes of each data node's device files.
@@ -258,6 +261,7 @@ mod tests {
             embedded_access_key: "a".into(),
             embedded_secret_key: "s".into(),
             nodes: 2,
+            nodes_elsewhere: false,
             cores_per_node: 1,
             node_capacity_bytes: 1 << 31,
             arena_bytes: 1 << 27,

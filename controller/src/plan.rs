@@ -35,6 +35,16 @@ pub struct NodeProcess {
     pub former: Vec<NodeId>,
 }
 
+/// The nodes of a cluster whose processes run elsewhere: each that registered is one of them.
+pub fn registered(status: &ClusterStatus) -> Vec<NodeProcess> {
+    let process = |n: &NodeInfo| NodeProcess {
+        name: format!("{}:{}", n.host, n.id),
+        node: Some(n.id),
+        former: Vec::new(),
+    };
+    status.map.nodes.iter().map(process).collect()
+}
+
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {

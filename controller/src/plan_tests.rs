@@ -249,6 +249,20 @@ fn a_process_with_a_new_store_replaces_the_node_it_was() {
 }
 
 #[test]
+fn nodes_that_others_start_count_like_those_started_here() {
+    let mut toy = Toy::new(2);
+    toy.settle();
+    assert_eq!(registered(&toy.status).len(), 2);
+    let plan_of = |toy: &Toy| plan(&toy.status, &registered(&toy.status));
+    assert!(plan_of(&toy).is_empty(), "as many as are wanted");
+    toy.status.desired_nodes = 3;
+    assert_eq!(plan_of(&toy), [Action::StartNode], "which is for others to do");
+    toy.status.desired_nodes = 1;
+    let drain = AdminCall::SetNodeState { node: NodeId(2), state: NodeState::Draining };
+    assert!(plan_of(&toy).contains(&Action::Admin(drain)));
+}
+
+#[test]
 fn nothing_happens_while_shutting_down() {
     let mut toy = Toy::new(2);
     toy.settle();

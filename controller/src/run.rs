@@ -3,7 +3,7 @@
 use crate::error::ControllerError as Error;
 use crate::layout::{Endpoints, Layout, write_atomically};
 use crate::local::{Launch, LocalCluster};
-use crate::plan::{Action, plan};
+use crate::plan::{Action, plan, registered};
 use crate::process;
 use ebb_dataplane_protocol::auth::Role as PeerRole;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus, Request, Response};
@@ -105,7 +105,13 @@ async fn turn<L: Launch>(cluster: &mut LocalCluster<L>, meta: &MetaClient) -> Re
         admin(meta, AdminCall::SetDesired { nodes: cluster.config.nodes }).await?;
         return Ok(());
     }
-    for action in plan(&status, &cluster.node_processes()) {
+    let elsewhere = cluster.config.nodes_elsewhere;
+    let processes = if elsewhere { registered(&status) } else { cluster.node_processes() };
+    for action in plan(&status, &processes) {
+        if elsewhere && matches!(action, Action::StartNode | Action::StopNode(_)) {
+            // Whoever runs the machines starts one more; one that is gone is told to stop with its next heartbeat.
+            continue;
+        }
         tracing::info!(?action, "acting");
         match action {
             Action::Admin(call) => {

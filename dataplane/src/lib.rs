@@ -19,4 +19,4 @@ pub use config::{ConfigError, NodeConfig};
 pub use heartbeat::HeartbeatError;
 pub use node::{NodeError, Ready, run, shutdown_signal};
 pub use reactor_glue::CoreError;
-pub use shards::{ShardError, check};
+pub use shards::{BlockingDevice, ShardError, check};

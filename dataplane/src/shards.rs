@@ -158,8 +158,9 @@ pub fn check(path: &Path) -> Result<ebb_store::Report, ShardError> {
         .map_err(|source| ShardError::Open { path: path.to_owned(), source })
 }
 
-/// A device file as the store's blocking device.
-pub(crate) struct BlockingDevice<'a>(pub(crate) &'a DeviceFile);
+/// A device file as the store's blocking device: for opening a store and looking at it, not for running one.
+#[derive(Debug)]
+pub struct BlockingDevice<'a>(pub &'a DeviceFile);
 
 fn io_error(e: FileError) -> io::Error {
     match e {

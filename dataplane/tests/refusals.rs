@@ -79,9 +79,17 @@ async fn forged_and_stale_grants_are_refused_and_counted() {
     };
     assert!(matches!(meta.control(seal(Generation(4))).await, ControlReply::Sealed(_)));
     assert_eq!(client.write_status(&newer, 0, 0, b"x").await, Status::StaleGeneration);
-    // Control is for the metadata plane only.
+    // Control is for the metadata plane only; counters are for operators' tools as well.
     let error = client.connection.control(&Control::Stats, TIMEOUT).await.expect_err("refused");
     assert_eq!(error.status(), Some(Status::Forbidden));
+    let operator = world.connect(node.port(), Role::Controller, 0).await;
+    let stats = operator.control(&Control::Stats, TIMEOUT).await.expect("answered");
+    let ControlReply::Stats(stats) = stats else { panic!("{stats:?}") };
+    assert!((1..=stats.journal_records).contains(&stats.journal_batches), "{stats:?}");
+    for control in [Control::EvictClean(Vec::new()), Control::PgStatus(PgId(0))] {
+        let error = operator.control(&control, TIMEOUT).await.expect_err("refused");
+        assert_eq!(error.status(), Some(Status::Forbidden));
+    }
     // A write whose bytes are not what its checksums say.
     assert_eq!(client.present(&file).await, Status::Ok);
     let header = Header {

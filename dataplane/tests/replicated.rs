@@ -139,3 +139,64 @@ async fn without_its_backup_a_primary_acks_nothing_until_the_backup_is_dropped()
     assert_eq!(after.read(&file, 0, 8192, 6).await, b"on one");
     first.shutdown().await;
 }
+
+/// A core that is there and says nothing: to connect to it takes as long as the other side's patience, every time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_backup_is_given_up_and_not_waited_for_when_it_is_added_again() {
+    let world = World::new(64 * MIB, 1).await;
+    world.meta().many = true;
+    let first = world.start().await;
+    let beside = world.another("beside");
+    let second = world.spawn_with(&beside).await;
+    let (one, two) = (NODE, NodeId(NODE.0 + 1));
+    world.beats(4).await;
+    members(&world, &[one, two], &[], false).await;
+    let file = File::new(100);
+    let before = client(&world, first.port(), 11).await;
+    assert_eq!(before.present(&file).await, Status::Ok);
+    before.write(&file, 0, 0, b"on both").await;
+    second.signal(nix::sys::signal::Signal::SIGSTOP);
+    world.meta().acks.remove(&two);
+
+    let late = {
+        let (before, file) = (before.clone(), file.clone());
+        tokio::spawn(async move { before.write_status(&file, 0, 8192, b"on one").await })
+    };
+    let given_up = || {
+        let wishes = world.meta().wishes.get(&one).cloned().unwrap_or_default();
+        wishes.unreachable.iter().any(|w| w.member == core(two))
+    };
+    eventually("the primary asks for it to be dropped", given_up).await;
+    // Also while it tries to reach it: whichever heartbeat the metadata plane looks at says so.
+    for _ in 0..14 {
+        world.beats(1).await;
+        assert!(given_up());
+    }
+    assert!(!late.is_finished(), "nothing was answered meanwhile");
+    // Dropped and added again, before the primary hears of either.
+    world
+        .change_map(|m| {
+            for entry in &mut m.pgs {
+                entry.epoch = PgEpoch(entry.epoch.0 + 2);
+                entry.members = vec![core(one)];
+                entry.syncing = vec![core(two)];
+            }
+        })
+        .await;
+    assert_ne!(late.await.expect("no panic"), Status::Ok, "its epoch is over");
+    let after = client(&world, first.port(), 11).await;
+    assert_eq!(after.present(&file).await, Status::Ok);
+    let written = after.write_status(&file, 0, 8192, b"on one");
+    let written = tokio::time::timeout(std::time::Duration::from_secs(10), written).await;
+    assert_eq!(written.expect("it is not waited for"), Status::Ok);
+    assert_eq!(after.read(&file, 0, 8192, 6).await, b"on one");
+    world.beats(2).await;
+    assert!(!given_up(), "it doesn't count, so nobody asks for it to be dropped");
+    second.signal(nix::sys::signal::Signal::SIGCONT);
+    eventually("it is copied to, and asked to be in-sync", || {
+        let wishes = world.meta().wishes.get(&one).cloned().unwrap_or_default();
+        wishes.in_sync.iter().filter(|w| w.member == core(two)).count() == usize::from(PGS)
+    })
+    .await;
+    first.shutdown().await;
+}

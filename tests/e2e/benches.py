@@ -1,6 +1,7 @@
-"""`ebb bench engines`: every engine serves, or the program says what to build; nothing is left behind."""
+"""`ebb bench`: every figure and ratio is there, or it is said what is missing; nothing is left behind."""
 
 import json
+import shutil
 
 from harness import check, cluster
 
@@ -19,3 +20,43 @@ def test_engines_are_compared_or_it_says_what_to_build():
         check(c.ebb("ls", "/").stdout.strip() == "", "its file is gone")
         check(not list(c.dir.glob(".ebb-bench-*")), "and the other one")
         return "with all engines"
+
+
+def test_a_chunk_bench_tells_how_writes_were_grouped():
+    """Ratios of writes come with the group of the journal, beside fio where it is installed; no file is left."""
+    with cluster(nodes=1) as c:
+        tools = [t for t in ("fio", "iperf3") if shutil.which(t)]
+        p = c.ebb("--json", "bench", "chunk", "--size", "4KiB", "--depth", "16", "--seconds", 1, "--runs", 1,
+                  "--file", "16MiB", "--baseline")
+        out = json.loads(p.stdout)
+        ours = {r["operation"]: r for r in out["rows"] if r["tool"] == "ours"}
+        check(set(ours) == {"read", "write", "write+fsync"}, p.stdout)
+        check(ours["read"]["journal"] is None and ours["read"]["iops"] > 0, p.stdout)
+        for operation in ("write", "write+fsync"):
+            group = ours[operation]["journal"]
+            # Never more in a batch than there are in flight; and what is journaled is at least what is asked.
+            check(1 <= group["requests_per_batch"] <= 17, p.stdout)
+            check(group["mutations_per_batch"] >= 0.9 * group["requests_per_batch"], p.stdout)
+        if "fio" in tools:
+            found = {(v["operation"], v["against"]) for v in out["verdicts"]}
+            check({("read", "fio"), ("write", "fio_batched"), ("write", "fio_single_times_group")} <= found, p.stdout)
+            scaled = next(v for v in out["verdicts"] if v["against"] == "fio_single_times_group")
+            check(scaled["group"] >= 1 and scaled["ratio"] > 0 and scaled["bar"]["limit"] == 0.5, p.stdout)
+            batch = next(r for r in out["rows"] if r["tool"] == "fio" and r["sync"] == "batch" and r["depth"] == 16)
+            check(abs(batch["writes_per_sync"] - max(1, round(scaled["group"]))) < 0.5, p.stdout)
+        check(c.ebb("ls", "/").stdout.strip() == "", "its file is gone")
+        check(not list(c.dir.glob(".ebb-bench-*")), "and the other one")
+        return f"with {' and '.join(tools) or 'neither fio nor iperf3'}"
+
+
+def test_a_recovery_bench_opens_what_it_filled_and_leaves_nothing():
+    """A shard in every shape is opened as it was; less than 20 GiB is told in proportion; the file is removed."""
+    with cluster(start=False) as c:
+        c.dir.mkdir(parents=True, exist_ok=True)
+        p = c.ebb("--json", "bench", "recovery", c.dir, "--capacity", "128MiB", "--runs", 2)
+        rows = json.loads(p.stdout)["recovery"]
+        check([r["shape"] for r in rows] == ["whole_chunks", "fragmented", "small_files", "tiny_files"], p.stdout)
+        for r in rows:
+            check(len(r["seconds_runs"]) == 2 and r["seconds"] > 0 and r["bar"] is None, p.stdout)
+            check(r["seconds_in_proportion"] > r["seconds"] and r["index_per_cached_byte"] > 0, p.stdout)
+        check(not list(c.dir.glob(".ebb-bench-*")), "the shard is removed")

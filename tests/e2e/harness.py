@@ -44,6 +44,8 @@ def wait_for(what, condition, seconds=60.0, pause=0.05):
 class Cluster:
     """A local cluster in a directory of its own."""
 
+    run = staticmethod(subprocess.run)
+
     def __init__(self, directory, **up):
         self.dir = Path(directory)
         self.up_options = up
@@ -56,19 +58,19 @@ class Cluster:
         env.pop("EBB_CLUSTER", None)
         return env
 
-    def ebb(self, *args, ok=True, timeout=300):
-        p = subprocess.run([EBB, *map(str, args)], env=self.env(), text=True, timeout=timeout,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def ebb(self, *args, ok=True, timeout=300, inside=()):
+        p = self.run([*inside, EBB, *map(str, args)], env=self.env(), text=True, timeout=timeout,
+                     stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if ok and p.returncode != 0:
             raise Failure(f"ebb {' '.join(map(str, args))}: exit {p.returncode}: {p.stderr.strip()}\n{self.logs()}")
         return p
 
-    def up(self, **more):
+    def up(self, inside=(), **more):
         options = {"nodes": 2, "node_capacity": "1GiB", "flush_after": 600000, **self.up_options, **more}
         args = []
         for name, value in options.items():
-            args += [f"--{name.replace('_', '-')}", str(value)]
-        return self.ebb("up", "--detach", *args)
+            args += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return self.ebb("up", "--detach", *args, inside=inside)
 
     def down(self, *args, **kw):
         self.umount_all()
@@ -77,10 +79,10 @@ class Cluster:
     def status(self):
         return json.loads(self.ebb("status", "--json").stdout)
 
-    def mount(self, name="mnt", *args):
+    def mount(self, name="mnt", *args, inside=()):
         path = self.dir.parent / name
         path.mkdir(exist_ok=True)
-        self.ebb("mount", *args, path)
+        self.ebb("mount", *args, path, inside=inside)
         self.mounts.append(path)
         return path
 
@@ -157,10 +159,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(start=True, **up):
+def cluster(start=True, kind=Cluster, **up):
     """A cluster in a fresh directory on a real disk, gone afterwards."""
     base = Path(tempfile.mkdtemp(prefix="ebb-e2e-", dir=os.environ.get("EBB_E2E_DIR", "/var/tmp")))
-    c = Cluster(base / "cluster", **up)
+    c = kind(base / "cluster", **up)
     try:
         if start:
             c.up()

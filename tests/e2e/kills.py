@@ -13,9 +13,9 @@ ROUNDS = int(os.environ.get("EBB_SOAK", "1"))
 class Writer(threading.Thread):
     """Writes files, fsyncs, remembers what was acked, reads some of it back."""
 
-    def __init__(self, root, seed):
+    def __init__(self, root, seed, names=40):
         super().__init__(daemon=True)
-        self.root, self.rng = root, random.Random(seed)
+        self.root, self.rng, self.names = root, random.Random(seed), names
         self.acked, self.error, self.writes = {}, None, 0
         self.stop_asked = threading.Event()
 
@@ -27,7 +27,7 @@ class Writer(threading.Thread):
             self.error = e
 
     def step(self):
-        name = f"f{self.rng.randrange(40)}"
+        name = f"f{self.rng.randrange(self.names)}"
         path = self.root / name
         data = self.rng.randbytes(self.rng.choice([10, 4096, 50_000, 1_500_000]))
         fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)

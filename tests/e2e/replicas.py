@@ -30,25 +30,25 @@ def whole(c, nodes, without=()):
 class Timed(Writer):
     """A writer that knows its longest step, and how much it had acknowledged and checked."""
 
-    def __init__(self, root, seed):
-        super().__init__(root, seed)
-        self.longest, self.checks = 0.0, 0
+    def __init__(self, root, seed, names=40):
+        super().__init__(root, seed, names)
+        self.longest, self.checks, self.since = 0.0, 0, time.monotonic()
 
     def step(self):
-        began = time.monotonic()
+        self.since = time.monotonic()
         super().step()
-        self.longest = max(self.longest, time.monotonic() - began)
+        self.longest = max(self.longest, time.monotonic() - self.since)
 
     def verify(self, name):
         super().verify(name)
         self.checks += 1
 
 
-def writers(m, count, seed):
+def writers(m, count, seed, names=40):
     found = []
     for i in range(count):
         (m / f"w{i}").mkdir()
-        found.append(Timed(m / f"w{i}", seed + i))
+        found.append(Timed(m / f"w{i}", seed + i, names))
         found[-1].start()
     return found
 

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ MODULES = [
     "kills",
     "lost_nodes",
     "replicas",
+    "partitions",
     "bad_input",
     "foreign_s3",
     "benches",
@@ -35,8 +37,10 @@ def main():
     parser.add_argument("--ebb", default="ebb", help="the binary")
     parser.add_argument("--only", default="", help="run tests whose name contains this")
     parser.add_argument("--list", action="store_true", help="list the tests")
-    parser.add_argument("--soak", type=int, default=None, help="rounds of the kill tests and of lost devices")
+    parser.add_argument("--soak", type=int, default=None, help="rounds of the kill tests, of lost devices and of cuts")
     args = parser.parse_args()
+    # So that whoever stops this leaves no mounts, servers and namespaces behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     harness.EBB = shutil.which(args.ebb) or os.path.abspath(args.ebb)
     if args.soak is not None:
         os.environ["EBB_SOAK"] = str(args.soak)

@@ -1,7 +1,9 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand};
+use ebb_bench::chunk::Operation;
 use ebb_bench::engines::{Engine, Job};
+use ebb_bench::recovery::Shape;
 use std::path::PathBuf;
 
 /// Ebbtide: an elastic file system over S3.
@@ -78,6 +80,9 @@ pub(crate) struct Up {
     /// Data nodes to start with
     #[arg(long, value_name = "N")]
     pub nodes: Option<u32>,
+    /// Start no data node here: they run on other machines (`ebb serve data`), and --nodes says how many are wanted
+    #[arg(long)]
+    pub nodes_elsewhere: bool,
     /// Bucket and prefix, s3://BUCKET[/PREFIX]; default: the embedded S3 server's s3://ebb
     #[arg(long, value_name = "S3-URL")]
     pub bucket: Option<String>,
@@ -313,12 +318,14 @@ pub(crate) enum BenchWhat {
     Mount(BenchMount),
     /// Resident memory of servers and mounts, and of an index of a large cache
     Memory(BenchMemory),
+    /// How long opening a full shard takes; needs no cluster
+    Recovery(BenchRecovery),
     /// Chunk reads by one core, and the same by minimal servers on other I/O engines
     Engines(BenchEngines),
     /// A minimal server of `engines`
     #[command(hide = true)]
     EngineServer(BenchEngineServer),
-    /// Everything that is promised, in one run: chunk --baseline, mount, memory
+    /// Everything that is promised, in one run: chunk --baseline, mount, memory, recovery
     All(BenchMount),
 }
 
@@ -337,13 +344,13 @@ pub(crate) struct BenchChunk {
     /// Bytes of the file it makes (/.ebb-bench, removed afterwards)
     #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = parse_bytes)]
     pub file: u64,
-    /// Only reads, or only writes
-    #[arg(long, value_name = "read|write", value_parser = ["read", "write"])]
-    pub only: Option<String>,
+    /// Only some of read, write (durable on its node) and write+fsync (committed as well)
+    #[arg(long, value_name = "OPERATION", value_delimiter = ',')]
+    pub only: Vec<Operation>,
     /// Runs; figures are their medians
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     pub runs: u32,
-    /// Also run fio (in --dir) and iperf3 (loopback), turn by turn, and print the ratio
+    /// Also run fio (in --dir) and iperf3 (loopback), turn by turn, and print the ratios
     #[arg(long)]
     pub baseline: bool,
     /// Ask all server cores, not one
@@ -420,6 +427,26 @@ pub(crate) struct BenchMemory {
     /// Also fill an index, in memory only, as for this many GiB of cache; 0: not
     #[arg(long, value_name = "GIB", default_value_t = 100, value_parser = clap::value_parser!(u64).range(0..=4096))]
     pub index: u64,
+}
+
+/// `ebb bench recovery`
+#[derive(Args, Debug)]
+pub(crate) struct BenchRecovery {
+    /// Where the shard is made and removed again, on the device to measure
+    #[arg(value_name = "DIR")]
+    pub target: PathBuf,
+    /// Bytes of the shard; without --data it takes far less of the disk
+    #[arg(long, value_name = "BYTES", default_value = "20GiB", value_parser = parse_bytes)]
+    pub capacity: u64,
+    /// How its data lies, if not in every way: whole-chunks, fragmented, small-files, tiny-files
+    #[arg(long, value_name = "SHAPE", value_delimiter = ',')]
+    pub shape: Vec<Shape>,
+    /// Openings; figures are their medians
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub runs: u32,
+    /// Write the cached blocks too, which opening does not read, and check them all in the end
+    #[arg(long)]
+    pub data: bool,
 }
 
 /// `ebb serve`

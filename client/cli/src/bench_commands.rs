@@ -1,10 +1,10 @@
 //! `ebb bench`: finds what to measure, prints what came out. The measuring is in `ebb-bench`.
 
-use crate::args::{Bench, BenchChunk, BenchMemory, BenchMount, BenchWhat, Cli};
+use crate::args::{Bench, BenchChunk, BenchMemory, BenchMount, BenchRecovery, BenchWhat, Cli};
 use crate::exit::CliError;
 use crate::{bench_engines, find, output};
 use ebb_bench::memory::{Kind, Subject};
-use ebb_bench::{BenchError, chunk, engines, index, memory, mount};
+use ebb_bench::{BenchError, chunk, engines, index, memory, mount, recovery};
 use ebb_client::{Cluster, Config, FileSystem, InodeId};
 use ebb_controller::Layout;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, Request, Response};
@@ -40,6 +40,12 @@ pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
             let (processes, index) = run_memory(cli, a).await?;
             let document = memory_document(&processes, &index);
             print(cli, &document, || memory_tables(&processes, &index))
+        }
+        BenchWhat::Recovery(a) => {
+            let machine = machine();
+            let rows = run_recovery(cli, a).await?;
+            let document = serde_json::json!({ "machine": machine, "recovery": rows });
+            print(cli, &document, || format!("{machine}\n\n{}", recovery::table(&rows)))
         }
         BenchWhat::Engines(a) => {
             let machine = machine();
@@ -88,11 +94,14 @@ fn plan(cli: &Cli, args: &BenchChunk) -> Result<chunk::Plan, CliError> {
         depths: args.depth.clone(),
         seconds: args.seconds,
         file_bytes: args.file,
-        reads: args.only.as_deref() != Some("write"),
-        writes: args.only.as_deref() != Some("read"),
+        operations: match args.only.as_slice() {
+            [] => chunk::Operation::ALL.to_vec(),
+            some => some.to_vec(),
+        },
         runs: args.runs,
         all_cores: args.all_cores,
         baseline,
+        key: find::cluster(cli)?.1,
     })
 }
 
@@ -101,7 +110,10 @@ async fn run_chunk(cli: &Cli, plan: chunk::Plan) -> Result<chunk::Outcome, CliEr
     let label = format!("ebb bench, pid {}", std::process::id());
     // No readahead: every read is to be a request to a chunk server.
     let patience = Duration::from_secs(30);
-    let config = Config { patience, read_cache_bytes: 0, ..Config::default() };
+    // Nor is the client to hold back what the depth asks for.
+    let deepest = plan.depths.iter().copied().max().unwrap_or(0) as usize;
+    let write_window = Config::default().write_window.max(deepest);
+    let config = Config { patience, read_cache_bytes: 0, write_window, ..Config::default() };
     let cluster = Cluster::connect(addresses, key, &label, config).await?;
     let fs = FileSystem::new(&cluster);
     let result = chunk::run(&fs, &plan, say(cli)).await;
@@ -187,6 +199,25 @@ async fn run_memory(
     Ok((processes, index))
 }
 
+async fn run_recovery(cli: &Cli, args: &BenchRecovery) -> Result<Vec<recovery::Row>, CliError> {
+    if !args.target.is_dir() {
+        return Err(CliError::usage(format!("{} is not a directory", args.target.display())));
+    }
+    let plan = recovery::Plan {
+        dir: args.target.clone(),
+        capacity_bytes: args.capacity,
+        shapes: match args.shape.as_slice() {
+            [] => recovery::Shape::ALL.to_vec(),
+            some => some.to_vec(),
+        },
+        runs: args.runs,
+        data: args.data,
+    };
+    let say = say(cli);
+    let work = tokio::task::spawn_blocking(move || recovery::run(&plan, say));
+    Ok(work.await.map_err(|e| CliError::new(format!("the measurement ended abruptly: {e}")))??)
+}
+
 /// The cluster's servers by their pid files, and its mounts by /proc.
 fn subjects(layout: &Layout) -> Result<Vec<Subject>, CliError> {
     let mut found = Vec::new();
@@ -258,14 +289,14 @@ fn memory_tables(processes: &[memory::Row], index: &[index::Row]) -> String {
     text
 }
 
-/// `ebb bench all`: what is promised, both sides in one run; memory last, since it is the peak.
+/// `ebb bench all`: what is promised, both sides in one run; memory after the jobs, since it is the peak.
 async fn all(cli: &Cli, args: &BenchMount) -> Result<(), CliError> {
     let chunk_args = BenchChunk {
         size: vec![4 << 10, 1 << 20],
         depth: vec![1, 16],
         seconds: args.seconds,
         file: 256 << 20,
-        only: None,
+        only: Vec::new(),
         runs: args.runs,
         baseline: true,
         all_cores: false,
@@ -275,17 +306,27 @@ async fn all(cli: &Cli, args: &BenchMount) -> Result<(), CliError> {
     let chunks = run_chunk(cli, plan(cli, &chunk_args)?).await?;
     let jobs = run_mount(cli, args).await?;
     let (processes, index) = run_memory(cli, &BenchMemory { index: 100 }).await?;
+    let recovery_args = BenchRecovery {
+        target: find::layout(cli)?.dir().to_owned(),
+        capacity: 20 << 30,
+        shape: Vec::new(),
+        runs: args.runs,
+        data: false,
+    };
+    let recovery = run_recovery(cli, &recovery_args).await?;
     let document = serde_json::json!({
         "machine": machine, "chunk": chunks, "mount": jobs,
         "memory": memory_document(&processes, &index),
+        "recovery": recovery,
     });
     print(cli, &document, || {
         format!(
-            "{machine}; medians of {} runs\n\n{}\n\n{}\n\n{}",
+            "{machine}; medians of {} runs\n\n{}\n\n{}\n\n{}\n\n{}",
             args.runs,
             chunk::table(&chunks),
             mount::table(&jobs),
-            memory_tables(&processes, &index)
+            memory_tables(&processes, &index),
+            recovery::table(&recovery)
         )
     })
 }

@@ -42,7 +42,8 @@ pub(crate) async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
     let (config, fresh) = configure(args, &layout)?;
     let spinner = output::spinner("starting", cli.json);
     let started = start_controller(&layout)?;
-    let status = wait_until_serving(&layout, |what| spinner.set_message(what.to_owned())).await;
+    let progress = |what: &str| spinner.set_message(what.to_owned());
+    let status = wait_until_serving(&layout, config.nodes_elsewhere, progress).await;
     spinner.finish_and_clear();
     let status = match status {
         Ok(status) => status,
@@ -57,7 +58,7 @@ pub(crate) async fn up(cli: &Cli, args: &Up) -> Result<(), CliError> {
     if let Some(dir) = &args.mount {
         crate::mount_commands::mount_detached(cli, dir).await?;
     }
-    announce(cli, &layout, &status, started, args)?;
+    announce(cli, &layout, &config, &status, started, args)?;
     if args.detach {
         return Ok(());
     }
@@ -128,6 +129,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         embedded_access_key: format!("EBB{}", hex::encode_upper(random(8)?)),
         embedded_secret_key: hex::encode(random(20)?),
         nodes,
+        nodes_elsewhere: args.nodes_elsewhere,
         cores_per_node: args.cores,
         node_capacity_bytes: args.node_capacity,
         arena_bytes: args.arena,
@@ -206,9 +208,10 @@ fn start_controller(layout: &Layout) -> Result<bool, CliError> {
     Ok(true)
 }
 
-/// Waits until every group has a holder, or (scaled to zero) the metadata plane answers.
+/// Waits until every group has a holder, or (scaled to zero, nodes elsewhere) the metadata plane answers.
 async fn wait_until_serving(
     layout: &Layout,
+    nodes_elsewhere: bool,
     progress: impl Fn(&str),
 ) -> Result<ClusterStatus, CliError> {
     let key = layout.load_key()?;
@@ -224,7 +227,8 @@ async fn wait_until_serving(
                     let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
                     let wish = s.desired_nodes;
                     let all = !s.map.pgs.is_empty() && held == s.map.pgs.len();
-                    if (wish > 0 && all) || (wish == 0 && s.wake_nodes > 0) {
+                    let asleep = wish == 0 && s.wake_nodes > 0;
+                    if (wish > 0 && (all || nodes_elsewhere)) || asleep {
                         return Ok(s);
                     }
                     last = format!("{held} of {} placement groups are held", s.map.pgs.len());
@@ -294,6 +298,7 @@ fn last_words(layout: &Layout, name: &str) -> String {
 fn announce(
     cli: &Cli,
     layout: &Layout,
+    config: &ClusterConfig,
     status: &ClusterStatus,
     started: bool,
     args: &Up,
@@ -314,6 +319,13 @@ fn announce(
     ))?;
     for warning in &status.warnings {
         output::line(&format!("warning: {warning}"))?;
+    }
+    if config.nodes_elsewhere {
+        output::line(&format!(
+            "data nodes are started elsewhere: `ebb serve data --config FILE`, which says dir, listen, key_file, cluster = \"{}\", meta = {:?}",
+            config.cluster.0,
+            layout.load_endpoints()?.meta,
+        ))?;
     }
     if args.mount.is_none() && args.detach {
         let dir = if cli.dir.is_some() {

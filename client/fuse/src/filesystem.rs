@@ -625,13 +625,13 @@ impl Filesystem for Shim {
     fn fsyncdir(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _fh: fuser::FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        // Every change of a name is durable when its call returns.
-        reply.ok();
+        // Every other change of a name is durable when its call returns.
+        self.start(async move |s| empty("fsyncdir", s.fs.fsync_dir(inode(ino)).await, reply));
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {

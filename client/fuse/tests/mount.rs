@@ -357,6 +357,53 @@ async fn two_mounts_are_close_to_open_consistent() {
     cluster.stop().await;
 }
 
+/// A file is there for everybody as soon as its create has returned, also while its maker alone has
+/// been adding names there, and has it open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_new_file_is_there_for_another_mount_while_it_is_open() {
+    if !can_mount() {
+        return;
+    }
+    let cluster = TestCluster::start(2).await;
+    let (a, b) = (Mounted::new(&cluster, "a").await, Mounted::new(&cluster, "b").await);
+    let (pa, pb) = (a.path.clone(), b.path.clone());
+    blocking(move || {
+        for round in 0..8 {
+            let (da, db) = (pa.join(format!("d{round}")), pb.join(format!("d{round}")));
+            fs::create_dir(&da).expect("mkdir");
+            for n in 0..20 {
+                fs::write(da.join(format!("n{n}")), "x").expect("write");
+            }
+            let mut lock = File::create_new(da.join("lock")).expect("the first");
+            let before = fs::metadata(&da).expect("stat").modified().expect("a time");
+            match round % 4 {
+                0 => {
+                    let second = File::create_new(db.join("lock")).expect_err("it is taken");
+                    assert_eq!(second.kind(), ErrorKind::AlreadyExists);
+                }
+                1 => assert!(fs::metadata(db.join("lock")).is_ok()),
+                2 => assert_eq!(fs::read_dir(&db).expect("readdir").count(), 21),
+                _ => {
+                    File::open(&da).expect("open").sync_all().expect("fsync of the directory");
+                    fs::remove_file(db.join("lock")).expect("unlink");
+                }
+            }
+            lock.write_all(b"mine").expect("write");
+            let after = fs::metadata(&da).expect("stat").modified().expect("a time");
+            assert!(after >= before || round % 4 == 3, "round {round}: {before:?} {after:?}");
+            drop(lock);
+            if round % 4 != 3 {
+                assert_eq!(fs::read(db.join("lock")).expect("read"), b"mine");
+            }
+            fs::remove_dir_all(&da).expect("rm -r");
+        }
+    })
+    .await;
+    a.stop().await;
+    b.stop().await;
+    cluster.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn trees_are_unpacked_listed_and_removed() {
     if !can_mount() {

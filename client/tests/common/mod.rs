@@ -9,8 +9,10 @@ pub use proxy::Rules;
 
 use ebb_client::{Cluster, Config, FileSystem};
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
-use ebb_dataplane_protocol::{ClusterId, CoreId, NodeId, NodeState, PgId, ShardRef};
-use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus, Request, Response};
+use ebb_dataplane_protocol::{ClusterId, CoreId, NodeId, NodeState, PgId, SessionId, ShardRef};
+use ebb_metaplane_protocol::{
+    AdminCall, AdminReply, ClusterStatus, Request, Response, SessionCall,
+};
 use ebb_s3::server::{EmbeddedServer, ServerConfig};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -267,6 +269,13 @@ impl TestCluster {
             Response::Admin(Ok(AdminReply::Status(status))) => *status,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// A session ends, and its client is not told.
+    pub async fn end_session(&self, session: SessionId) {
+        let close = Request::Session(SessionCall::Close(session));
+        let ended = self.meta_client().call(&close, PATIENCE).await.expect("an answer");
+        assert!(matches!(ended, Response::Session(Ok(_))), "{ended:?}");
     }
 
     /// What a controller does about a node that is cut off: groups that don't wait for it go to `to`.

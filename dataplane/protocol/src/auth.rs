@@ -80,7 +80,7 @@ pub enum Role {
     Meta,
     /// A data node.
     Data,
-    /// The controller.
+    /// The controller, and operators' tools; may ask a core for its counters.
     Controller,
     /// A core of a data node that calls a core of another one; says who in [`PeerHello`].
     Node,

@@ -1,5 +1,6 @@
-//! What the metadata plane asks of a core, over the core's own port, role `Meta` only. Every request
-//! is idempotent: the leader repeats it until it is answered, also after a crash of either side.
+//! What the metadata plane asks of a core, over the core's own port, role `Meta` only; [`Control::Stats`]
+//! is answered to role `Controller` too, for operators' tools. Every request is idempotent: the leader repeats
+//! it until it is answered, also after a crash of either side.
 
 use crate::grant::{ByteRange, SignedGrant};
 use crate::ids::*;
@@ -262,6 +263,10 @@ pub struct CoreStats {
     pub read_bytes: u64,
     /// Bytes written.
     pub write_bytes: u64,
+    /// Batches of the journal that became durable since the store was opened: what one sync was shared by.
+    pub journal_batches: u64,
+    /// Mutations in them, those of the metadata plane and of caching too.
+    pub journal_records: u64,
     /// Reads that found the blocks on the device.
     pub hits: u64,
     /// Reads that went to S3.

@@ -126,6 +126,11 @@ pub(crate) struct AwaitsMap {
     since_ms: u64,
 }
 
+/// Whether a request only asks for counters: who is not the metadata plane may send that.
+pub(crate) fn is_harmless(body: &[u8]) -> bool {
+    matches!(codec::decode(body), Ok(Control::Stats))
+}
+
 impl<B: Buffer> ShardCore<B> {
     pub(crate) fn control(&mut self, owed: Owed, body: &[u8]) {
         let Ok(control) = codec::decode::<Control>(body) else {

@@ -413,6 +413,8 @@ impl<B: Buffer> ShardCore<B> {
             dirty_bytes: s.dirty_bytes,
             clean_bytes: s.clean_bytes,
             pins: s.pinned_inodes,
+            journal_batches: s.batches,
+            journal_records: s.records,
             pressure_permille: self.pressure(&s),
             members_syncing: self.members_syncing(),
             ..self.stats
@@ -449,7 +451,12 @@ impl<B: Buffer> ShardCore<B> {
         let allowed = match r.header.opcode {
             Opcode::Ping => true,
             Opcode::Present | Opcode::Read | Opcode::Write => r.peer.role == Role::Client,
-            Opcode::Control => r.peer.role == Role::Meta,
+            // An operator's tool may ask for counters.
+            Opcode::Control => match r.peer.role {
+                Role::Meta => true,
+                Role::Controller => control::is_harmless(&r.body),
+                _ => false,
+            },
             Opcode::PeerRead => r.peer.role == Role::Node,
             Opcode::Replicate => r.peer.role == Role::Node,
             Opcode::Hello | Opcode::Prove | Opcode::Meta | Opcode::Raft => {

@@ -145,6 +145,8 @@ pub(crate) struct Journal {
     urgent: usize,
     next_ticket: u64,
     pub(crate) batches: u64,
+    /// Records in them.
+    pub(crate) records: u64,
 }
 
 impl Journal {
@@ -167,6 +169,7 @@ impl Journal {
             urgent: 0,
             next_ticket: 1,
             batches: 0,
+            records: 0,
         }
     }
 
@@ -333,6 +336,7 @@ impl Journal {
         let done = self.in_flight.take()?;
         self.applied = Position { at: done.end, sequence: done.sequence + 1, previous: done.crc };
         self.batches += 1;
+        self.records += done.entries.len() as u64;
         Some(done)
     }
 

@@ -210,6 +210,7 @@ impl Store {
             memory_bytes: self.index.memory_bytes() + self.alloc.memory_bytes() as u64,
             memory_bytes_max: self.memory_bytes_max,
             batches: self.journal.batches,
+            records: self.journal.records,
             checkpoints: self.checkpoints,
             waiting_bytes: self.deferred_blocks * B,
         }

@@ -374,6 +374,8 @@ pub struct StoreStats {
     pub memory_bytes_max: u64,
     /// Batches written since open.
     pub batches: u64,
+    /// Records in them.
+    pub records: u64,
     /// Checkpoints completed since open.
     pub checkpoints: u64,
     /// Freed bytes that wait for readers.

@@ -117,3 +117,18 @@ fn rot_in_data_is_found_offline() {
     let report = verify(&mut r.disk).expect("walks");
     assert_eq!(report.bad.iter().map(|b| (b.block, b.dirty)).collect::<Vec<_>>(), vec![(3, true)]);
 }
+
+#[test]
+fn counters_say_how_many_mutations_shared_a_batch() {
+    let mut r = Rig::new(32 << 20);
+    let before = r.store.stats();
+    for group in [1, 5, 2] {
+        for n in 0..group {
+            let op = r.op(n * 4096, 4096, 1, BaseView::default());
+            r.write_op(&op, b'a').expect("accepted");
+        }
+        r.settle();
+    }
+    let after = r.store.stats();
+    assert_eq!((after.batches - before.batches, after.records - before.records), (3, 8));
+}

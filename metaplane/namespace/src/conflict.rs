@@ -48,7 +48,12 @@ impl<K: Kv> Ctx<'_, K> {
     }
 
     /// A free name beside `name`, short enough for a name and a key.
-    fn conflict_name(&self, dir: InodeId, name: &[u8], id: InodeId) -> FsResult<Vec<u8>> {
+    pub(crate) fn conflict_name(
+        &self,
+        dir: InodeId,
+        name: &[u8],
+        id: InodeId,
+    ) -> FsResult<Vec<u8>> {
         let before = self.read().prefix_of(dir)?.len() + RANGE_NAME_BYTES;
         let room = KEY_BYTES_MAX.saturating_sub(before).min(NAME_BYTES_MAX);
         for salt in 0u32.. {

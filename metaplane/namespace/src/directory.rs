@@ -9,7 +9,7 @@ use crate::inode::Loaded;
 use crate::kv::{Kv, KvRead};
 use crate::limits::KEY_BYTES_MAX;
 use crate::tables::*;
-use ebb_dataplane_protocol::{InodeId, NAME_BYTES_MAX};
+use ebb_dataplane_protocol::{InodeId, NAME_BYTES_MAX, SessionId};
 use ebb_metaplane_protocol::{Attr, FsError, FsResult, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -39,18 +39,21 @@ pub(crate) struct Directory {
     /// Upper bound of the bytes of any key below, relative to this directory: a rename must not
     /// make a key too long.
     pub(crate) deepest: u32,
+    /// The session that alone names things here, while it lives, and the delegation's stamp
+    /// ([`crate::delegation`]).
+    pub(crate) delegation: Option<(SessionId, u64)>,
 }
 
 impl Directory {
     pub(crate) fn complete(now: Time) -> Self {
-        Self { origin: Origin::Complete, listed: now, incomplete: 0, deepest: 0 }
+        Self { origin: Origin::Complete, listed: now, incomplete: 0, deepest: 0, delegation: None }
     }
-    fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         matches!(self.origin, Origin::Complete)
     }
     pub(crate) fn listing() -> Self {
         let origin = Origin::Listing { continuation: String::new() };
-        Self { origin, listed: Time(0), incomplete: 1, deepest: 0 }
+        Self { origin, listed: Time(0), incomplete: 1, deepest: 0, delegation: None }
     }
 }
 

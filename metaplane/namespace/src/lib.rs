@@ -19,6 +19,7 @@ mod conflict;
 mod counters;
 mod cut;
 mod dangling;
+mod delegation;
 mod directory;
 mod dirtiness;
 mod flush;
@@ -61,6 +62,8 @@ pub mod why {
     pub const CUTS: &str = "cuts";
     /// Too many unanswered requests of this session.
     pub const REPLIES: &str = "replies";
+    /// Another session alone knows the names of a directory: it is asked to give them back.
+    pub const DELEGATED: &str = "delegated";
 }
 
 /// The state machine. It has no state of its own: all of it is behind [`Kv`].

@@ -52,8 +52,13 @@ impl<K: KvRead> Reader<'_, K> {
 
 impl<K: Kv> Ctx<'_, K> {
     pub(crate) fn op(&mut self, session: SessionId, op: &Op) -> FsResult<OpOutcome> {
+        for dir in crate::delegation::directories(op).into_iter().flatten() {
+            if let Some(dir) = self.read().find_inode(dir)? {
+                self.read().check_names(&dir, session)?;
+            }
+        }
         match op {
-            Op::Create { parent, name, mode, uid, gid, exclusive, open } => {
+            Op::Create { parent, name, mode, uid, gid, exclusive, open, delegate } => {
                 match self
                     .read()
                     .dir_inode(*parent)
@@ -61,7 +66,11 @@ impl<K: Kv> Ctx<'_, K> {
                 {
                     Some(_) if *exclusive => Err(FsError::Exists),
                     Some(id) => self.open(session, id, *open, false),
-                    None => self.create(session, *parent, name, (*mode, *uid, *gid), *open),
+                    None => {
+                        let made =
+                            self.create(session, *parent, name, (*mode, *uid, *gid), *open)?;
+                        if *delegate { self.delegated(session, *parent, made) } else { Ok(made) }
+                    }
                 }
             }
             Op::Open { inode, open } => self.open(session, *inode, *open, false),
@@ -79,6 +88,9 @@ impl<K: Kv> Ctx<'_, K> {
                 Ok(OpOutcome::Done)
             }
             Op::Commit(c) => self.commit_write(session, c).map(OpOutcome::Attr),
+            Op::Reserve { files } => self.reserve_files(session, *files),
+            Op::Publish(p) => self.publish(session, p),
+            Op::ReturnNames { dirs } => self.return_names(session, dirs),
             Op::SetAttr { inode, set } => self.set_attr(*inode, set),
             Op::Mkdir { parent, name, mode, uid, gid } => {
                 self.read().check_new_name(*parent, name, true)?;
@@ -113,6 +125,7 @@ impl<K: Kv> Ctx<'_, K> {
                 if !n.is_dir() {
                     return Err(FsError::NotDirectory);
                 }
+                self.read().check_undelegated(&n)?;
                 self.read().check_empty(&n)?;
                 self.remove_name(&n)
             }
@@ -156,6 +169,22 @@ impl<K: Kv> Ctx<'_, K> {
         self.read().check_handle_room(session)?;
         let n = self.make(parent, name, FileKind::File, owner, &[])?;
         self.open(session, n.id, OpenMode { truncate: false, ..open }, true)
+    }
+
+    /// A file was made, and the names of its directory are wanted.
+    fn delegated(
+        &mut self,
+        session: SessionId,
+        parent: InodeId,
+        made: OpOutcome,
+    ) -> FsResult<OpOutcome> {
+        let lent = self.delegate(session, parent)?;
+        Ok(match made {
+            OpOutcome::Opened { attr, handle, grant, created, delegation: _ } => {
+                OpOutcome::Opened { attr, handle, grant, created, delegation: lent }
+            }
+            other => other,
+        })
     }
 
     fn open(
@@ -203,7 +232,7 @@ impl<K: Kv> Ctx<'_, K> {
             self.notify(notice)?;
         }
         let handle = self.open_handle(&Handle { session, inode, lineage, write: open.write })?;
-        Ok(OpOutcome::Opened { attr, handle, grant, created })
+        Ok(OpOutcome::Opened { attr, handle, grant, created, delegation: None })
     }
 
     fn regrant(
@@ -230,7 +259,7 @@ impl<K: Kv> Ctx<'_, K> {
         let grant = self.read().make_grant(&n, session, mode)?;
         let attr = n.attr();
         self.save(n)?;
-        Ok(OpOutcome::Opened { attr, handle, grant, created: false })
+        Ok(OpOutcome::Opened { attr, handle, grant, created: false, delegation: None })
     }
 
     /// Ends a handle. It ends even when its last commit is refused.
@@ -261,21 +290,7 @@ impl<K: Kv> Ctx<'_, K> {
         if !self.read().session_has_open(session, c.inode) {
             return Err(FsError::Stale);
         }
-        if c.ends.iter().any(|&(g, end)| end > n.alloc_limit || g > n.generation) {
-            return Err(FsError::Invalid("no grant covers these writes".into()));
-        }
-        if c.set.size.is_some() {
-            return Err(FsError::Invalid("a commit sets no size".into()));
-        }
-        let before = n.size;
-        for &(generation, end) in &c.ends {
-            n.merge_end(generation, end);
-        }
-        if let Some(t) = c.mtime {
-            n.mtime = t;
-        }
-        let attrs = apply_attrs(&mut n, &c.set, self.now);
-        if attrs || c.mtime.is_some() || n.size != before {
+        if n.merge_commit(c, self.now)? {
             n.changed(self.now);
         }
         let attr = n.attr();
@@ -322,6 +337,27 @@ impl<K: Kv> Ctx<'_, K> {
         self.touch_dir(n.parent, -i32::from(n.is_dir()))?;
         self.drop_name(n.id, key.as_deref())?;
         Ok(OpOutcome::Done)
+    }
+}
+
+impl Inode {
+    /// Takes a writer's report in; whether anything is different then. Refused, it changes nothing.
+    pub(crate) fn merge_commit(&mut self, c: &CommitWrite, now: Time) -> FsResult<bool> {
+        if c.ends.iter().any(|&(g, end)| end > self.alloc_limit || g > self.generation) {
+            return Err(FsError::Invalid("no grant covers these writes".into()));
+        }
+        if c.set.size.is_some() {
+            return Err(FsError::Invalid("a commit sets no size".into()));
+        }
+        let before = self.size;
+        for &(generation, end) in &c.ends {
+            self.merge_end(generation, end);
+        }
+        if let Some(t) = c.mtime {
+            self.mtime = t;
+        }
+        let attrs = apply_attrs(self, &c.set, now);
+        Ok(attrs || c.mtime.is_some() || self.size != before)
     }
 }
 

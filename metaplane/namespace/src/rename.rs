@@ -95,6 +95,7 @@ impl<K: Kv> Ctx<'_, K> {
                     _ => {}
                 }
                 if t.is_dir() {
+                    self.read().check_undelegated(t)?;
                     self.read().check_empty(t)?;
                 }
             }

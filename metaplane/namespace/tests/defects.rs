@@ -568,6 +568,7 @@ fn links_and_empty_files_go_to_s3() {
         gid: 0,
         exclusive: true,
         open: OpenMode::default(),
+        delegate: false,
     };
     let Ok(OpOutcome::Opened { attr, handle, .. }) = w.op(s, op) else { panic!("create") };
     w.expected.insert(attr.inode, Vec::new());

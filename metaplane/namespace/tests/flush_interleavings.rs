@@ -20,6 +20,11 @@ struct Run {
     rng: StdRng,
     sessions: Vec<SessionId>,
     open: Vec<OpenFile>,
+    /// Files without a name.
+    unnamed: Vec<OpenFile>,
+    /// Delegated directories: to whom, and the stamp.
+    delegated: Vec<(InodeId, SessionId, u64)>,
+    published: usize,
     foreign: bool,
     /// Few names and contents, so that names, etags and conditions recur; requests are lost often.
     few: bool,
@@ -53,6 +58,9 @@ impl Run {
             rng: StdRng::seed_from_u64(seed),
             sessions,
             open: Vec::new(),
+            unnamed: Vec::new(),
+            delegated: Vec::new(),
+            published: 0,
             foreign,
             few: false,
             byte: 0,
@@ -135,7 +143,8 @@ impl Run {
     fn client_step(&mut self) {
         let s = self.session();
         let (d, n) = (self.dir(), self.name());
-        match self.rng.random_range(0..12) {
+        match self.rng.random_range(0..16) {
+            12..16 => self.unnamed_step(s, d, n),
             0 | 1 => {
                 if let Ok(f) = self.w.create(s, d, n) {
                     self.open.push(f);
@@ -195,6 +204,70 @@ impl Run {
             _ => {}
         }
         self.forget_gone();
+    }
+
+    /// Files that get their name late (R49 to R51).
+    fn unnamed_step(&mut self, s: SessionId, d: InodeId, n: &str) {
+        if self.unnamed.is_empty() {
+            self.unnamed = self.w.reserve(s, 3).expect("room");
+        }
+        let i = self.rng.random_range(0..self.unnamed.len());
+        match self.rng.random_range(0..9) {
+            0 | 6 => {
+                if let Ok((f, given)) = self.w.create_for_names(s, d, n) {
+                    self.delegated.extend(given.map(|g| (d, s, g.stamp)));
+                    self.open.push(f);
+                }
+            }
+            1 => {
+                let bytes = self.bytes();
+                let f = &mut self.unnamed[i];
+                let _ = self.w.write(f, 0, &bytes);
+                if self.rng.random_bool(0.3) {
+                    let _ = self.w.commit(f);
+                }
+            }
+            // What was written has to leave its node before the file has a name.
+            2 if !self.foreign => {
+                let inode = self.unnamed[i].inode;
+                self.w.begin_flush(vec![inode], true);
+            }
+            3 if !self.delegated.is_empty() => {
+                let k = self.rng.random_range(0..self.delegated.len());
+                let (dir, holder, stamp) = self.delegated.swap_remove(k);
+                let _ = self.w.op(holder, Op::ReturnNames { dirs: vec![(dir, stamp)] });
+            }
+            4 => {
+                // Handles of files that never get a name end as well.
+                let f = self.unnamed.swap_remove(i);
+                self.w.close(f).expect("a release never fails");
+            }
+            _ => {
+                let mut f = self.unnamed.swap_remove(i);
+                // Mostly where it may.
+                let own = self.delegated.iter().filter(|x| x.1 == f.session).map(|x| x.0);
+                let own: Vec<_> = own.filter(|&x| self.w.read().attr(x).is_ok()).collect();
+                let d = match own.choose(&mut self.rng) {
+                    Some(own) if self.rng.random_bool(0.8) => *own,
+                    _ => d,
+                };
+                let before = self.w.read().delegated_to_another(d, SessionId(0)).expect("readable");
+                match self.w.publish(&mut f, d, n) {
+                    Ok(attr) => {
+                        assert_eq!(before, Some(f.session), "the names are another's");
+                        // That one, or beside a file that was there.
+                        let path = self.w.read().path_of(f.inode).expect("it has a name");
+                        let name = std::str::from_utf8(path.last().expect("a name")).expect("text");
+                        assert!(name == n || name.starts_with(&format!("{n}.conflict-")), "{name}");
+                        let found = self.w.lookup(d, name).expect("it has a name").inode;
+                        assert_eq!((found, attr.nlink), (f.inode, 1));
+                        self.published += 1;
+                        self.open.push(f);
+                    }
+                    Err(_) => self.unnamed.push(f),
+                }
+            }
+        }
     }
 
     fn leader_step(&mut self) {
@@ -274,6 +347,13 @@ impl Run {
             .into_iter()
             .partition::<Vec<_>, _>(|f| f.session == dead);
         self.open = live;
+        let (dead_too, live) = std::mem::take(&mut self.unnamed)
+            .into_iter()
+            .partition::<Vec<_>, _>(|f| f.session == dead);
+        self.unnamed = live;
+        for f in &dead_too {
+            assert!(self.w.read().attr(f.inode).is_err(), "it went with its session");
+        }
         for f in &mut gone {
             if !self.foreign && self.w.read().attr(f.inode).is_ok() {
                 let bytes = self.bytes();
@@ -464,22 +544,26 @@ fn run(seed: u64, foreign: bool, steps: usize) -> Run {
 }
 
 fn finish(r: &mut Run) {
-    for f in std::mem::take(&mut r.open) {
+    let unnamed = std::mem::take(&mut r.unnamed);
+    for f in std::mem::take(&mut r.open).into_iter().chain(unnamed) {
         r.w.close(f).expect("a release never fails");
     }
+    r.forget_gone();
     r.w.settle_all();
 }
 
 #[test]
 fn at_rest_the_bucket_is_the_tree() {
-    let mut clean = 0;
+    let (mut clean, mut published) = (0, 0);
     for seed in seeds(400) {
         println!("seed {seed}");
         let mut r = run(seed, false, 300);
         clean += r.clean;
+        published += r.published;
         finish(&mut r);
         r.w.check_bucket();
     }
+    assert!(published > 200, "only {published} files got their name late");
     assert!(clean > 1_000, "only {clean} looks at what a stand-in would serve");
 }
 
@@ -544,7 +628,8 @@ fn an_abandoned_node_takes_along_what_only_it_had_and_nothing_else() {
         }
         (given_up, lost) = (given_up + r.given_up, lost + r.lost.len());
         r.steps(60);
-        for f in std::mem::take(&mut r.open) {
+        let unnamed = std::mem::take(&mut r.unnamed);
+        for f in std::mem::take(&mut r.open).into_iter().chain(unnamed) {
             r.w.close(f).expect("a release never fails");
         }
         for (i, id) in std::mem::take(&mut r.lost).into_iter().enumerate() {

@@ -260,7 +260,16 @@ impl Run {
             0 | 1 => {
                 let exclusive = self.rng.random_bool(0.3);
                 let open = OpenMode { write: true, truncate: self.rng.random_bool(0.3) };
-                let op = Op::Create { parent, name, mode: 0o640, uid: 1, gid: 2, exclusive, open };
+                let op = Op::Create {
+                    parent,
+                    name,
+                    mode: 0o640,
+                    uid: 1,
+                    gid: 2,
+                    exclusive,
+                    open,
+                    delegate: false,
+                };
                 let known = self.model.dir(p).map(|d| d.get(n).copied());
                 let want = match known {
                     Err(e) => Err(e),
@@ -274,7 +283,7 @@ impl Run {
                 };
                 let got = self.op(s, op);
                 self.check(&got, &want, "create");
-                if let Ok(OpOutcome::Opened { attr, handle, created, grant }) = got {
+                if let Ok(OpOutcome::Opened { attr, handle, created, grant, .. }) = got {
                     let id = attr.inode.0;
                     assert_eq!(created, known == Ok(None));
                     assert_eq!(grant.mode, GrantMode::Write);

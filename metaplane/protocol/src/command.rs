@@ -5,7 +5,7 @@ use crate::attr::{Attr, Time};
 use crate::error::FsResult;
 use crate::flush::*;
 use crate::node::NodeCall;
-use crate::op::Op;
+use crate::op::{Delegation, Op};
 use ebb_dataplane_protocol::control::WindowEntry;
 use ebb_dataplane_protocol::*;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -259,7 +259,11 @@ pub enum OpOutcome {
         grant: Grant,
         /// Create made it.
         created: bool,
+        /// Of a create.
+        delegation: Option<Delegation>,
     },
+    /// Files without a name: attributes, handle, grant to sign.
+    Reserved(Vec<(Attr, HandleId, Grant)>),
 }
 
 /// What applying a command returns.

@@ -28,7 +28,25 @@ fn create() -> Op {
         gid: 2,
         exclusive: true,
         open: op::OpenMode { write: true, truncate: false },
+        delegate: true,
     }
+}
+
+fn publish() -> Op {
+    Op::Publish(op::Publish {
+        handle: HandleId(3),
+        parent: InodeId(1),
+        name: b"name".to_vec(),
+        mode: 0o644,
+        uid: 1,
+        gid: 2,
+        commit: op::CommitWrite {
+            inode: InodeId(2),
+            ends: vec![(Generation(1), 4096)],
+            mtime: Some(Time(5)),
+            set: attr::SetAttr::default(),
+        },
+    })
 }
 
 fn commit() -> Op {
@@ -51,7 +69,19 @@ fn requests() -> Vec<Vec<u8>> {
         op,
     };
     let open = SessionCall::Open { client: 7, label: "host".into() };
-    [mutate(create()), mutate(commit()), Request::Session(open)].iter().map(codec::encode).collect()
+    let query = Request::Query { session: SessionId(1), query: Query::GetAttr(InodeId(2)) };
+    [
+        mutate(create()),
+        mutate(commit()),
+        mutate(publish()),
+        mutate(Op::Reserve { files: 3 }),
+        mutate(Op::ReturnNames { dirs: vec![(InodeId(1), 2)] }),
+        query,
+        Request::Session(open),
+    ]
+    .iter()
+    .map(codec::encode)
+    .collect()
 }
 
 fn responses() -> Vec<Vec<u8>> {

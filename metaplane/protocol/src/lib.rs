@@ -43,7 +43,12 @@ pub enum Request {
         op: Op,
     },
     /// A linearizable read.
-    Query(Query),
+    Query {
+        /// Who asks: names that are delegated to another session are waited for. 0: nobody in particular.
+        session: SessionId,
+        /// What.
+        query: Query,
+    },
     /// Opens, renews and closes sessions.
     Session(SessionCall),
     /// From a data node.

@@ -41,6 +41,9 @@ pub enum Op {
         exclusive: bool,
         /// How it is opened.
         open: OpenMode,
+        /// If it is made: the names of the directory are wanted as a [`Delegation`]. The leader takes
+        /// the wish back where somebody else adds names ([`crate::own`]).
+        delegate: bool,
     },
     /// Opens an existing file. Reply [`OpReply::Opened`].
     Open {
@@ -138,6 +141,56 @@ pub enum Op {
         /// The handles.
         handles: Vec<HandleId>,
     },
+    /// Makes files without a name, as O_TMPFILE does, each opened for writing: they are dirty before
+    /// anybody writes them (I2), and go with their last handle unless [`Op::Publish`] gives them a name.
+    /// At most [`RESERVED_MAX`]. Reply [`OpReply::Reserved`].
+    Reserve {
+        /// How many.
+        files: u32,
+    },
+    /// Names a reserved file in a directory whose names are delegated to this session, and commits what
+    /// was written. Reply [`OpReply::Published`].
+    Publish(Publish),
+    /// Gives delegations back, at most [`RETURNS_MAX`]; unknown ones are back already. Reply
+    /// [`OpReply::Done`].
+    ReturnNames {
+        /// Directories, with the stamp of each delegation.
+        dirs: Vec<(InodeId, u64)>,
+    },
+}
+
+/// Files of one [`Op::Reserve`] at most.
+pub const RESERVED_MAX: u32 = 64;
+/// Directories of one [`Op::ReturnNames`] at most.
+pub const RETURNS_MAX: usize = 256;
+
+/// The names of a directory are its holder's alone (docs/PROTOCOL.md, R49): until it gives them back, or
+/// its session ends, nobody else adds, removes or looks up a name there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Delegation {
+    /// Tells this delegation from earlier and later ones of any directory; later ones have higher stamps.
+    pub stamp: u64,
+    /// Longest name that makes a valid S3 key there, in bytes.
+    pub name_bytes_max: u32,
+}
+
+/// A name for a file that has none yet.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Publish {
+    /// A handle of the reserved file.
+    pub handle: HandleId,
+    /// Directory.
+    pub parent: InodeId,
+    /// Name.
+    pub name: Name,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// What was written so far.
+    pub commit: CommitWrite,
 }
 
 /// Handles of one [`Op::ReleaseMany`] at most.
@@ -176,6 +229,19 @@ pub struct Opened {
     /// After a create: for how long, from when it was asked, nobody else adds a name to the directory
     /// ([`crate::own`]). 0: they may.
     pub names_ms: u32,
+    /// After a create: the directory's names are this session's alone.
+    pub delegation: Option<Delegation>,
+}
+
+/// A file that got its name.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Published {
+    /// Its attributes.
+    pub attr: Attr,
+    /// As in [`Opened::parent`].
+    pub parent: Option<Attr>,
+    /// As in [`Opened::names_ms`]; with 0, the delegation is wanted back.
+    pub names_ms: u32,
 }
 
 /// What Mkdir or Symlink made.
@@ -201,4 +267,8 @@ pub enum OpReply {
     Opened(Box<Opened>),
     /// A directory or a symbolic link.
     Made(Box<Made>),
+    /// Files without a name, opened.
+    Reserved(Vec<Opened>),
+    /// A file that has its name now.
+    Published(Box<Published>),
 }

@@ -34,6 +34,13 @@ struct Owned {
     intents: u32,
 }
 
+impl Intent {
+    /// Of who alone adds names there.
+    pub fn is_owners(&self) -> bool {
+        self.term.is_none()
+    }
+}
+
 /// The leader's half.
 #[derive(Default)]
 pub struct Owners {
@@ -82,6 +89,13 @@ impl Owners {
                 self.dirs.insert(dir, Owned { owner: None, until: now, intents: 1 });
                 of_others
             }
+        }
+    }
+
+    /// Another session than `holder` wants to know the names of `dir`: they are lent no more.
+    pub fn recall(&mut self, dir: InodeId, holder: SessionId) {
+        if let Some(d) = self.dirs.get_mut(&dir).filter(|d| d.owner == Some(holder)) {
+            d.owner = None;
         }
     }
 
@@ -215,6 +229,15 @@ impl OwnDirs {
         if let Some(own) = self.dirs.get_mut(&dir).filter(|own| own.epoch == epoch) {
             own.until = own.until.max(sent + lease);
         }
+    }
+
+    /// Adds `name` to `dir` if it surely is not there: of several that try, one succeeds.
+    pub fn claim(&mut self, dir: InodeId, name: &[u8], epoch: u64, now: Instant) -> bool {
+        let lacks = self.lacks(dir, name, epoch, now);
+        if lacks {
+            self.adds(dir, name);
+        }
+        lacks
     }
 
     /// Whether `name` surely is not in `dir`.

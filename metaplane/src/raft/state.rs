@@ -34,7 +34,7 @@ const RAFT: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("raft")
 const APPLIED: &str = "applied";
 const FORMAT: &str = "format";
 /// Encoding of the pairs and of the log's commands; counts up when a type of either changes.
-const FORMAT_VERSION: u32 = 4;
+const FORMAT_VERSION: u32 = 5;
 
 /// Entries of one transaction at most.
 const BATCH_ENTRIES_MAX: usize = 512;

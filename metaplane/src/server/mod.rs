@@ -96,9 +96,9 @@ fn not_leader(response: &Response) -> Option<&str> {
 impl Service {
     async fn respond(self: &Arc<Self>, peer: &Peer, request: Request) -> Response {
         match request {
-            Request::Query(query) => {
+            Request::Query { session, query } => {
                 count(&self.counts.queries);
-                Response::Query(self.query(query).await)
+                Response::Query(self.query(session, query).await)
             }
             Request::Mutate { session, sequence, answered_below, op } => {
                 count(&self.counts.mutations);

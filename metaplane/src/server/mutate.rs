@@ -1,10 +1,11 @@
 //! Mutations: what they depend on is looked up first, then one command decides; the grant it made
 //! is signed here, with the key that the state machine does not hold.
 
+use super::names::Adding;
 use crate::service::{Service, fs_error};
-use ebb_dataplane_protocol::{InodeId, Sequence, SessionId, SignedGrant};
+use ebb_dataplane_protocol::{Grant, HandleId, InodeId, Sequence, SessionId, SignedGrant};
 use ebb_metaplane_protocol::command::OpOutcome;
-use ebb_metaplane_protocol::op::Name;
+use ebb_metaplane_protocol::op::{Name, Published};
 use ebb_metaplane_protocol::{
     Attr, Command, CommandReply, FsError, FsResult, Made, Op, OpReply, Opened,
 };
@@ -28,10 +29,13 @@ impl Service {
         session: SessionId,
         sequence: Sequence,
         answered_below: Sequence,
-        op: Op,
+        mut op: Op,
     ) -> FsResult<OpReply> {
         self.prepare(&op).await?;
-        let _adding = self.may_add_name(session, &op).await;
+        let adding = self.may_add_name(session, &op).await;
+        if let Op::Create { delegate, .. } = &mut op {
+            *delegate &= adding.as_ref().is_some_and(Adding::is_owners);
+        }
         let begun = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
@@ -51,6 +55,9 @@ impl Service {
             if why == why::LISTING || why == why::ATTRIBUTES {
                 self.complete(&op, &why).await?;
                 continue;
+            }
+            if why == why::DELEGATED {
+                self.recall_for(session, &op);
             }
             // A seal takes a moment: cheaper to wait here than to send the client away.
             self.wakes.notices.notify_one();
@@ -109,9 +116,27 @@ impl Service {
                     let own_names_ms = self.own_names_lent(session, op, attr.inode);
                     OpReply::Made(Box::new(Made { attr, names_ms, own_names_ms }))
                 }
+                Op::Publish(p) => {
+                    let names_ms = self.names_lent(session, p.parent);
+                    let parent = self.known_attr(p.parent);
+                    OpReply::Published(Box::new(Published { attr, parent, names_ms }))
+                }
                 _ => OpReply::Attr(attr),
             },
-            OpOutcome::Opened { attr, handle, grant, created } => {
+            OpOutcome::Reserved(files) => {
+                let sign = |(attr, handle, grant): (Attr, HandleId, Grant)| Opened {
+                    attr,
+                    handle,
+                    lineage: grant.view.lineage,
+                    grant: SignedGrant::sign(&grant, &self.key),
+                    created: true,
+                    parent: None,
+                    names_ms: 0,
+                    delegation: None,
+                };
+                OpReply::Reserved(files.into_iter().map(sign).collect())
+            }
+            OpOutcome::Opened { attr, handle, grant, created, delegation } => {
                 let lineage = grant.view.lineage;
                 let grant = SignedGrant::sign(&grant, &self.key);
                 let (parent, names_ms) = match op {
@@ -120,7 +145,8 @@ impl Service {
                     }
                     _ => (None, 0),
                 };
-                let opened = Opened { attr, handle, grant, created, lineage, parent, names_ms };
+                let opened =
+                    Opened { attr, handle, grant, created, lineage, parent, names_ms, delegation };
                 OpReply::Opened(Box::new(opened))
             }
         }
@@ -156,7 +182,10 @@ impl Service {
             | Op::Release { .. }
             | Op::ReleaseMany { .. }
             | Op::Commit(_)
-            | Op::SetAttr { .. } => {}
+            | Op::SetAttr { .. }
+            | Op::Reserve { .. }
+            | Op::Publish(_)
+            | Op::ReturnNames { .. } => {}
         }
         Ok(())
     }

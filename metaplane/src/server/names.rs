@@ -1,11 +1,17 @@
 //! Who alone adds names to a directory, and who waits until that has ended (docs/PROTOCOL.md, R40).
 
-use crate::service::Service;
+use crate::service::{Service, fs_error};
 use ebb_dataplane_protocol::{InodeId, SessionId};
-use ebb_metaplane_protocol::Op;
 use ebb_metaplane_protocol::own::{Intent, Owners};
+use ebb_metaplane_protocol::{FsResult, Op};
+use ebb_namespace::LookupState;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// How long a look at delegated names waits here before the client is asked to come again.
+const LOOK_WAIT_MAX: Duration = Duration::from_secs(2);
+/// Longest pause between two looks whether they were given back.
+const LOOK_PAUSE_MAX: Duration = Duration::from_millis(20);
 
 /// The leader's half of the rule.
 #[derive(Default)]
@@ -19,6 +25,13 @@ impl Names {
 
 /// A name is being added; its end is this one's.
 pub(super) struct Adding<'a>(&'a Names, Option<Intent>);
+
+impl Adding<'_> {
+    /// By who alone adds names there.
+    pub(super) fn is_owners(&self) -> bool {
+        self.1.as_ref().is_some_and(Intent::is_owners)
+    }
+}
 
 impl Drop for Adding<'_> {
     fn drop(&mut self) {
@@ -79,6 +92,55 @@ impl Service {
             let empty = self.voter.peek(|_, r| r.is_empty_for_sure(dir));
             owners.adopt(dir, session, now, matches!(empty, Ok(Ok(true))))
         })
+    }
+
+    /// Returns when `session` may look at the names of `dir`: no other one knows better (R49). Who holds
+    /// them hears of it in the answer to its next operation there, and gives back unasked what it doesn't use.
+    pub(super) async fn may_look(&self, session: SessionId, dir: InodeId) -> FsResult<()> {
+        let begun = Instant::now();
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let held = self.voter.read(|_, r| r.delegated_to_another(dir, session)).await;
+            let Some(holder) = held.map_err(fs_error)?? else { return Ok(()) };
+            self.recall(dir, holder);
+            if begun.elapsed() >= LOOK_WAIT_MAX {
+                return Err(ebb_namespace::again(ebb_namespace::why::DELEGATED));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LOOK_PAUSE_MAX);
+        }
+    }
+
+    /// An operation of `session` waits for names that another session holds.
+    pub(super) fn recall_for(&self, session: SessionId, op: &Op) {
+        let recall = |dir: InodeId, besides: SessionId| {
+            let held = self.voter.peek(|_, r| r.delegated_to_another(dir, besides));
+            if let Ok(Ok(Some(holder))) = held {
+                self.recall(dir, holder);
+            }
+        };
+        match op {
+            Op::Create { parent, .. }
+            | Op::Mkdir { parent, .. }
+            | Op::Symlink { parent, .. }
+            | Op::Unlink { parent, .. } => recall(*parent, session),
+            Op::Rmdir { parent, name } | Op::Rename { new_parent: parent, new_name: name, .. } => {
+                if let Op::Rename { parent, .. } = op {
+                    recall(*parent, session);
+                }
+                recall(*parent, session);
+                // A directory that goes is nobody's.
+                let known = self.voter.peek(|_, r| r.lookup_state(*parent, name));
+                if let Ok(Ok(LookupState::Found { attr, .. })) = known {
+                    recall(attr.inode, SessionId(0));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn recall(&self, dir: InodeId, holder: SessionId) {
+        self.names.owners().recall(dir, holder);
     }
 
     fn lend(&self, lend: impl FnOnce(&mut Owners, Instant) -> Duration) -> u32 {

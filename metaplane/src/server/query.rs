@@ -3,7 +3,7 @@
 //! answered from the state alone.
 
 use crate::service::{Service, fs_error};
-use ebb_dataplane_protocol::InodeId;
+use ebb_dataplane_protocol::{InodeId, SessionId};
 use ebb_metaplane_protocol::query::PAGE_ENTRIES_MAX;
 use ebb_metaplane_protocol::{Attr, FsError, FsResult, Query, QueryReply};
 use ebb_namespace::{LookupState, Machine, Origin};
@@ -21,10 +21,14 @@ fn changing() -> FsError {
 }
 
 impl Service {
-    pub(super) async fn query(self: &Arc<Self>, query: Query) -> FsResult<QueryReply> {
+    pub(super) async fn query(
+        self: &Arc<Self>,
+        session: SessionId,
+        query: Query,
+    ) -> FsResult<QueryReply> {
         match &query {
             Query::Lookup { parent, name } => {
-                Ok(QueryReply::Attr(self.lookup(*parent, name).await?))
+                Ok(QueryReply::Attr(self.lookup(session, *parent, name).await?))
             }
             Query::Resolve { path } => {
                 if path.len() > ebb_namespace::limits::PATH_COMPONENTS_MAX {
@@ -32,7 +36,7 @@ impl Service {
                 }
                 let mut attr = self.attr(InodeId::ROOT).await?;
                 for name in path {
-                    attr = self.lookup(attr.inode, name).await?;
+                    attr = self.lookup(session, attr.inode, name).await?;
                 }
                 Ok(QueryReply::Attr(attr))
             }
@@ -41,7 +45,10 @@ impl Service {
                 self.compare(*inode).await?;
                 Ok(QueryReply::Attr(self.attr(*inode).await?))
             }
-            Query::ReadDir { inode, after, limit } => self.read_dir(*inode, after, *limit).await,
+            Query::ReadDir { inode, after, limit } => {
+                self.may_look(session, *inode).await?;
+                self.read_dir(*inode, after, *limit).await
+            }
             Query::ReadLink(inode) => {
                 self.attr(*inode).await?;
                 self.plain(&query).await
@@ -84,11 +91,26 @@ impl Service {
     }
 
     /// An entry of a directory, complete.
-    pub(super) async fn lookup(self: &Arc<Self>, parent: InodeId, name: &[u8]) -> FsResult<Attr> {
+    pub(super) async fn lookup(
+        self: &Arc<Self>,
+        session: SessionId,
+        parent: InodeId,
+        name: &[u8],
+    ) -> FsResult<Attr> {
         let mut asked = false;
         for _ in 0..ROUNDS_MAX {
-            let state =
-                self.voter.read(|_, r| r.lookup_state(parent, name)).await.map_err(fs_error)??;
+            let (state, held) = self
+                .voter
+                .read(|_, r| -> FsResult<_> {
+                    let held = r.delegated_to_another(parent, session)?;
+                    Ok((r.lookup_state(parent, name)?, held))
+                })
+                .await
+                .map_err(fs_error)??;
+            if held.is_some() {
+                self.may_look(session, parent).await?;
+                continue;
+            }
             match state {
                 LookupState::Found { attr, needs_attrs: false } => return Ok(attr),
                 LookupState::Found { attr, needs_attrs: true } => {

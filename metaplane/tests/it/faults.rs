@@ -258,7 +258,10 @@ async fn garbage_and_wrong_keys_are_refused_and_counted() {
         ebb_dataplane_protocol::auth::Role::Client,
     );
     let refused = ebb_rpc::MetaClient::new(vec![meta.address.clone()], wrong)
-        .call(&Request::Query(Query::StatFs), PATIENCE)
+        .call(
+            &Request::Query { session: ebb_dataplane_protocol::SessionId(0), query: Query::StatFs },
+            PATIENCE,
+        )
         .await;
     assert!(matches!(refused, Err(ebb_rpc::RpcError::WrongKey { .. })), "{refused:?}");
     let begun = Instant::now();

@@ -4,7 +4,7 @@
 use crate::common::*;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::{SetAttr, TimeChange};
-use ebb_metaplane_protocol::op::RENAME_EXCHANGE;
+use ebb_metaplane_protocol::op::{OpenMode, RENAME_EXCHANGE};
 use ebb_metaplane_protocol::*;
 use ebb_s3::EbbTag;
 
@@ -130,5 +130,49 @@ async fn a_repeated_request_takes_effect_once() {
     // The memory of replies survives a restart.
     let meta = world.start(7, "meta").await;
     assert_eq!(meta.client.call(&request, PATIENCE).await.expect("an answer"), first);
+    meta.stop().await;
+}
+
+/// What is delegated is in the log: a server that starts anew knows it, and that it ends with its session.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delegation_outlives_the_server_that_gave_it() {
+    let world = World::new().await;
+    let meta = world.start(7, "meta").await;
+    let holder = meta.session().await;
+    let mkdir = Op::Mkdir { parent: ROOT, name: b"d".to_vec(), mode: 0o755, uid: 0, gid: 0 };
+    let OpReply::Made(made) = holder.op(mkdir).await.expect("made") else { panic!("not made") };
+    assert!(made.own_names_ms > 0);
+    let dir = made.attr.inode;
+    let create = Op::Create {
+        parent: dir,
+        name: b"f".to_vec(),
+        mode: 0o640,
+        uid: 0,
+        gid: 0,
+        exclusive: true,
+        open: OpenMode { write: true, truncate: false },
+        delegate: true,
+    };
+    let OpReply::Opened(opened) = holder.op(create).await.expect("made") else {
+        panic!("not made")
+    };
+    assert!(opened.delegation.is_some() && opened.names_ms > 0);
+    let lookup = || Query::Lookup { parent: dir, name: b"f".to_vec() };
+    meta.stop().await;
+    let meta = world.start(7, "meta").await;
+    let other = meta.session().await;
+    let waits = |r: FsResult<QueryReply>| matches!(r, Err(FsError::Again { .. }));
+    assert!(waits(other.query(lookup()).await), "its names are another's");
+    let listing = Query::ReadDir { inode: dir, after: Vec::new(), limit: 10 };
+    assert!(waits(other.query(listing).await));
+    let path = vec![b"d".to_vec(), b"f".to_vec()];
+    assert!(waits(other.query(Query::Resolve { path }).await));
+    // The holder itself is not kept waiting.
+    let own = Request::Query { session: holder.session, query: lookup() };
+    let reply = meta.client.call(&own, PATIENCE).await.expect("an answer");
+    assert!(matches!(reply, Response::Query(Ok(QueryReply::Attr(_)))), "{reply:?}");
+    let close = Request::Session(SessionCall::Close(holder.session));
+    meta.client.call(&close, PATIENCE).await.expect("an answer");
+    assert!(other.query(lookup()).await.is_ok(), "it ended with its session");
     meta.stop().await;
 }

@@ -88,6 +88,15 @@ pub(crate) struct Stream<B> {
     pub(crate) in_flight: usize,
 }
 
+/// A core to which a link ended, and that has not taken the beginning of any stream since.
+pub(crate) struct Silent {
+    /// The newest of its links that ended; older ones did before.
+    link: LinkId,
+    since_ms: u64,
+    /// A stream could not be begun since.
+    failed: bool,
+}
+
 /// Mutations that somebody waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Barrier {
@@ -200,16 +209,25 @@ impl<B: Buffer> ShardCore<B> {
                 members: BTreeMap::new(),
                 last: before,
             });
+            let (news, unseen) = (epoch > lead.epoch, epoch.0 > lead.epoch.0 + 1);
             lead.epoch = epoch;
             let stays = |s: &ShardRef| in_sync.contains(s) || syncing.contains(s);
-            let gone: Vec<ShardRef> = lead.members.keys().filter(|s| !stays(s)).copied().collect();
+            // Also who left and was added again in epochs that this core did not see: it may have let go of
+            // what it had, and nothing that was asked for it before holds any more (R47).
+            let anew = |s: &ShardRef, m: &Member<B>| syncing.contains(s) && (m.in_sync || unseen);
+            let left = lead.members.iter().filter(|(s, m)| !stays(s) || anew(s, m));
+            let gone: Vec<ShardRef> = left.map(|(s, _)| *s).collect();
             gone.iter().for_each(|s| drop(lead.members.remove(s)));
             for (shard, counts) in
                 in_sync.iter().map(|s| (*s, true)).chain(syncing.iter().map(|s| (*s, false)))
             {
                 let m = lead.members.entry(shard).or_insert_with(|| Member::new(counts, now_ms));
                 m.in_sync = counts;
-                // Who was asked for counts until the map says that it is gone (R47).
+                // Who was asked for counts until an epoch says that it is gone, or that the asking is void (R47).
+                // What was copied to the end is asked for again, in this one.
+                if news && !counts && m.stream.as_ref().is_none_or(|s| !s.copied) {
+                    (m.asked, m.wished) = (false, false);
+                }
                 m.required = counts || m.asked;
             }
             for shard in gone {
@@ -217,6 +235,8 @@ impl<B: Buffer> ShardCore<B> {
             }
             self.settle_ops(pg, &Look::All);
         }
+        let leads = &self.replication.leads;
+        self.replication.silent.retain(|s, _| leads.values().any(|l| l.members.contains_key(s)));
         // Not this core's any more: nobody is told "done" for what the others may not have.
         for waiter in over {
             self.refuse_waiter(waiter);
@@ -248,8 +268,15 @@ impl<B: Buffer> ShardCore<B> {
                 if m.asked && !m.in_sync && whole {
                     wishes.in_sync.push(wish);
                 }
-                let lost = m.stream.is_none()
-                    && self.now_ms >= m.broken_since_ms.saturating_add(UNREACHABLE_MS);
+                let long = |since_ms: u64| self.now_ms >= since_ms.saturating_add(UNREACHABLE_MS);
+                let silent = self.replication.silent.get(shard);
+                let silent = silent.filter(|s| s.failed && long(s.since_ms));
+                let lost = match &m.stream {
+                    None => long(m.broken_since_ms),
+                    // To begin one may take longer than the pauses between two attempts. And one that had nothing to
+                    // send hasn't noticed that its link is no more: not each group has to wait for that anew.
+                    Some(s) => silent.is_some_and(|ended| !s.begun || s.link <= Some(ended.link)),
+                };
                 if m.required && lost {
                     wishes.unreachable.push(wish);
                 }
@@ -462,6 +489,13 @@ impl<B: Buffer> ShardCore<B> {
             Ok((header, _)) => header.status,
             Err(e) => {
                 let soon = matches!(e, PeerError::Full);
+                if !soon {
+                    let since_ms = self.now_ms;
+                    let new = Silent { link: LinkId(0), since_ms, failed: false };
+                    let silent = self.replication.silent.entry(shard).or_insert(new);
+                    silent.link = silent.link.max(stream.link.unwrap_or(LinkId(0)));
+                    silent.failed |= !stream.begun;
+                }
                 tracing::debug!(%pg, ?shard, error = %e, "a member's stream ended");
                 return self.stream_broke(pg, shard, if soon { 1 } else { AGAIN_MS });
             }
@@ -472,7 +506,10 @@ impl<B: Buffer> ShardCore<B> {
         }
         stream.link.get_or_insert(answer.link);
         match what {
-            What::Begin => (stream.begun, stream.from) = (true, next),
+            What::Begin => {
+                (stream.begun, stream.from) = (true, next);
+                self.replication.silent.remove(&shard);
+            }
             What::Copy => {}
             What::Chunk(inode, chunk, next) => {
                 stream.chunks.insert((inode, chunk), next);

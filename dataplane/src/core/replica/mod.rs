@@ -28,6 +28,8 @@ pub(crate) struct Replication<B> {
     pub(crate) copies: Vec<copy::Copying<B>>,
     /// Requests of streams to other cores without an answer.
     pub(crate) in_flight: HashMap<ShardRef, usize>,
+    /// Cores that are not reached.
+    pub(crate) silent: HashMap<ShardRef, lead::Silent>,
     /// The newest record of each group that was appended in a role this core no longer has.
     pub(crate) last: HashMap<PgId, ebb_store::Ticket>,
     /// Tickets of mutations that other members have to have as well: group, time of leading it, number.
@@ -43,6 +45,7 @@ impl<B> Default for Replication<B> {
             orphans: Vec::new(),
             copies: Vec::new(),
             in_flight: HashMap::new(),
+            silent: HashMap::new(),
             last: HashMap::new(),
             shipped: HashMap::new(),
         }

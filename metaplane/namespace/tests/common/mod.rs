@@ -5,6 +5,7 @@
 mod bucket;
 mod late;
 mod node;
+mod unnamed;
 pub use bucket::{Bucket, Object};
 use late::left_over;
 use node::Held;
@@ -214,6 +215,7 @@ impl World {
             gid: 1,
             exclusive: false,
             open: WRITE,
+            delegate: false,
         };
         match self.op(s, op)? {
             OpOutcome::Opened { attr, handle, grant, .. } => {

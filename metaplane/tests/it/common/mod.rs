@@ -256,6 +256,7 @@ impl Client {
             gid: 1001,
             exclusive: true,
             open: OpenMode { write: true, truncate: false },
+            delegate: false,
         };
         match self.op(op).await? {
             OpReply::Opened(opened) => Ok(*opened),
@@ -340,7 +341,10 @@ impl Client {
 }
 
 pub async fn query_of(meta: &MetaClient, query: Query) -> FsResult<QueryReply> {
-    let reply = meta.call(&Request::Query(query), PATIENCE).await.expect("an answer");
+    let reply = meta
+        .call(&Request::Query { session: SessionId(0), query }, PATIENCE)
+        .await
+        .expect("an answer");
     let Response::Query(reply) = reply else { panic!("not of a query: {reply:?}") };
     reply
 }

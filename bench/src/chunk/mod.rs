@@ -6,19 +6,40 @@
 //! does. Each worker has a handle of its own and never reads on from where it was, so that the
 //! client's readahead stays out of it; the client keeps no other cache, and the servers read their
 //! device with O_DIRECT. Hence each read is one request to a chunk server and one read of its device.
-//! A write row is a write and an fsync: durable on the node and committed by the metadata plane.
+//!
+//! Writes come in two kinds. A `write` ends when it is durable on its node: what fdatasync promises of
+//! an overwrite. A `write+fsync` is also committed by the metadata plane (times, the file's end), which
+//! syncs its own log on the same device, and has no counterpart in `fio`.
+//!
+//! Both sides make writes durable in batches, and a batch is this. Ours: what a core's journal took since its
+//! last batch ([`crate::journal`]); how many writes that was on average is measured along with each row.
+//! Payloads up to 32 KiB ride in the journal and cost one synced write per batch; larger ones cost an
+//! fdatasync and that write. `fio`'s: N writes at the same depth and one fdatasync, N being the group that
+//! ours had in the same run, rounded. So a batch of ours costs as many syncs as one of `fio`'s or one more, and
+//! `fio`'s also overwrites in place, without record, checksum or copy. The other comparison is with a write and an
+//! fdatasync at a time, multiplied by the group: the ratio is then batches per second of ours over
+//! fdatasyncs per second of `fio`'s. Beside them are `fio` without any sync and with O_DSYNC writes, to
+//! tell what the device does.
+//!
+//! Between two measurements the file goes to S3, so that no upload disturbs the next one. A turn of writes that is
+//! longer than the cluster's `--flush-after` has uploads in it.
 //!
 //! CPU is that of this process and of the servers on this machine, from /proc, per GB moved.
 
+mod outcome;
+
+pub use outcome::{Against, Grouped, Outcome, Row, Verdict, table};
+
 use crate::BenchError;
-use crate::baseline::{Baseline, Sample};
-use crate::report::{Bar, Limit, columns, median, number};
-use ebb_client::{ClientError, Cluster, FileHandle, FileSystem, InodeId, OpenFlags, Owner};
+use crate::baseline::{Baseline, Durable, FioJob, Sample};
+use crate::journal::{Group, Journals};
+use ebb_client::{ClientError, FileHandle, FileSystem, InodeId, OpenFlags, Owner};
+use ebb_dataplane_protocol::auth::ClusterKey;
 use ebb_dataplane_protocol::{CHUNK_BYTES, ChunkIndex, ClusterMap, ShardRef};
 use ebb_metaplane_protocol::AdminCall;
 use hdrhistogram::Histogram;
-use serde::Serialize;
-use std::collections::BTreeMap;
+use outcome::{FioTurns, Measured};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -35,93 +56,62 @@ pub struct Plan {
     pub seconds: u64,
     /// Bytes of the file, rounded up to whole chunks.
     pub file_bytes: u64,
-    /// Measure reads.
-    pub reads: bool,
-    /// Measure writes.
-    pub writes: bool,
+    /// What is done.
+    pub operations: Vec<Operation>,
     /// Runs; figures are their medians.
     pub runs: u32,
     /// Ask all server cores, not one.
     pub all_cores: bool,
     /// Also run `fio` on a file in this directory and `iperf3` on loopback, turn by turn.
     pub baseline: Option<PathBuf>,
+    /// The cluster's key, to ask cores for their counters.
+    pub key: ClusterKey,
 }
 
-/// One row: medians over the runs.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Row {
-    /// "ours", "fio" or "iperf3"
-    pub tool: &'static str,
-    /// "read", "write", or "stream" of `iperf3`
-    pub operation: &'static str,
-    /// Bytes of a request.
-    pub size_bytes: u64,
-    /// Requests in flight.
-    pub depth: u32,
-    /// Server cores asked; 0 for other tools.
-    pub server_cores: u32,
-    /// Requests per second.
-    pub iops: f64,
-    /// 10^6 bytes per second.
-    pub mb_per_s: f64,
-    /// Median latency, µs.
-    pub p50_us: f64,
-    /// 99th percentile, µs; 0 where it was not measured, as below.
-    pub p99_us: f64,
-    /// 99.9th percentile, µs.
-    pub p999_us: f64,
-    /// CPU seconds of all `ebb` processes of this machine per 10^9 bytes.
-    pub cpu_s_per_gb: f64,
-    /// MB/s of each run.
-    pub mb_per_s_runs: Vec<f64>,
+/// What a worker does over and over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Reads.
+    Read,
+    /// Writes, and waits until the bytes are durable on their node.
+    Write,
+    /// Writes, and waits until they are committed as well.
+    WriteFsync,
 }
 
-/// Ours against the machine: reads of 1 MiB.
-#[derive(Clone, Debug, Serialize)]
-pub struct Verdict {
-    /// Bytes of a request.
-    pub size_bytes: u64,
-    /// Requests in flight.
-    pub depth: u32,
-    /// Median over the runs of ours / the smaller of `fio` and `iperf3` of the same run.
-    pub ratio: f64,
-    /// At least 0.5.
-    pub bar: Bar,
+impl Operation {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Read, Self::Write, Self::WriteFsync];
+
+    /// Its name, in tables and on command lines.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::WriteFsync => "write+fsync",
+        }
+    }
 }
 
-/// What came out.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Outcome {
-    /// Runs.
-    pub runs: u32,
-    /// All rows.
-    pub rows: Vec<Row>,
-    /// Comparisons.
-    pub verdicts: Vec<Verdict>,
-    /// What a reader should know.
-    pub notes: Vec<String>,
-}
-
-/// The promise: half of what the machine does.
-const RATIO: Limit = Limit::at_least(0.5);
-/// It is about requests of this size.
-const RATIO_SIZE_BYTES: u64 = 1 << 20;
 const NAME: &[u8] = b".ebb-bench";
-/// A flush of the file before reads are measured may take this long.
+/// A flush of the file may take this long.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(600);
 
 /// One (operation, size, depth).
-#[derive(Clone, Copy)]
-struct Job {
-    operation: &'static str,
-    size: u64,
-    depth: u32,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job {
+    pub(crate) operation: Operation,
+    pub(crate) size: u64,
+    pub(crate) depth: u32,
 }
 
 /// A measurement of ours.
-struct Turn {
-    sample: Sample,
-    cpu_s_per_gb: f64,
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Turn {
+    pub(crate) sample: Sample,
+    pub(crate) cpu_s_per_gb: f64,
+    /// Of writes.
+    pub(crate) group: Option<Group>,
 }
 
 /// Runs the plan; `say` gets a line per step. The file is removed afterwards.
@@ -130,6 +120,9 @@ pub async fn run(fs: &FileSystem, plan: &Plan, say: impl Fn(&str)) -> Result<Out
     let zero = plan.sizes.contains(&0) || plan.depths.contains(&0) || plan.seconds == 0;
     if largest == 0 || zero || plan.runs == 0 {
         return Err(BenchError::Plan("sizes, depths, seconds and runs must be above zero".into()));
+    }
+    if plan.operations.is_empty() {
+        return Err(BenchError::Plan("neither reads nor writes are to be measured".into()));
     }
     if plan.file_bytes < 2 * largest {
         return Err(BenchError::Plan("--file must be at least twice the largest --size".into()));
@@ -179,64 +172,114 @@ async fn measure(
             Some(tools)
         }
     };
-    // Uploads in the background would be measured along with the reads.
     say("flushing it to S3, so that no upload disturbs");
-    let flush = AdminCall::Flush { inode, wait: true };
-    if let Err(e) = fs.cluster().admin(flush, FLUSH_PATIENCE).await {
-        outcome
-            .notes
-            .push(format!("the file could not be flushed first ({e}): uploads may disturb"));
-    }
-    let jobs: Vec<Job> = [(plan.reads, "read"), (plan.writes, "write")]
-        .into_iter()
-        .filter(|(wanted, _)| *wanted)
-        .flat_map(|(_, operation)| {
+    settle(fs, inode, &mut outcome.notes).await;
+    let jobs: Vec<Job> = plan
+        .operations
+        .iter()
+        .flat_map(|operation| {
             plan.sizes.iter().flat_map(move |size| {
-                plan.depths.iter().map(move |depth| Job { operation, size: *size, depth: *depth })
+                let job =
+                    move |depth: &u32| Job { operation: *operation, size: *size, depth: *depth };
+                plan.depths.iter().map(job)
             })
         })
         .collect();
-    let mut ours: Vec<Vec<Turn>> = jobs.iter().map(|_| Vec::new()).collect();
-    let mut fio: Vec<Vec<Sample>> = jobs.iter().map(|_| Vec::new()).collect();
+    let mut measured: Vec<Measured> = jobs.iter().map(|job| Measured::new(*job)).collect();
     let mut iperf3: Vec<Sample> = Vec::new();
-    let mut cores = vec![0; jobs.len()];
     for run in 1..=plan.runs {
         if let Some(tools) = baseline.as_ref().filter(|b| b.has_iperf3()) {
             say(&format!("run {run}: iperf3 over loopback"));
             iperf3.push(tools.iperf3(plan.seconds).await?);
         }
-        for (i, job) in jobs.iter().enumerate() {
+        let mut fio = baseline.as_ref().filter(|b| b.has_fio()).map(|tools| Fio {
+            tools,
+            seconds: plan.seconds,
+            done: HashMap::new(),
+        });
+        for (job, measured) in jobs.iter().zip(&mut measured) {
             let Job { operation, size, depth } = *job;
-            say(&format!("run {run}: {operation} {size} bytes, depth {depth}"));
-            let (slots, asked) = slots(&fs.cluster(), inode, plan, size);
-            cores[i] = asked;
-            ours[i].push(turn(fs, inode, plan, *job, Arc::new(slots)).await?);
-            if let Some(tools) = baseline.as_ref().filter(|b| b.has_fio()) {
-                say(&format!("run {run}: fio {operation} {size} bytes, depth {depth}"));
-                fio[i].push(tools.fio(operation == "read", size, depth, plan.seconds).await?);
+            say(&format!("run {run}: {} {size} bytes, depth {depth}", operation.name()));
+            let map = fs.cluster().map();
+            let (slots, cores) = slots(&map, inode, plan, size);
+            measured.server_cores = cores.len() as u32;
+            let journals = match operation {
+                Operation::Read => None,
+                _ => Some(Journals::of(&map, &cores, &plan.key).await?),
+            };
+            let ours = turn(fs, inode, plan, *job, Arc::new(slots), journals).await?;
+            measured.ours.push(ours);
+            if operation != Operation::Read {
+                settle(fs, inode, &mut outcome.notes).await;
+            }
+            if let Some(fio) = &mut fio {
+                measured.fio.push(
+                    fio.turns(*job, ours.group, &|what| say(&format!("run {run}: {what}"))).await?,
+                );
             }
         }
     }
-    for (i, job) in jobs.iter().enumerate() {
-        outcome.rows.push(our_row(*job, cores[i], &ours[i]));
-        if !fio[i].is_empty() {
-            outcome.rows.push(tool_row("fio", *job, &fio[i]));
-        }
-        let both = !fio[i].is_empty() && !iperf3.is_empty();
-        if both && job.operation == "read" && job.size == RATIO_SIZE_BYTES {
-            let ratios: Vec<f64> = (0..plan.runs as usize)
-                .map(|r| ours[i][r].sample.mb_per_s / fio[i][r].mb_per_s.min(iperf3[r].mb_per_s))
-                .collect();
-            let ratio = median(&ratios);
-            let bar = RATIO.judge(ratio);
-            outcome.verdicts.push(Verdict { size_bytes: job.size, depth: job.depth, ratio, bar });
-        }
-    }
-    if !iperf3.is_empty() {
-        let job = Job { operation: "stream", size: 0, depth: 1 };
-        outcome.rows.push(tool_row("iperf3", job, &iperf3));
-    }
+    outcome.add(&measured, &iperf3);
     Ok(outcome)
+}
+
+/// Puts the file into S3: uploads in the background would be measured along with what comes next, `fio` included.
+async fn settle(fs: &FileSystem, inode: InodeId, notes: &mut Vec<String>) {
+    let flush = AdminCall::Flush { inode, wait: true };
+    if let Err(e) = fs.cluster().admin(flush, FLUSH_PATIENCE).await {
+        let note = format!("the file could not be flushed ({e}): uploads may disturb");
+        if !notes.contains(&note) {
+            notes.push(note);
+        }
+    }
+}
+
+/// What `fio` did in one run: the same only once, whichever rows of ours it stands beside.
+struct Fio<'a> {
+    tools: &'a Baseline,
+    seconds: u64,
+    done: HashMap<FioJob, Sample>,
+}
+
+impl Fio<'_> {
+    /// What a row of ours is compared with.
+    async fn turns(
+        &mut self,
+        Job { operation, size, depth }: Job,
+        group: Option<Group>,
+        say: &impl Fn(&str),
+    ) -> Result<FioTurns, BenchError> {
+        if operation == Operation::Read {
+            let plain = self.once(FioJob::Read { size, depth }, say).await?;
+            return Ok(FioTurns { plain, ..FioTurns::default() });
+        }
+        let write = |depth, durable| FioJob::Write { size, depth, durable };
+        let batch = group.unwrap_or_default().whole();
+        Ok(FioTurns {
+            plain: self.once(write(depth, Durable::Never), say).await?,
+            each: Some(self.once(write(depth, Durable::Each), say).await?),
+            batched: Some(self.once(write(depth, Durable::Every(batch)), say).await?),
+            single: Some(self.once(write(1, Durable::Every(1)), say).await?),
+        })
+    }
+
+    async fn once(&mut self, job: FioJob, say: &impl Fn(&str)) -> Result<Sample, BenchError> {
+        if let Some(sample) = self.done.get(&job) {
+            return Ok(*sample);
+        }
+        say(&format!("fio {job}"));
+        let sample = self.tools.fio(job, self.seconds).await?;
+        self.done.insert(job, sample);
+        Ok(sample)
+    }
+}
+
+impl std::str::FromStr for Operation {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|o| o.name() == name);
+        found.ok_or_else(|| format!("{name:?} is none of read, write, write+fsync"))
+    }
 }
 
 /// Where requests go: slots of the file, in whole chunks.
@@ -279,17 +322,17 @@ pub(crate) fn busiest(
     by_core(map, inode, file_bytes).into_iter().max_by_key(|(_, starts)| starts.len())
 }
 
-/// The slots of the core that holds most of the file (or of all cores), and how many cores that is.
-fn slots(cluster: &Cluster, inode: InodeId, plan: &Plan, size: u64) -> (Slots, u32) {
-    let chunk = u64::from(CHUNK_BYTES);
-    let by_core = by_core(&cluster.map(), inode, plan.file_bytes);
-    let cores = by_core.len() as u32;
-    let busiest = by_core.into_values().max_by_key(Vec::len);
-    match busiest {
-        Some(starts) if !plan.all_cores && size <= chunk => (Slots::of(starts, size), 1),
-        // Requests larger than a chunk go where their chunks are.
-        _ => (Slots { starts: vec![0], per_start: plan.file_bytes / size, size }, cores),
+/// The slots of the core that holds most of the file (or of all cores), and which cores that is.
+fn slots(map: &ClusterMap, inode: InodeId, plan: &Plan, size: u64) -> (Slots, Vec<ShardRef>) {
+    if !plan.all_cores
+        && size <= u64::from(CHUNK_BYTES)
+        && let Some((core, starts)) = busiest(map, inode, plan.file_bytes)
+    {
+        return (Slots::of(starts, size), vec![core]);
     }
+    // Requests larger than a chunk go where their chunks are.
+    let cores = by_core(map, inode, plan.file_bytes).into_keys().collect();
+    (Slots { starts: vec![0], per_start: plan.file_bytes / size, size }, cores)
 }
 
 async fn turn(
@@ -298,15 +341,20 @@ async fn turn(
     plan: &Plan,
     job: Job,
     slots: Arc<Slots>,
+    journals: Option<Journals>,
 ) -> Result<Turn, BenchError> {
     let stop = Arc::new(AtomicBool::new(false));
     let bytes = Arc::new(AtomicU64::new(0));
-    let write = job.operation == "write";
+    let write = job.operation != Operation::Read;
     let mut handles = Vec::new();
     for _ in 0..job.depth {
         let flags = OpenFlags { write, ..OpenFlags::default() };
         handles.push(fs.open(inode, flags).await?.handle);
     }
+    let counted = match &journals {
+        Some(journals) => Some(journals.count().await?),
+        None => None,
+    };
     let cpu_before = cpu_seconds();
     let started = Instant::now();
     let workers: Vec<_> = handles
@@ -315,7 +363,7 @@ async fn turn(
         .map(|(&handle, seed)| {
             let fs = fs.clone();
             let (stop, bytes, slots) = (Arc::clone(&stop), Arc::clone(&bytes), Arc::clone(&slots));
-            tokio::spawn(worker(fs, handle, seed, write.then_some(job.size), stop, bytes, slots))
+            tokio::spawn(worker(fs, handle, seed, job.operation, stop, bytes, slots))
         })
         .collect();
     tokio::time::sleep(Duration::from_secs(plan.seconds)).await;
@@ -327,6 +375,11 @@ async fn turn(
     }
     let seconds = started.elapsed().as_secs_f64();
     let cpu = cpu_seconds() - cpu_before;
+    // Before the handles go: their end is no part of what was measured.
+    let group = match (&journals, counted) {
+        (Some(journals), Some(before)) => Some(journals.since(before, times.len()).await?),
+        _ => None,
+    };
     for handle in handles {
         fs.release(handle).await?;
     }
@@ -339,17 +392,19 @@ async fn turn(
             p50_us: us(0.5),
             p99_us: us(0.99),
             p999_us: us(0.999),
+            writes_per_sync: group.map_or(0.0, |g| g.requests_per_batch()),
         },
         cpu_s_per_gb: cpu / (moved / 1e9).max(1e-9),
+        group,
     })
 }
 
-/// Requests one after another until told to stop. `write`: bytes of a write; else it reads.
+/// Requests one after another until told to stop.
 async fn worker(
     fs: FileSystem,
     handle: FileHandle,
     seed: u64,
-    write: Option<u64>,
+    operation: Operation,
     stop: Arc<AtomicBool>,
     bytes: Arc<AtomicU64>,
     slots: Arc<Slots>,
@@ -357,7 +412,7 @@ async fn worker(
     let mut times = histogram();
     let mut random = seed;
     let mut end = 0;
-    let data = vec![seed as u8; write.unwrap_or(0) as usize];
+    let data = vec![seed as u8; if operation == Operation::Read { 0 } else { slots.size as usize }];
     while !stop.load(Ordering::Relaxed) {
         // xorshift64*: Vigna, "An experimental exploration of Marsaglia's xorshift generators".
         random ^= random >> 12;
@@ -370,11 +425,18 @@ async fn worker(
         }
         end = at + slots.size;
         let t = Instant::now();
-        if write.is_some() {
-            fs.write(handle, at, &data).await?;
-            fs.fsync(handle).await?;
-        } else {
-            fs.read(handle, at, slots.size).await?;
+        match operation {
+            Operation::Read => {
+                fs.read(handle, at, slots.size).await?;
+            }
+            Operation::Write => {
+                fs.write(handle, at, &data).await?;
+                fs.sync_data(handle).await?;
+            }
+            Operation::WriteFsync => {
+                fs.write(handle, at, &data).await?;
+                fs.fsync(handle).await?;
+            }
         }
         times.saturating_record(t.elapsed().as_nanos() as u64);
         bytes.fetch_add(slots.size, Ordering::Relaxed);
@@ -404,91 +466,6 @@ fn cpu_seconds() -> f64 {
         }
     }
     ticks as f64 / TICKS_PER_SECOND
-}
-
-fn our_row(job: Job, server_cores: u32, turns: &[Turn]) -> Row {
-    let of = |f: fn(&Turn) -> f64| median(&turns.iter().map(f).collect::<Vec<_>>());
-    Row {
-        tool: "ours",
-        operation: job.operation,
-        size_bytes: job.size,
-        depth: job.depth,
-        server_cores,
-        iops: of(|t| t.sample.iops),
-        mb_per_s: of(|t| t.sample.mb_per_s),
-        p50_us: of(|t| t.sample.p50_us),
-        p99_us: of(|t| t.sample.p99_us),
-        p999_us: of(|t| t.sample.p999_us),
-        cpu_s_per_gb: of(|t| t.cpu_s_per_gb),
-        mb_per_s_runs: turns.iter().map(|t| t.sample.mb_per_s).collect(),
-    }
-}
-
-fn tool_row(tool: &'static str, job: Job, samples: &[Sample]) -> Row {
-    let of = |f: fn(&Sample) -> f64| median(&samples.iter().map(f).collect::<Vec<_>>());
-    Row {
-        tool,
-        operation: job.operation,
-        size_bytes: job.size,
-        depth: job.depth,
-        iops: of(|s| s.iops),
-        mb_per_s: of(|s| s.mb_per_s),
-        p50_us: of(|s| s.p50_us),
-        p99_us: of(|s| s.p99_us),
-        p999_us: of(|s| s.p999_us),
-        mb_per_s_runs: samples.iter().map(|s| s.mb_per_s).collect(),
-        ..Row::default()
-    }
-}
-
-/// The outcome for people.
-pub fn table(outcome: &Outcome) -> String {
-    let header = [
-        "",
-        "bytes",
-        "depth",
-        "cores",
-        "IOPS",
-        "MB/s",
-        "p50 µs",
-        "p99 µs",
-        "p99.9 µs",
-        "CPU s/GB",
-        "runs, MB/s",
-    ];
-    let or_dash = |v: f64, text: String| if v == 0.0 { "-".to_owned() } else { text };
-    let rows: Vec<Vec<String>> = outcome
-        .rows
-        .iter()
-        .map(|r| {
-            let whole = |v: f64| or_dash(v, format!("{v:.0}"));
-            let runs: Vec<String> = r.mb_per_s_runs.iter().map(|v| number(*v)).collect();
-            vec![
-                format!("{} {}", r.tool, r.operation),
-                or_dash(r.size_bytes as f64, r.size_bytes.to_string()),
-                r.depth.to_string(),
-                or_dash(f64::from(r.server_cores), r.server_cores.to_string()),
-                whole(r.iops),
-                format!("{:.1}", r.mb_per_s),
-                whole(r.p50_us),
-                whole(r.p99_us),
-                whole(r.p999_us),
-                or_dash(r.cpu_s_per_gb, format!("{:.2}", r.cpu_s_per_gb)),
-                runs.join(" "),
-            ]
-        })
-        .collect();
-    let mut text = columns(&header, &rows);
-    for v in &outcome.verdicts {
-        text += &format!(
-            "\n1 MiB reads, depth {}: {:.2} of the smaller of fio and iperf3 ({})",
-            v.depth, v.ratio, v.bar
-        );
-    }
-    for note in &outcome.notes {
-        text += &format!("\nnote: {note}");
-    }
-    text
 }
 
 #[cfg(test)]
