@@ -80,7 +80,7 @@ impl Cluster {
         let meta = MetaClient::new(addresses, identity);
         let session = Session::open(&meta, label, config.patience).await?;
         let map = MapCache::default();
-        map.refresh(&meta, MapVersion(0), false, config.patience).await?;
+        map.refresh(&meta, MapVersion(0), false, Instant::now() + config.patience).await?;
         let shared = Arc::new(Shared {
             config,
             key,
@@ -125,7 +125,7 @@ impl Cluster {
     /// Fetches the cluster map if there is a newer one.
     pub async fn refresh_map(&self) -> Result<Arc<ClusterMap>> {
         let have = self.map().version;
-        self.shared.map.refresh(&self.shared.meta, have, false, self.shared.config.patience).await
+        self.shared.map.refresh(&self.shared.meta, have, false, self.shared.deadline()).await
     }
 
     /// A request of an operator, within `patience`.
@@ -157,14 +157,29 @@ pub(crate) fn unexpected(response: &Response) -> ClientError {
 /// Longest pause between repetitions of `Again`.
 const AGAIN_MAX: Duration = Duration::from_secs(1);
 
+/// Waits for a turn that others hold while they wait for servers: no longer than those may.
+pub(crate) async fn turn<T>(
+    lock: &tokio::sync::Mutex<T>,
+    deadline: Instant,
+) -> Result<tokio::sync::MutexGuard<'_, T>> {
+    tokio::time::timeout_at(deadline, lock.lock()).await.map_err(|_| {
+        ClientError::Metadata("others were still waiting for it when the time was over".into())
+    })
+}
+
 impl Shared {
+    /// When a call that begins now has taken long enough.
+    pub(crate) fn deadline(&self) -> Instant {
+        Instant::now() + self.config.patience
+    }
+
     /// A linearizable read, repeated while the metadata plane says `Again`.
     pub(crate) async fn query(&self, query: Query) -> Result<QueryReply> {
-        let deadline = Instant::now() + self.config.patience;
+        let deadline = self.deadline();
         loop {
             let session = self.session.current().0;
             let request = Request::Query { session, query: query.clone() };
-            let reply = match self.meta.call(&request, self.config.patience).await? {
+            let reply = match self.meta.call(&request, left(deadline)).await? {
                 Response::Query(reply) => reply,
                 other => return Err(unexpected(&other)),
             };
@@ -182,7 +197,16 @@ impl Shared {
     /// sent under the new one unless it names a handle of the old (`same_session`).
     /// Answers with the epoch of the session it took effect in.
     pub(crate) async fn mutate(&self, op: Op, same_session: Option<u64>) -> Result<(OpReply, u64)> {
-        let deadline = Instant::now() + self.config.patience;
+        self.mutate_by(op, same_session, self.deadline()).await
+    }
+
+    /// The same as a part of something that is to end by `deadline`.
+    pub(crate) async fn mutate_by(
+        &self,
+        op: Op,
+        same_session: Option<u64>,
+        deadline: Instant,
+    ) -> Result<(OpReply, u64)> {
         let ticket = self.meta_sequences.begin();
         loop {
             let (session, epoch) = self.session.current();
@@ -195,7 +219,7 @@ impl Shared {
                 answered_below: self.meta_sequences.answered_below(),
                 op: op.clone(),
             };
-            let reply = match self.meta.call(&request, self.config.patience).await? {
+            let reply = match self.meta.call(&request, left(deadline)).await? {
                 Response::Op(reply) => reply,
                 other => return Err(unexpected(&other)),
             };
@@ -204,7 +228,7 @@ impl Shared {
                     wait_again(deadline, retry_after_ms, why).await?;
                 }
                 Err(FsError::SessionExpired) => {
-                    self.reopen_session(epoch).await?;
+                    self.reopen_session(epoch, deadline).await?;
                     if Instant::now() >= deadline {
                         return Err(FsError::SessionExpired.into());
                     }
@@ -215,8 +239,8 @@ impl Shared {
     }
 
     /// Replaces the session of `epoch`, unless somebody already did.
-    pub(crate) async fn reopen_session(&self, epoch: u64) -> Result<()> {
-        if self.session.reopen(&self.meta, &self.label, epoch, self.config.patience).await? {
+    pub(crate) async fn reopen_session(&self, epoch: u64, deadline: Instant) -> Result<()> {
+        if self.session.reopen(&self.meta, &self.label, epoch, deadline).await? {
             tracing::warn!(label = self.label, "the session had expired; opened a new one");
             self.pool.clear();
         }
@@ -235,6 +259,11 @@ impl Shared {
             peer: None,
         }
     }
+}
+
+/// The time until then.
+pub(crate) fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
 async fn wait_again(deadline: Instant, retry_after_ms: u32, why: String) -> Result<()> {

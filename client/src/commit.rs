@@ -2,6 +2,7 @@
 //! (PROTOCOL §4), and truncates.
 
 use crate::Result;
+use crate::cluster::turn;
 use crate::error::ClientError;
 use crate::inode::OpenInode;
 use ebb_dataplane_protocol::HandleId;
@@ -68,14 +69,19 @@ impl OpenInode {
     /// The object was replaced: what was to be committed is lost, and every handle says so once.
     fn lost(&self, commit: &CommitWrite) {
         self.mark_stale();
+        self.stays_unnamed();
+        self.forget(commit);
+        self.state().fail(ClientError::Stale);
+    }
+
+    /// Nobody will tell of this file any more, if it has no name yet.
+    pub(crate) fn stays_unnamed(&self) {
         let place = self.state().place.take();
         if let Some(place) = place {
             let name = String::from_utf8_lossy(&place.name).into_owned();
             tracing::warn!(inode = self.id.0, name, "a new file is lost: it can't have its name");
             self.shared.unnamed.done(&place);
         }
-        self.forget(commit);
-        self.state().fail(ClientError::Stale);
     }
 
     fn forget(&self, done: &CommitWrite) {
@@ -111,17 +117,18 @@ impl OpenInode {
     /// commit, as long as it began after the last of them came.
     pub(crate) async fn commit(&self) -> Result<()> {
         let wanted = self.state().changes;
-        let _one = self.committing.lock().await;
+        let deadline = self.shared.cluster.deadline();
+        let _one = turn(&self.committing, deadline).await?;
         let covered = {
             let state = self.state();
             // A new file's first commit also ends the time in which changes ride, with nothing to carry too.
             !state.fresh && state.place.is_none() && state.committed_changes >= wanted
         };
-        if covered { Ok(()) } else { self.commit_locked().await }
+        if covered { Ok(()) } else { self.commit_locked(deadline).await }
     }
 
     /// The same for a caller that holds `committing`.
-    pub(crate) async fn commit_locked(&self) -> Result<()> {
+    pub(crate) async fn commit_locked(&self, deadline: tokio::time::Instant) -> Result<()> {
         let Some((commit, changes)) = self.pending_commit() else {
             let mut state = self.state();
             state.fresh = false;
@@ -131,7 +138,7 @@ impl OpenInode {
         // The commit needs an open handle of the session it is sent in: a handle of an expired one
         // is replaced first (PROTOCOL §5).
         for _ in 0..3 {
-            let remote = self.live_remote(true).await.inspect_err(|e| {
+            let remote = self.live_remote(true, deadline).await.inspect_err(|e| {
                 if matches!(e, ClientError::Stale) {
                     self.lost(&commit);
                 }
@@ -139,7 +146,7 @@ impl OpenInode {
             let op = self.told_by(&commit, remote.handle);
             let naming = matches!(op, Op::Publish(_));
             let sent = Instant::now();
-            match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
+            match self.shared.cluster.mutate_by(op, Some(remote.epoch), deadline).await {
                 Ok((OpReply::Published(done), epoch)) => {
                     self.published(&done, epoch, sent);
                     self.state().see(&done.attr);

@@ -1,6 +1,7 @@
 //! Open files: create, open, read, write, flush, fsync, release.
 
 use crate::Result;
+use crate::cluster::turn;
 use crate::error::ClientError;
 use crate::fs::{FileSystem, Owner};
 use crate::inode::{OpenInode, Remote};
@@ -334,21 +335,18 @@ impl FileSystem {
     /// already; what is to be committed then needs a new one first.
     async fn release_remote(&self, file: &OpenFile) -> Result<()> {
         let inode = &file.inode;
-        let _one = inode.committing.lock().await;
+        let deadline = self.shared.cluster.deadline();
+        let live = || {
+            let (_, epoch) = self.shared.cluster.session.current();
+            inode.state().remotes.get(&file.id).copied().filter(|r| r.epoch == epoch)
+        };
+        let _one = turn(&inode.committing, deadline).await.inspect_err(|_| self.abandon(file))?;
         for _ in 0..3 {
-            let live = || {
-                let (_, epoch) = self.shared.cluster.session.current();
-                inode.state().remotes.get(&file.id).copied().filter(|r| r.epoch == epoch)
-            };
             if live().is_none() || inode.is_unnamed() {
-                let named = inode.commit_locked().await;
-                if let (Err(e), Some(remote)) = (&named, live()) {
-                    // Nobody can name it any more; it goes with its handle.
-                    tracing::debug!(inode = inode.id.0, error = %e, "released without a name");
-                    inode.state().remotes.remove(&file.id);
-                    self.shared.linger(remote);
-                }
-                named?;
+                inode.commit_locked(deadline).await.inspect_err(|e| {
+                    tracing::debug!(inode = inode.id.0, error = %e, "released without its commit");
+                    self.abandon(file);
+                })?;
             }
             let Some(remote) = live() else { return Ok(()) };
             let commit = inode.pending_commit();
@@ -362,7 +360,7 @@ impl FileSystem {
             }
             let carried = commit.as_ref().map(|(commit, _)| commit.clone());
             let op = Op::Release { handle: remote.handle, commit: carried };
-            match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
+            match self.shared.cluster.mutate_by(op, Some(remote.epoch), deadline).await {
                 Ok(_) => {
                     if let Some((done, changes)) = &commit {
                         // The answer carries no attributes; other handles go on with what was told.
@@ -379,6 +377,23 @@ impl FileSystem {
             }
         }
         Err(FsError::SessionExpired.into())
+    }
+
+    /// A handle ends although its last commit was not answered. With the last one a new file's name is given up: nobody
+    /// could tell of it any more, and others must not wait for it.
+    fn abandon(&self, file: &OpenFile) {
+        let (_, epoch) = self.shared.cluster.session.current();
+        let (remote, last) = {
+            let mut state = file.inode.state();
+            let remote = state.remotes.remove(&file.id);
+            (remote, state.remotes.is_empty())
+        };
+        if let Some(remote) = remote.filter(|r| r.epoch == epoch) {
+            self.shared.linger(remote);
+        }
+        if last {
+            file.inode.stays_unnamed();
+        }
     }
 
     /// The inode of a handle.

@@ -1,6 +1,7 @@
 //! The grant under which a file's chunks are read and written, and how a fresh one is got.
 
 use crate::Result;
+use crate::cluster::turn;
 use crate::error::ClientError;
 use crate::inode::{OpenInode, Remote};
 use crate::pool::GrantTag;
@@ -8,6 +9,7 @@ use ebb_dataplane_protocol::{Grant, GrantMode, SignedGrant};
 use ebb_metaplane_protocol::op::{OpenMode, Opened};
 use ebb_metaplane_protocol::{FsError, Op, OpReply};
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// A grant as its holder sees it.
 pub(crate) struct GrantState {
@@ -68,23 +70,24 @@ impl OpenInode {
         &self,
         write_end: Option<u64>,
         bad: Option<&Arc<GrantState>>,
+        deadline: Instant,
     ) -> Result<Arc<GrantState>> {
         if let Some(grant) = self.usable(write_end, bad)? {
             return Ok(grant);
         }
-        let _one = self.granting.lock().await;
+        let _one = turn(&self.granting, deadline).await?;
         if let Some(grant) = self.usable(write_end, bad)? {
             return Ok(grant);
         }
         // A session may expire under each step; two turns see a fresh one through.
         for _ in 0..3 {
-            let remote = self.live_remote(write_end.is_some()).await?;
+            let remote = self.live_remote(write_end.is_some(), deadline).await?;
             let op = Op::Regrant {
                 handle: remote.handle,
                 write: write_end.is_some(),
                 write_end: write_end.unwrap_or(0),
             };
-            match self.shared.cluster.mutate(op, Some(remote.epoch)).await {
+            match self.shared.cluster.mutate_by(op, Some(remote.epoch), deadline).await {
                 Ok((OpReply::Opened(opened), epoch)) => {
                     let grant = self.install(&opened, epoch)?;
                     if !grant.allows(write_end) {
@@ -133,7 +136,7 @@ impl OpenInode {
 
     /// A handle of the current session: one that is open, or one opened anew in place of a handle
     /// whose session expired. The lineage must be the old one (PROTOCOL §5).
-    pub(crate) async fn live_remote(&self, write: bool) -> Result<Remote> {
+    pub(crate) async fn live_remote(&self, write: bool, deadline: Instant) -> Result<Remote> {
         let (_, epoch) = self.shared.cluster.session.current();
         let old = {
             let state = self.state();
@@ -145,7 +148,7 @@ impl OpenInode {
         let Some(local) = old else { return Err(ClientError::BadHandle) };
         let open = OpenMode { write, truncate: false };
         let op = Op::Open { inode: self.id, open };
-        let (opened, epoch) = match self.shared.cluster.mutate(op, None).await {
+        let (opened, epoch) = match self.shared.cluster.mutate_by(op, None, deadline).await {
             Ok((OpReply::Opened(opened), epoch)) => (opened, epoch),
             Ok(_) => return Err(ClientError::Metadata("no handle in the answer".into())),
             Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {

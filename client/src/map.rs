@@ -1,13 +1,13 @@
 //! The cluster map as last seen, fetched again when a node or a grant says it is old.
 
 use crate::Result;
-use crate::cluster::unexpected;
+use crate::cluster::{left, turn, unexpected};
 use crate::error::ClientError;
 use ebb_dataplane_protocol::{ClusterMap, MapVersion};
 use ebb_metaplane_protocol::{Query, QueryReply, Request, Response};
 use ebb_rpc::MetaClient;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use tokio::time::Instant;
 
 /// The newest map seen.
 #[derive(Default)]
@@ -28,9 +28,9 @@ impl MapCache {
         meta: &MetaClient,
         have: MapVersion,
         wake: bool,
-        patience: Duration,
+        deadline: Instant,
     ) -> Result<Arc<ClusterMap>> {
-        let _one = self.fetching.lock().await;
+        let _one = turn(&self.fetching, deadline).await?;
         let current = self.get();
         if current.version > have {
             return Ok(current);
@@ -39,7 +39,7 @@ impl MapCache {
         match meta
             .call(
                 &Request::Query { session: ebb_dataplane_protocol::SessionId(0), query },
-                patience,
+                left(deadline),
             )
             .await?
         {

@@ -6,6 +6,7 @@ use ebb_dataplane_protocol::{
 };
 use ebb_rpc::{Connection, Frame, Identity, RpcError};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -87,7 +88,16 @@ impl Link {
 }
 
 type Key = (ShardRef, u32);
-type Slot = Arc<tokio::sync::Mutex<()>>;
+/// Who connects now, and how often that failed. Who waited for an attempt shares how it ended: else each of many would wait
+/// for its own while the group has moved on.
+type Slot = Arc<Connecting>;
+
+#[derive(Default)]
+struct Connecting {
+    /// The last failure: where, and why.
+    turn: tokio::sync::Mutex<Option<(String, String)>>,
+    failures: AtomicU64,
+}
 
 #[derive(Default)]
 struct State {
@@ -123,11 +133,21 @@ impl Pool {
             return Ok(link);
         }
         let slot = Arc::clone(lock(&self.state).connecting.entry(key).or_default());
-        let _one = slot.lock().await;
+        let before = slot.failures.load(Ordering::Acquire);
+        let mut failed = slot.turn.lock().await;
         if let Some(link) = self.live(key, epoch, address) {
             return Ok(link);
         }
-        let connection = Connection::connect(address, identity, CONNECT_TIMEOUT).await?;
+        if slot.failures.load(Ordering::Acquire) != before
+            && let Some((_, why)) = failed.as_ref().filter(|(at, _)| at == address)
+        {
+            return Err(RpcError::Unreachable { address: address.to_owned(), why: why.clone() });
+        }
+        let connection = Connection::connect(address, identity, CONNECT_TIMEOUT).await;
+        let connection = connection.inspect_err(|e| {
+            *failed = Some((address.to_owned(), e.to_string()));
+            slot.failures.fetch_add(1, Ordering::Release);
+        })?;
         let link = Arc::new(Link {
             connection,
             epoch,

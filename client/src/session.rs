@@ -1,12 +1,13 @@
 //! The session's life: open, renew well within its lease, replace when it expired (PROTOCOL §5).
 
 use crate::Result;
-use crate::cluster::{Shared, unexpected};
+use crate::cluster::{Shared, left, turn, unexpected};
 use ebb_dataplane_protocol::SessionId;
 use ebb_metaplane_protocol::{FsError, Request, Response, SessionCall, SessionReply};
 use ebb_rpc::MetaClient;
 use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// The current session. `epoch` counts the sessions this client had: handles, grants and
 /// connections remember it, so that those of an expired session are noticed.
@@ -63,13 +64,13 @@ impl Session {
         meta: &MetaClient,
         label: &str,
         epoch: u64,
-        patience: Duration,
+        deadline: Instant,
     ) -> Result<bool> {
-        let _one = self.reopening.lock().await;
+        let _one = turn(&self.reopening, deadline).await?;
         if self.state().epoch != epoch {
             return Ok(false);
         }
-        let (id, ttl) = open(meta, label, patience).await?;
+        let (id, ttl) = open(meta, label, left(deadline)).await?;
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
             State { id, epoch: epoch + 1, ttl };
         Ok(true)
@@ -97,7 +98,7 @@ pub(crate) async fn renew(shared: Weak<Shared>) {
         match shared.meta.call(&request, ttl / 3).await {
             Ok(Response::Session(Ok(_))) => {}
             Ok(Response::Session(Err(FsError::SessionExpired))) => {
-                if let Err(e) = shared.reopen_session(epoch).await {
+                if let Err(e) = shared.reopen_session(epoch, shared.deadline()).await {
                     tracing::warn!(error = %e, "cannot replace the expired session yet");
                 }
             }

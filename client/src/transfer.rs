@@ -185,8 +185,8 @@ impl<'a> Transfer<'a> {
     }
 
     async fn map_newer_than(&self, map: &ClusterMap, wake: bool) -> Result<Arc<ClusterMap>> {
-        let patience = self.deadline.saturating_duration_since(Instant::now()).max(PAUSE_MAX);
-        self.shared.map.refresh(&self.shared.meta, map.version, wake, patience).await
+        let deadline = self.deadline.max(Instant::now() + PAUSE_MAX);
+        self.shared.map.refresh(&self.shared.meta, map.version, wake, deadline).await
     }
 
     /// Sends until it is answered `Ok`.
@@ -197,7 +197,7 @@ impl<'a> Transfer<'a> {
                 Some(_) => return Err(ClientError::WriteLost { inode: self.inode.id.0 }),
                 None => {
                     let write_end = self.outgoing.as_ref().map(|_| self.end);
-                    self.inode.grant(write_end, self.bad.as_ref()).await?
+                    self.inode.grant(write_end, self.bad.as_ref(), self.deadline).await?
                 }
             };
             let mut map = self.shared.map.get();

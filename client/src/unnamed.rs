@@ -344,7 +344,9 @@ impl Shared {
             let Some(state) = state.of(epoch) else { return };
             let old = |f: &Arc<OpenInode>| {
                 let since = f.state().uncommitted_since;
+                // Who is at it now will have told of it, or it is tried again next turn.
                 since.is_some_and(|since| since.elapsed() >= turn)
+                    && f.committing.try_lock().is_ok()
             };
             let mut files = state.files(Which::All);
             files.retain(old);

@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -147,15 +148,11 @@ class Cluster:
 
     # -- the end -------------------------------------------------------------
     def destroy(self):
+        """At once, and first of all the mounts' daemons: a call that waits for servers ends with them."""
+        kill_all("EBB_DIR", self.dir)
         for path in list(self.mounts):
             subprocess.run(["umount", "-l", str(path)], stderr=subprocess.DEVNULL)
         self.mounts.clear()
-        pid = self.pid("controller")
-        with contextlib.suppress(ProcessLookupError, TypeError):
-            os.kill(pid, signal.SIGKILL)
-        for name in self.servers() if (self.dir / "run").exists() else []:
-            with contextlib.suppress(ProcessLookupError, TypeError):
-                os.kill(self.pid(name), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -167,12 +164,65 @@ def cluster(start=True, kind=Cluster, **up):
         if start:
             c.up()
         yield c
-    except BaseException:
-        print(c.logs(12))
+    except BaseException as e:
+        print(f"{e or type(e).__name__}\n{c.logs(12)}", flush=True)
         raise
     finally:
         c.destroy()
         shutil.rmtree(base, ignore_errors=True)
+
+
+def processes(name, value):
+    """Those with this in their environment, however they were detached."""
+    found, want = [], f"{name}={value}".encode()
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and want in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                found.append(int(entry))
+    return found
+
+
+def kill_all(name, value):
+    """The same, ended, with what they start meanwhile."""
+    for _ in range(200):
+        left = processes(name, value)
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+class Mark:
+    """What a test starts is known by a word in its environment: to be looked at, and to be ended."""
+
+    def __init__(self):
+        self.base = tempfile.mkdtemp(prefix="ebb-e2e-", dir=os.environ.get("EBB_E2E_DIR", "/var/tmp"))
+        self.env = {"EBB_E2E_DIR": self.base}
+
+    def describe(self):
+        """Where each thread of each process waits, what the kernel waits for, and the end of each log."""
+        time.sleep(1)  # for what was asked to show its stacks
+        for pid in processes("EBB_E2E_DIR", self.base):
+            with contextlib.suppress(OSError):
+                print(f"--- process {pid}:", Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200])
+            for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+                with contextlib.suppress(OSError):
+                    stack = [line.split("]", 1)[-1].strip() for line in (task / "stack").read_text().splitlines()]
+                    print(f"    {(task / 'comm').read_text().strip()} {(task / 'stat').read_text().rsplit(')', 1)[1].split()[0]}: {' < '.join(stack[:6])}")
+        for log in sorted(Path(self.base).glob("*/cluster/log/*.log")):
+            print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-12:], sep="\n")
+        sys.stdout.flush()
+
+    def sweep(self):
+        """Ends what is left. With its daemon, a mount's calls end too."""
+        kill_all("EBB_E2E_DIR", self.base)
+        for line in reversed(Path("/proc/mounts").read_text().splitlines()):
+            point = line.split()[1].replace("\\040", " ")
+            if point.startswith(self.base + "/"):
+                subprocess.run(["umount", "-l", point], stderr=subprocess.DEVNULL)
+        shutil.rmtree(self.base, ignore_errors=True)
 
 
 # -- trees -----------------------------------------------------------------

@@ -257,7 +257,8 @@ def test_a_client_that_does_not_reach_a_node_waits_and_others_do_not():
     seed = seeded()
     with machines("other", replicas=2) as (c, net):
         m = c.mount()
-        wait_for("all groups to have two members", lambda: whole(c, 3))
+        # Their first primaries hand over to those that they belong to, for a while.
+        wait_for("all groups to have two members, where they belong", lambda: whole(c, 3) and c.status()["misplaced"] == 0)
         epochs = [g["epoch"] for g in c.status()["map"]["pgs"]]
         found = writers(m, 3, seed)
         others = writers_elsewhere(c, net, 1, seed + 3)

@@ -13,11 +13,18 @@ const POLL: Duration = Duration::from_millis(100);
 /// A flush may take long; the server answers when it is done.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(3600);
 
+#[derive(serde::Serialize)]
+struct Said<'a> {
+    #[serde(flatten)]
+    status: &'a ClusterStatus,
+    misplaced: usize,
+}
+
 /// `ebb status`
 pub(crate) async fn status(cli: &Cli) -> Result<(), CliError> {
     let status = ask_status(&find::meta(cli)?).await?;
     if cli.json {
-        return output::json(&status);
+        return output::json(&Said { misplaced: status.misplaced(), status: &status });
     }
     print_status(&status)
 }
@@ -26,8 +33,12 @@ fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
     let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
     output::line(&format!("bucket   {}", s.bucket))?;
     output::line(&format!(
-        "groups   {held} of {} held{}{}",
+        "groups   {held} of {} held{}{}{}",
         s.map.pgs.len(),
+        match s.misplaced() {
+            0 => String::new(),
+            n => format!(", {n} not yet where they belong"),
+        },
         if s.moves.is_empty() { String::new() } else { format!(", {} moving", s.moves.len()) },
         if s.shutting_down { ", SHUTTING DOWN" } else { "" },
     ))?;

@@ -14,6 +14,14 @@ pub enum RpcError {
         /// Why.
         source: std::io::Error,
     },
+    /// Somebody else just found that it can't be reached.
+    #[error("{why}")]
+    Unreachable {
+        /// host:port
+        address: String,
+        /// What that one was told.
+        why: String,
+    },
     /// The peer speaks another protocol, or belongs to another cluster.
     #[error("{address} did not complete the handshake: {reason}")]
     Handshake {

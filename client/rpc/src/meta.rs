@@ -101,7 +101,12 @@ impl MetaClient {
     }
 
     async fn connection(&self, deadline: Instant) -> Result<Connection, RpcError> {
-        let mut current = self.inner.current.lock().await;
+        let mut current = tokio::time::timeout_at(deadline, self.inner.current.lock())
+            .await
+            .map_err(|_| RpcError::Timeout {
+                address: self.inner.addresses.join(","),
+                ms: CONNECT_TIMEOUT.as_millis() as u64,
+            })?;
         if let Some(c) = &current.connection
             && !c.is_closed()
         {

@@ -1,8 +1,11 @@
 //! Traffic of the controller and of operators.
 
 use crate::op::Name;
+use crate::placement::members_of;
 use ebb_dataplane_protocol::control::CoreStats;
-use ebb_dataplane_protocol::{ClusterMap, InodeId, NodeId, NodeState, PgId, ShardRef};
+use ebb_dataplane_protocol::{
+    ClusterMap, InodeId, NodeId, NodeInfo, NodeState, PgEntry, PgId, ShardRef,
+};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A request of an operator or the controller.
@@ -168,6 +171,20 @@ impl GroupStates {
             *counter += 1;
         }
         states
+    }
+}
+
+impl ClusterStatus {
+    /// Groups that are not where [`members_of`] wants them: on the way there, or held up by a node that is cut off.
+    pub fn misplaced(&self) -> usize {
+        let active: Vec<&NodeInfo> =
+            self.map.nodes.iter().filter(|n| n.state == NodeState::Active).collect();
+        let count = usize::from(self.replicas.max(1));
+        let away = |(i, entry): &(usize, &PgEntry)| {
+            !entry.syncing.is_empty()
+                || entry.members != members_of(PgId(*i as u16), &active, count)
+        };
+        self.map.pgs.iter().enumerate().filter(|g| !g.1.members.is_empty()).filter(away).count()
     }
 }
 
