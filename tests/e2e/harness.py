@@ -63,7 +63,7 @@ class Cluster:
         p = self.run([*inside, EBB, *map(str, args)], env=self.env(), text=True, timeout=timeout,
                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if ok and p.returncode != 0:
-            raise Failure(f"ebb {' '.join(map(str, args))}: exit {p.returncode}: {p.stderr.strip()}\n{self.logs()}")
+            raise Failure(f"ebb {' '.join(map(str, args))}: exit {p.returncode}: {p.stderr.strip()}\n{p.stdout[-2000:]}{self.logs()}")
         return p
 
     def up(self, inside=(), **more):

@@ -11,7 +11,7 @@ use ebb_metaplane_protocol::admin::FlushReport;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, Command, FileKind, FsError, FsResult};
 use ebb_namespace::FlushStage;
 use futures::StreamExt;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -22,6 +22,13 @@ const WALK_STEP: usize = 1_000;
 const FAILED_NAMED: usize = 20;
 /// Tries of one inode in one flush.
 const FLUSH_ATTEMPTS: usize = 4;
+/// Nor before it failed for so long: what a busy node or a late notice refuses now is done a moment later.
+const FAILING_MIN: Duration = Duration::from_secs(3);
+/// A busy key becomes free when the requests under way there have ended; those are bounded.
+const BLOCKED_MAX: Duration = Duration::from_secs(60);
+/// Between two looks at files that somebody else is at, and the least between two attempts; it doubles.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_millis(800);
 /// One shutdown call works for so long, then reports how far it is; the caller calls again.
 const SHUTDOWN_SLICE: Duration = Duration::from_secs(20);
 /// Limit of a control call.
@@ -29,6 +36,25 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Warm calls in flight at most, and the limit of one (it reads from S3).
 const WARM_CONCURRENCY: usize = 16;
 const WARM_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// A file that a flush could not store so far.
+struct Failing {
+    since: Instant,
+    /// How often it failed; finding its key busy is no failure.
+    attempts: usize,
+    why: String,
+}
+
+impl Failing {
+    fn new() -> Self {
+        Self { since: Instant::now(), attempts: 0, why: String::new() }
+    }
+
+    fn is_hopeless(&self) -> bool {
+        let long = self.since.elapsed();
+        self.attempts >= FLUSH_ATTEMPTS && long >= FAILING_MIN || long >= BLOCKED_MAX
+    }
+}
 
 impl Service {
     pub(super) async fn admin(self: &Arc<Self>, call: AdminCall) -> FsResult<AdminReply> {
@@ -157,7 +183,8 @@ impl Service {
         report: &mut FlushReport,
     ) -> FsResult<()> {
         let mut waiting: BTreeSet<InodeId> = inodes.into_iter().collect();
-        let mut failures: std::collections::HashMap<InodeId, (usize, String)> = Default::default();
+        let mut failures: HashMap<InodeId, Failing> = HashMap::new();
+        let mut pause = PAUSE_MIN;
         while !waiting.is_empty() {
             let ids: Vec<InodeId> = waiting.iter().copied().collect();
             let states = self
@@ -190,6 +217,7 @@ impl Service {
                 self.hydrate(attrs).await?;
             }
             let mut paused = ready.is_empty();
+            let mut failed = false;
             for batch in ready.chunks(WALK_STEP) {
                 for (id, result) in self.flush_with_blockers(batch.to_vec()).await {
                     match result {
@@ -199,14 +227,15 @@ impl Service {
                             report.bytes += bytes;
                         }
                         Flushed::Failed(why) => {
-                            paused = true;
-                            let f = failures.entry(id).or_default();
-                            *f = (f.0 + 1, why);
+                            failed = true;
+                            let f = failures.entry(id).or_insert_with(Failing::new);
+                            f.attempts += 1;
+                            f.why = why;
                         }
                         Flushed::Blocked(_) => {
-                            paused = true;
-                            let f = failures.entry(id).or_default();
-                            *f = (f.0 + 1, "its key is busy".into());
+                            failed = true;
+                            let f = failures.entry(id).or_insert_with(Failing::new);
+                            f.why = "its key is busy".into();
                         }
                         Flushed::Skipped => paused = true,
                     }
@@ -214,20 +243,22 @@ impl Service {
             }
             let given_up: Vec<InodeId> = failures
                 .iter()
-                .filter(|(id, f)| f.0 >= FLUSH_ATTEMPTS && waiting.contains(id))
+                .filter(|(id, f)| f.is_hopeless() && waiting.contains(id))
                 .map(|(id, _)| *id)
                 .collect();
             for id in given_up {
                 waiting.remove(&id);
                 report.remaining += 1;
                 if report.failed.len() < FAILED_NAMED {
-                    let why = failures.remove(&id).map_or_else(String::new, |f| f.1);
+                    let why = failures.remove(&id).map_or_else(String::new, |f| f.why);
                     report.failed.push((self.path_text(id), why));
                 }
             }
-            if paused && !waiting.is_empty() {
+            if (paused || failed) && !waiting.is_empty() {
+                // Each attempt seals at the cores; what it left there goes by a notice.
                 self.wakes.notices.notify_one();
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                tokio::time::sleep(pause).await;
+                pause = if failed { (pause * 2).min(PAUSE_MAX) } else { PAUSE_MIN };
             }
         }
         Ok(())

@@ -438,6 +438,29 @@ async fn a_late_put_in_place_of_its_own_files_base_loses_nothing() {
     meta.stop().await;
 }
 
+/// Another file's upload holds the key for longer than a few attempts take: who asks for a flush waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_waits_for_a_key_that_is_busy() {
+    let world = World::new().await;
+    let meta = world.start(7, "meta").await;
+    let (nodes, c) = cluster(&world, &meta, 1).await;
+    let fs = fs(&meta.address).await;
+    let faults = world.s3.faults();
+    faults.add(Fault::next(Operation::Put, 1, FaultKind::Delay { ms: 3_000 }).on_key("f"));
+    fs.write_file(b"f", b"old", 0o600, OWNER).await.expect("written");
+    c.admin(AdminCall::Flush { inode: ROOT, wait: false }).await.expect("begun");
+    until("the upload is under way", || async { faults.struck() > 0 }).await;
+    fs.write_file(b"g", b"new", 0o600, OWNER).await.expect("written");
+    fs.rename(ROOT, b"g", ROOT, b"f", 0).await.expect("renamed over");
+    let report = c.flush().await;
+    assert_eq!((report.remaining, &report.failed[..]), (0, &[][..]));
+    check(&world, "f", b"new").await;
+    c.settle().await;
+    assert_eq!(world.keys().await, ["f"]);
+    nodes.stop().await;
+    meta.stop().await;
+}
+
 /// A stranger replaces (or deletes) the object of a large file of which a part is dirty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_dirty_of_a_file_without_its_base_is_stored_and_nothing_is_made_up() {
