@@ -127,7 +127,10 @@ impl Reactor {
         let iov = Vec::with_capacity(list.len());
         let op = Write { file: file.0, token, segments, iov, offset, total, done: 0, dsync };
         match self.start_disk(file, Op::Write(op)) {
-            Ok(key) => Ok(OpId(key)),
+            Ok(key) => {
+                self.urgent |= dsync;
+                Ok(OpId(key))
+            }
             Err(Op::Write(op)) => Err(Rejected { why: Refusal::TooManyOps, back: op.segments }),
             Err(_) => unreachable!("start_disk gives back what it was given"),
         }

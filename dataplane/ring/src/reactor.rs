@@ -76,6 +76,8 @@ pub struct Reactor {
     cqes: Vec<Cqe>,
     pub(crate) table: FixedTable,
     pub(crate) disk_in_flight: u32,
+    /// A durable write waits for submission.
+    pub(crate) urgent: bool,
     pub(crate) stopping: bool,
     arena: Arena,
     waker: Waker,
@@ -114,6 +116,7 @@ impl Reactor {
             cqes: Vec::with_capacity(cfg.entries as usize * 4),
             table,
             disk_in_flight: 0,
+            urgent: false,
             stopping: false,
             arena: built.arena,
             waker,
@@ -206,6 +209,14 @@ impl Reactor {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
+        if std::mem::take(&mut self.urgent) && !self.send_ready.is_empty() {
+            // A durable write begins before answers go out: the kernel holds device operations back until all
+            // that is submitted with them was started, and a send does its work right there.
+            self.pump();
+            if matches!(self.ring.enter(0, None).map_err(TurnError::Enter)?, Entered::Busy) {
+                self.stats.busy += 1;
+            }
+        }
         self.flush_sends();
         self.submit_all()?;
         if self.waker.take() {

@@ -7,7 +7,10 @@
 
 use super::{Buffer, Command, Pending, Purpose, ShardCore};
 use ebb_store::{AlignedBuf, BatchId, CheckpointStep, CheckpointToken, RelocationMove};
-use std::sync::Arc;
+
+/// Moves read at a time. All of a step at once would have the device busy for milliseconds, and the
+/// journal's next batch, which writers wait for, behind them.
+const MOVES_READ_MAX: usize = 16;
 
 /// What of the journal or checkpoint is done.
 #[derive(Debug)]
@@ -19,9 +22,29 @@ pub(crate) enum Step {
     /// A step of the checkpoint.
     Checkpoint(CheckpointToken),
     /// A move of it was read.
-    MoveRead(RelocationMove),
-    /// And written.
-    MoveWritten,
+    MoveRead(MoveTo),
+    /// A run of moves was written.
+    RunWritten,
+    /// All of them are durable.
+    MovesSynced(CheckpointToken),
+}
+
+/// A move, and where its bytes go in the buffer of its run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MoveTo {
+    from: u64,
+    bytes: u32,
+    run: usize,
+    at: usize,
+}
+
+/// Moves whose targets lie side by side: they are read one by one, and written as one.
+#[derive(Debug)]
+struct Run {
+    to: u64,
+    bytes: AlignedBuf,
+    /// Moves not read yet.
+    unread: usize,
 }
 
 #[derive(Debug, Default)]
@@ -30,10 +53,32 @@ pub(crate) struct Driver {
     syncing: Option<(BatchId, u64, AlignedBuf)>,
     in_flight: bool,
     step: Option<CheckpointToken>,
-    /// Moves of the step that are not done.
-    moves: usize,
-    /// Moves without a buffer yet.
-    unread: Vec<RelocationMove>,
+    /// Runs of the step, until each is written.
+    runs: Vec<Option<Run>>,
+    unwritten: usize,
+    /// Moves whose read was not asked for yet.
+    unread: Vec<MoveTo>,
+    reading: usize,
+}
+
+/// Sorts the moves of a step into runs.
+fn in_runs(mut moves: Vec<RelocationMove>) -> (Vec<Option<Run>>, Vec<MoveTo>) {
+    moves.sort_unstable_by_key(|m| m.to);
+    let mut lengths: Vec<(u64, usize, usize)> = Vec::new();
+    let mut parts = Vec::with_capacity(moves.len());
+    for m in &moves {
+        let new = lengths.last().is_none_or(|(to, len, _)| to + *len as u64 != m.to);
+        if new {
+            lengths.push((m.to, 0, 0));
+        }
+        let run = lengths.len() - 1;
+        let (_, len, count) = &mut lengths[run];
+        parts.push(MoveTo { from: m.from, bytes: m.bytes, run, at: *len });
+        *len += m.bytes as usize;
+        *count += 1;
+    }
+    let run = |(to, len, unread)| Some(Run { to, bytes: AlignedBuf::zeroed(len), unread });
+    (lengths.into_iter().map(run).collect(), parts)
 }
 
 impl<B: Buffer> ShardCore<B> {
@@ -75,9 +120,9 @@ impl<B: Buffer> ShardCore<B> {
             CheckpointStep::Idle | CheckpointStep::Wait => {}
             CheckpointStep::Relocate { token, moves } => {
                 self.journal.step = Some(token);
-                self.journal.moves = moves.len();
-                self.journal.unread = moves;
-                if self.journal.moves == 0 {
+                (self.journal.runs, self.journal.unread) = in_runs(moves);
+                self.journal.unwritten = self.journal.runs.len();
+                if self.journal.unwritten == 0 {
                     self.checkpoint_step_done(token);
                 } else {
                     self.read_moves();
@@ -102,14 +147,31 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     fn read_moves(&mut self) {
-        while let Some(m) = self.journal.unread.pop() {
+        while self.journal.reading < MOVES_READ_MAX
+            && let Some(m) = self.journal.unread.pop()
+        {
             let Some(buf) = self.buffers.take(m.bytes as usize, Purpose::Flush) else {
                 self.journal.unread.push(m);
                 return;
             };
+            self.journal.reading += 1;
             let token = self.expect(Pending::Journal(Step::MoveRead(m)));
             let range = 0..m.bytes as usize;
             self.out.push(Command::Read { token, offset: m.from, buf, range });
+        }
+    }
+
+    fn run_read(&mut self, m: MoveTo, bytes: &[u8]) {
+        let Some(slot) = self.journal.runs.get_mut(m.run) else { return };
+        let Some(run) = slot.as_mut() else { return };
+        run.bytes[m.at..m.at + bytes.len()].copy_from_slice(bytes);
+        run.unread -= 1;
+        if run.unread > 0 {
+            return;
+        }
+        if let Some(Run { to, bytes, .. }) = slot.take() {
+            let token = self.expect(Pending::Journal(Step::RunWritten));
+            self.out.push(Command::WriteMeta { token, offset: to, bytes, durable: false });
         }
     }
 
@@ -120,12 +182,13 @@ impl<B: Buffer> ShardCore<B> {
             debug_assert!(false, "only moves read");
             return;
         };
+        self.journal.reading -= 1;
         if !ok {
             return self.fail_store("a device read failed during a checkpoint");
         }
-        let token = self.expect(Pending::Journal(Step::MoveWritten));
-        let range = 0..m.bytes as usize;
-        self.out.push(Command::Write { token, offset: m.to, buf: Arc::new(buf), range });
+        self.run_read(m, &buf.bytes()[..m.bytes as usize]);
+        drop(buf);
+        self.read_moves();
     }
 
     pub(crate) fn journal_step_done(&mut self, step: Step, ok: bool) {
@@ -155,14 +218,17 @@ impl<B: Buffer> ShardCore<B> {
                 }
             }
             Step::Checkpoint(token) => self.checkpoint_step_done(token),
-            Step::MoveWritten => {
-                self.journal.moves -= 1;
-                if self.journal.moves == 0
-                    && let Some(token) = self.journal.step
+            Step::RunWritten => {
+                self.journal.unwritten -= 1;
+                if self.journal.unwritten == 0
+                    && let Some(step) = self.journal.step
                 {
-                    self.checkpoint_step_done(token);
+                    // Here, and not with the batch that records the moves: everybody's writes would wait for it there.
+                    let token = self.expect(Pending::Journal(Step::MovesSynced(step)));
+                    self.out.push(Command::Sync { token });
                 }
             }
+            Step::MovesSynced(token) => self.checkpoint_step_done(token),
             Step::MoveRead(_) => debug_assert!(false, "a read is not a write"),
         }
     }

@@ -385,6 +385,8 @@ impl Index {
     /// Moves blocks that are still where they were; a target nobody needs any more is released.
     fn apply_relocate(&mut self, inode: InodeId, chunk: ChunkIndex, moves: &[Move]) {
         let key = (inode, chunk);
+        let mut moves = moves.to_vec();
+        moves.sort_unstable_by_key(|m| m.from);
         let targets = moves.iter().map(|m| Run { start: m.to, blocks: m.blocks });
         if !self.chunks.contains_key(&key) {
             targets.for_each(|r| self.released.push(r));
@@ -392,9 +394,9 @@ impl Index {
         }
         self.mutate(key, |chunk, dropped| {
             dropped.extend(targets);
-            relocate_list(&mut chunk.extents, moves, dropped);
+            relocate_list(&mut chunk.extents, &moves, dropped);
             for pin in &mut chunk.pins {
-                relocate_list(&mut pin.extents, moves, dropped);
+                relocate_list(&mut pin.extents, &moves, dropped);
             }
             crate::extent::normalise(dropped);
             *dropped = crate::extent::subtract(dropped, &chunk.runs());
@@ -432,25 +434,28 @@ fn unpin_chunk(chunk: &mut Chunk, g: Generation, dropped: &mut Vec<Run>) {
     });
 }
 
+/// `moves` are sorted by where they come from.
 fn relocate_list(list: &mut ExtentList, moves: &[Move], dropped: &mut Vec<Run>) {
-    for m in moves {
-        let from = m.from..m.from + m.blocks;
-        // Make the move's ends boundaries of every extent that crosses them.
-        let mut cuts = Vec::new();
-        for e in &list.0 {
-            let here = e.location..e.run().end();
-            for at in [from.start, from.end] {
-                if at > here.start && at < here.end {
-                    cuts.push(e.first() + (at - here.start));
+    // Make the moves' ends boundaries of every extent that crosses them.
+    let mut cuts = Vec::new();
+    for e in &list.0 {
+        let (start, end) = (e.location, e.run().end());
+        let first = moves.partition_point(|m| m.from + m.blocks <= start);
+        for m in moves[first..].iter().take_while(|m| m.from < end) {
+            for at in [m.from, m.from + m.blocks] {
+                if at > start && at < end {
+                    cuts.push(e.first() + (at - start));
                 }
             }
         }
-        cuts.into_iter().for_each(|c| list.split_at(c));
-        for e in &mut list.0 {
-            if from.contains(&e.location) {
-                dropped.push(e.run());
-                e.location = m.to + (e.location - m.from);
-            }
+    }
+    cuts.into_iter().for_each(|c| list.split_at(c));
+    for e in &mut list.0 {
+        let i = moves.partition_point(|m| m.from + m.blocks <= e.location);
+        let here = |m: &&Move| (m.from..m.from + m.blocks).contains(&e.location);
+        if let Some(m) = moves.get(i).filter(here) {
+            dropped.push(e.run());
+            e.location = m.to + (e.location - m.from);
         }
     }
     list.coalesce();

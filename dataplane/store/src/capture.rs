@@ -36,11 +36,10 @@ const PIN_BYTES: usize = 16;
 const GLOBAL_BYTES: usize = 32;
 const PG_BYTES: usize = 24;
 
-pub(crate) fn chunk_len(c: &Chunk) -> usize {
+/// Stream bytes of a chunk without those of its current extents.
+pub(crate) fn chunk_overhead(c: &Chunk) -> usize {
     let list = |l: &ExtentList| l.0.iter().map(Extent::encoded_len).sum::<usize>();
-    CHUNK_BYTES
-        + list(&c.extents)
-        + c.pins.iter().map(|p| PIN_BYTES + list(&p.extents)).sum::<usize>()
+    CHUNK_BYTES + c.pins.iter().map(|p| PIN_BYTES + list(&p.extents)).sum::<usize>()
 }
 
 /// Stream bytes an area of `bytes` holds, with a page to spare for global state.
@@ -106,7 +105,8 @@ impl Capture {
             o.u64(p.extents.0.len() as u64);
             p.extents.0.iter().for_each(|e| e.encode(o));
         }
-        assert_eq!(o.len() - start, chunk_len(c), "the size counter is right");
+        let extents: usize = c.extents.0.iter().map(Extent::encoded_len).sum();
+        assert_eq!(o.len() - start, chunk_overhead(c) + extents, "the size counter is right");
     }
 
     pub(crate) fn session(&mut self, id: SessionId, w: &Window) {

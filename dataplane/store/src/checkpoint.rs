@@ -264,7 +264,7 @@ impl Store {
                 for ((inode, chunk), moves) in moves {
                     for moves in moves.chunks(MOVES_MAX) {
                         let record = Record::Relocate { inode, chunk, moves: moves.to_vec() };
-                        last = self.journal.append(record, Vec::new(), true, true);
+                        last = self.journal.append(record, Vec::new(), true, false);
                     }
                 }
                 let step = Relocation::Recorded(last);

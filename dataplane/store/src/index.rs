@@ -56,12 +56,18 @@ impl Chunk {
     }
     fn summary(&self) -> Summary {
         let mut s = Summary::default();
+        if self.is_empty() {
+            return s;
+        }
+        // A chunk of small writes has a thousand extents, and this is done with each of them: one pass.
         for e in &self.extents.0 {
             if e.origin.is_dirty() {
                 s.dirty += e.blocks();
             } else {
                 s.clean += e.blocks();
             }
+            s.encoded += e.encoded_len();
+            s.heap += crate::memory::extent_heap(e);
         }
         s.has_dirty = s.dirty > 0;
         s.pinned = !self.pins.is_empty();
@@ -78,8 +84,8 @@ impl Chunk {
             s.dirty = total(&runs);
         }
         s.extents = self.all_extents().count() as u32;
-        s.encoded = if self.is_empty() { 0 } else { crate::capture::chunk_len(self) };
-        s.heap = if self.is_empty() { 0 } else { crate::memory::chunk_heap(self) };
+        s.encoded += crate::capture::chunk_overhead(self);
+        s.heap += crate::memory::chunk_heap(self);
         s
     }
 }

@@ -35,16 +35,23 @@ const TALLY: u64 = tree(size_of::<InodeId>() + size_of::<u32>());
 // Live journal blocks come and go in runs: nodes are emptier than in a tree that only grows.
 const INLINE: u64 = tree(size_of::<u32>() + size_of::<ChunkKey>()) * 5 / 4;
 
-fn list(l: &ExtentList) -> u64 {
-    block(l.0.capacity() * size_of::<Extent>())
-        + l.0.iter().map(|e| block(e.crcs.len() * 4)).sum::<u64>()
+/// Heap of an extent's checksums.
+pub(crate) fn extent_heap(e: &Extent) -> u64 {
+    block(e.crcs.len() * 4)
 }
 
-/// Heap of a chunk.
+fn list(l: &ExtentList) -> u64 {
+    block(l.0.capacity() * size_of::<Extent>())
+}
+
+/// Heap of a chunk without what its current extents take one by one.
 pub(crate) fn chunk_heap(c: &Chunk) -> u64 {
     list(&c.extents)
         + block(c.pins.capacity() * size_of::<Pin>())
-        + c.pins.iter().map(|p| list(&p.extents)).sum::<u64>()
+        + c.pins
+            .iter()
+            .map(|p| list(&p.extents) + p.extents.0.iter().map(extent_heap).sum::<u64>())
+            .sum::<u64>()
 }
 
 /// Heap of a scope.

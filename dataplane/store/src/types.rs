@@ -305,7 +305,8 @@ pub enum CheckpointStep {
     /// Waits for a batch to become durable, for a read to be released, or for the step in flight.
     Wait,
     /// Copy each move's bytes as they are (their checksums move with them; a mismatch is the reader's
-    /// business, so that rot never blocks a checkpoint). No sync needed.
+    /// business, so that rot never blocks a checkpoint), and make the copies durable. Not with a batch: every
+    /// write of the batch would wait for that.
     Relocate {
         /// For `checkpoint_done`.
         token: CheckpointToken,

@@ -116,6 +116,10 @@ fn reading_after_releasing_the_guard_is_caught() {
     is_needed(Break::ReleaseEarly);
 }
 #[test]
+fn recording_moves_before_they_are_synced_is_caught() {
+    is_needed(Break::SkipRelocationSync);
+}
+#[test]
 fn superblocks_before_the_checkpoint_is_synced_is_caught() {
     is_needed(Break::SkipCheckpointSync);
 }

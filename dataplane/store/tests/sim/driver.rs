@@ -28,6 +28,8 @@ pub enum Break {
     ReleaseEarly,
     /// Superblocks without the sync before them.
     SkipCheckpointSync,
+    /// Records moves that are not durable.
+    SkipRelocationSync,
     /// Superblocks all at once, not durable one after another.
     SuperblocksUnordered,
     /// Credits a repeated write to the tag of the repetition (R19).
@@ -395,6 +397,9 @@ impl World {
                 for m in moves {
                     let bytes = self.disk.read(m.from, m.bytes as usize);
                     self.disk.write(m.to, &bytes);
+                }
+                if self.rule != Break::SkipRelocationSync {
+                    self.disk.sync_all();
                 }
                 self.step = Some((token, None));
             }
