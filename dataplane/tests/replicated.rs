@@ -5,6 +5,7 @@ mod common;
 
 use common::client::*;
 use common::*;
+use ebb_dataplane_protocol::control::{Control, ControlReply};
 use ebb_dataplane_protocol::*;
 
 const MIB: u64 = 1 << 20;
@@ -198,5 +199,55 @@ async fn a_silent_backup_is_given_up_and_not_waited_for_when_it_is_added_again()
         wishes.in_sync.iter().filter(|w| w.member == core(two)).count() == usize::from(PGS)
     })
     .await;
+    first.shutdown().await;
+}
+
+/// The epoch of its successor comes late to a primary that hands over, which has a lease all the while. The freeze keeps
+/// writes from it; that it yields keeps readers from what its successor has overwritten.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_primary_that_yielded_shows_nothing_that_its_successor_may_have_overwritten() {
+    let world = World::new(64 * MIB, 1).await;
+    world.meta().many = true;
+    let first = world.start().await;
+    let second = world.spawn_with(&world.another("beside")).await;
+    let (one, two) = (NODE, NodeId(NODE.0 + 1));
+    world.beats(4).await;
+    members(&world, &[one, two], &[], false).await;
+    let mut file = File::new(100);
+    let group = PgId::of_chunk(file.inode, ChunkIndex(0), PGS);
+    let reader = client(&world, first.port(), 11).await;
+    assert_eq!(reader.present(&file).await, Status::Ok);
+    reader.write(&file, 0, 0, b"before").await;
+
+    // It yields, and is taken back: the epoch did not come.
+    let meta = MetaPeer::new(&world, first.port()).await;
+    let epoch = reader.epoch;
+    for order in [Control::Freeze(group, epoch), Control::Yield(group, epoch)] {
+        assert_eq!(meta.control(order).await, ControlReply::Done);
+    }
+    assert_eq!(reader.read_status(&file, 0, 0, 6).await, Status::StaleEpoch);
+    assert_eq!(meta.control(Control::Thaw(group, epoch)).await, ControlReply::Done);
+    assert_eq!(reader.read(&file, 0, 0, 6).await, b"before");
+    reader.write(&file, 0, 0, b"thawed").await;
+
+    // It yields, the epoch comes, and then the one in which it is a member no more; it hears of neither.
+    for order in [Control::Freeze(group, epoch), Control::Yield(group, epoch)] {
+        assert_eq!(meta.control(order).await, ControlReply::Done);
+    }
+    world.meta().behind.insert(one);
+    members(&world, &[two, one], &[], true).await;
+    members(&world, &[two], &[], false).await;
+    let writer = client(&world, second.port(), 12).await;
+    file.least_map = writer.map_version;
+    assert_eq!(writer.present(&file).await, Status::Ok);
+    assert_eq!(writer.read(&file, 0, 0, 6).await, b"thawed");
+    writer.write(&file, 0, 0, b"behind").await;
+    // By the old map it is the primary, and in another group it serves.
+    let other = (1..1000).map(File::new);
+    let other = other.into_iter().find(|f| PgId::of_chunk(f.inode, ChunkIndex(0), PGS) != group);
+    let other = other.expect("some file is in another group");
+    assert_eq!(reader.present(&other).await, Status::Ok);
+    assert_eq!(reader.read(&other, 0, 0, 6).await, [0; 6], "its lease lives");
+    assert_eq!(reader.read_status(&file, 0, 0, 6).await, Status::StaleEpoch);
     first.shutdown().await;
 }

@@ -158,6 +158,12 @@ impl<B: Buffer> ShardCore<B> {
         if let Some(v) = by_map.filter(|v| self.placement.version() < *v) {
             return self.await_map(v, owed, None, body);
         }
+        // After a restart nothing is dropped before a map says whose the group is by now: the order may be from before
+        // this core got it back, as an in-sync member even (R45).
+        let gives_away = matches!(control, Control::ReleasePg(..) | Control::DiscardPg(..));
+        if gives_away && self.placement.map().is_none() {
+            return self.await_map(MapVersion(1), owed, None, body);
+        }
         if by_map.is_some_and(|v| self.placement.led_anew_since(v)) {
             // It may mean a group that another core leads by now, which it would hold for told.
             let text = "a group has changed its primary since that map".to_owned();

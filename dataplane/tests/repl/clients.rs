@@ -1,7 +1,10 @@
-//! Clients and the leader of the replication simulator.
+//! Clients of the replication simulator, and what is answered to them and to the leader.
 
+mod leader;
+
+use super::history::History;
 use super::troubles::Stage;
-use super::{CLUSTER, PGS, World, key};
+use super::{CLUSTER, PGS, SHARED, World, key};
 use ebb_dataplane::core::*;
 use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::checksum::block_pieces;
@@ -13,7 +16,12 @@ use rand::Rng;
 use std::collections::BTreeMap;
 
 const FILES: u64 = 4;
+/// Those that write.
 const SESSIONS: usize = 3;
+/// Who only reads.
+const READER: usize = SESSIONS;
+/// Writes of a cell that are not answered yet, at most.
+const WRITERS: usize = 2;
 /// Chunk, first byte and length: small ones that share blocks, and one too large for the journal; in two runs,
 /// which are in two groups as often as not.
 const CELLS: [(u32, u64, usize); 8] = [
@@ -29,6 +37,9 @@ const CELLS: [(u32, u64, usize); 8] = [
 const RUNS: usize = 2;
 /// Of each run.
 const LENGTHS: [u64; RUNS] = [RUN_BYTES, CHUNK_BYTES as u64 + 70_077];
+/// What fills a device comes in such pieces, so many.
+const PIECE_BYTES: u64 = 1 << 19;
+const PIECES: u32 = 24;
 const FILE_BYTES: u64 = LENGTHS[0] + LENGTHS[1];
 
 /// What a request was for.
@@ -39,13 +50,14 @@ pub enum Request {
         file: usize,
         cell: usize,
         value: u64,
+        session: usize,
     },
-    /// What it must show at least, and what was cut away when it was asked.
+    /// When it was asked, and how often the cell had been cut away by then.
     Read {
         file: usize,
         cell: usize,
-        least: u64,
-        cut: u64,
+        asked: u64,
+        cuts: u64,
     },
     Seal(usize, Generation, usize),
     Part(usize, Generation, usize),
@@ -58,6 +70,11 @@ pub enum Request {
     Hand(usize, PgEpoch, Stage),
     /// What a primary says it holds.
     Holding(PgId),
+    /// A node is no member any more.
+    Discard,
+    /// What fills a node's device, and its end.
+    Ballast,
+    Unload(u32, InodeId),
 }
 
 /// Bytes at their places; the rest is zeros.
@@ -72,13 +89,27 @@ pub struct S3 {
 
 #[derive(Clone, Debug, Default)]
 struct Cell {
-    acked: u64,
-    /// Asked for, not acked: value, session, sequence, and whether a request is under way.
-    pending: Option<(u64, usize, u64, bool)>,
-    /// The newest value a read has shown.
-    seen: u64,
-    /// Values up to this one were cut away: zeros, until a newer one comes.
-    cut: u64,
+    history: History,
+    /// Asked for, not acked.
+    pending: Vec<Pending>,
+}
+
+#[derive(Clone, Debug)]
+struct Pending {
+    value: u64,
+    session: usize,
+    sequence: u64,
+    /// Who was asked last, while the answer is out.
+    at: Option<u32>,
+}
+
+/// A client: it goes by the map that it has, until somebody refuses it.
+#[derive(Debug)]
+struct Session {
+    next: u64,
+    /// Sequences that are not answered.
+    open: Vec<u64>,
+    map: ClusterMap,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -103,6 +134,8 @@ struct File {
     inode: InodeId,
     generation: Generation,
     view: FileView,
+    /// The map in which generation and view became what they are: no grant of them is older.
+    since: MapVersion,
     cells: Vec<Cell>,
     flush: Flush,
     /// Requests of the leader under way, by run.
@@ -115,54 +148,90 @@ struct File {
 
 pub struct Files {
     all: Vec<File>,
-    /// Next sequence of each session, and those not answered.
-    sessions: Vec<(u64, Vec<u64>)>,
+    sessions: Vec<Session>,
+    /// Cells that are asked for more often than others.
+    hot: Vec<(usize, usize)>,
+    /// Writes without an answer, and when they are sent again.
+    again: Vec<(u64, usize, usize, u64)>,
     etags: u64,
     /// Inodes that are gone, and which runs' primaries were told, and are being asked.
     gone: BTreeMap<InodeId, ([bool; RUNS], [bool; RUNS])>,
-    last_inode: u64,
+    last_inode: InodeId,
+    /// What fills nodes' devices: of which node, the next piece, and whether it is to go.
+    ballast: BTreeMap<u32, (InodeId, u32, bool)>,
     /// No new work.
     still: bool,
 }
 
 impl Files {
-    pub fn new() -> Self {
-        let all = (1..=FILES).map(|n| File {
-            inode: InodeId(n * 7),
+    pub fn new(map: &ClusterMap, rng: &mut impl Rng) -> Self {
+        let mut last_inode = InodeId(0);
+        let all = (1..=FILES).map(|_| File {
+            inode: next_inode(&mut last_inode, 0..SHARED),
             generation: Generation(1),
             view: first_view(),
+            since: MapVersion(1),
             cells: vec![Cell::default(); CELLS.len()],
             flush: Flush::None,
             asked: [false; RUNS],
             notice: None,
             heard_cuts: [false; RUNS],
         });
-        let sessions = vec![(1, Vec::new()); SESSIONS];
-        let (gone, last_inode) = (BTreeMap::new(), FILES * 7);
-        Self { all: all.collect(), sessions, etags: 0, gone, last_inode, still: false }
+        let all = all.collect();
+        let session = |_| Session { next: 1, open: Vec::new(), map: map.clone() };
+        let mut any = || (rng.random_range(0..FILES as usize), rng.random_range(0..CELLS.len()));
+        Self {
+            all,
+            sessions: (0..=SESSIONS).map(session).collect(),
+            hot: (0..3).map(|_| any()).collect(),
+            again: Vec::new(),
+            etags: 0,
+            gone: BTreeMap::new(),
+            last_inode,
+            ballast: BTreeMap::new(),
+            still: false,
+        }
     }
 
     pub fn quiet(&self) -> bool {
         self.gone.values().all(|g| g.0 == [true; RUNS])
+            && self.ballast.is_empty()
             && self.all.iter().all(|f| {
                 f.flush == Flush::None
                     && f.notice.is_none()
                     && f.view.cuts.is_empty()
                     && f.asked == [false; RUNS]
-                    && f.cells.iter().all(|c| c.pending.is_none())
+                    && f.cells.iter().all(|c| c.pending.is_empty())
             })
     }
 
     pub fn busy(&self) -> String {
         format!(
             "{:?}",
-            self.all.iter().map(|f| (&f.flush, f.asked, &f.notice, &f.cells)).collect::<Vec<_>>()
+            self.all
+                .iter()
+                .map(|f| {
+                    let pending: Vec<_> = f.cells.iter().map(|c| &c.pending).collect();
+                    (&f.flush, f.asked, &f.notice, pending)
+                })
+                .collect::<Vec<_>>()
         )
     }
 }
 
 fn is_done(reply: &Reply<AlignedBuf>) -> bool {
     matches!(codec::decode(&reply.body), Ok(ControlReply::Done))
+}
+
+/// The next one of which both runs are in these groups.
+fn next_inode(last: &mut InodeId, groups: std::ops::Range<u16>) -> InodeId {
+    loop {
+        last.0 += 1;
+        let of = |run| PgId::of(*last, RunIndex(run), PGS).0;
+        if (0..RUNS as u32).all(|run| groups.contains(&of(run))) {
+            return *last;
+        }
+    }
 }
 
 fn first_view() -> FileView {
@@ -187,7 +256,13 @@ impl World {
         self.pg(file, CELLS[cell].0 as usize / RUN_CHUNKS as usize)
     }
 
-    fn grant(&self, file: usize, mode: GrantMode, session: SessionId) -> SignedGrant {
+    fn grant(
+        &self,
+        file: usize,
+        mode: GrantMode,
+        session: SessionId,
+        least: MapVersion,
+    ) -> SignedGrant {
         let f = &self.files.all[file];
         let grant = Grant {
             cluster: CLUSTER,
@@ -196,29 +271,45 @@ impl World {
             generation: f.generation,
             session,
             view: f.view.clone(),
-            least_map_version: self.map.version,
+            least_map_version: least,
             alloc_limit: 2 * RUN_BYTES,
         };
         SignedGrant::sign(&grant, &key())
     }
 
-    fn context(
-        &self,
-        (file, cell): (usize, usize),
-        session: SessionId,
-        sequence: u64,
-        below: u64,
-    ) -> DataContext {
+    fn context(&self, (file, cell): (usize, usize), s: usize, sequence: u64) -> DataContext {
         let f = &self.files.all[file];
+        let session = &self.files.sessions[s];
+        let below = session.open.iter().copied().min().unwrap_or(sequence);
         DataContext {
             generation: f.generation,
             view_version: f.view.version,
-            map_version: self.map.version,
-            pg_epoch: self.map.pgs[usize::from(self.pg_of(file, cell).0)].epoch,
+            map_version: session.map.version,
+            pg_epoch: session.map.pgs[usize::from(self.pg_of(file, cell).0)].epoch,
             content: f.view.content,
-            session,
+            session: SessionId(s as u64 + 1),
             sequence: Sequence(sequence),
             answered_below: Sequence(below),
+        }
+    }
+
+    /// Whom a client asks: by its map, which may be old as long as its grant is not younger.
+    fn asks(&mut self, s: usize, file: usize, cell: usize) -> Option<u32> {
+        let pg = usize::from(self.pg_of(file, cell).0);
+        let session = &mut self.files.sessions[s];
+        let old = session.map.version < self.map.version;
+        let must = session.map.version < self.files.all[file].since;
+        if old && (must || self.calm || self.rng.random_bool(0.1)) {
+            session.map = self.map.clone();
+        }
+        self.tally.old_maps += u64::from(session.map.pgs[pg].epoch < self.map.pgs[pg].epoch);
+        Some(session.map.pgs[pg].primary()?.node.0)
+    }
+
+    /// Who was refused looks for a newer map, soon or at once.
+    fn refused(&mut self, s: usize) {
+        if self.rng.random_bool(0.3) {
+            self.files.sessions[s].map = self.map.clone();
         }
     }
 
@@ -235,53 +326,77 @@ impl World {
     }
 
     pub fn client_step(&mut self) {
-        let (file, cell) =
-            (self.rng.random_range(0..FILES as usize), self.rng.random_range(0..CELLS.len()));
+        let (file, cell) = match self.rng.random_bool(0.5) {
+            true => self.files.hot[self.rng.random_range(0..self.files.hot.len())],
+            false => {
+                (self.rng.random_range(0..FILES as usize), self.rng.random_range(0..CELLS.len()))
+            }
+        };
         if self.rng.random_bool(0.3) {
             return self.read_cell(file, cell);
         }
         if self.rng.random_bool(0.04) {
             return self.truncate(file);
         }
-        if self.files.all[file].cells[cell].pending.is_none() {
+        let pending = self.files.all[file].cells[cell].pending.len();
+        if pending == 0 || (pending < WRITERS && self.rng.random_bool(0.3)) {
             let s = self.rng.random_range(0..SESSIONS);
             let session = &mut self.files.sessions[s];
-            let sequence = session.0;
-            session.0 += 1;
-            session.1.push(sequence);
-            let value = self.files.all[file].cells[cell].acked + 1;
-            self.files.all[file].cells[cell].pending = Some((value, s, sequence, false));
+            let sequence = session.next;
+            session.next += 1;
+            session.open.push(sequence);
+            let asked = self.tick();
+            let c = &mut self.files.all[file].cells[cell];
+            let value = c.history.asked(asked);
+            c.pending.push(Pending { value, session: s, sequence, at: None });
+            return self.write_cell(file, cell, pending);
         }
-        self.write_cell(file, cell);
+        let which = self.rng.random_range(0..pending);
+        self.write_cell(file, cell, which);
     }
 
-    /// Sends a pending write, with its grant before it.
-    fn write_cell(&mut self, file: usize, cell: usize) {
+    /// Writes that got no answer are sent again.
+    pub fn ask_again(&mut self) {
+        let now = self.now;
+        let due: Vec<_> = self.files.again.extract_if(.., |a| a.0 <= now).collect();
+        for (_, file, cell, value) in due {
+            let pending = &self.files.all[file].cells[cell].pending;
+            if let Some(which) = pending.iter().position(|p| p.value == value) {
+                self.write_cell(file, cell, which);
+            }
+        }
+    }
+
+    /// Sends a pending write, with its grant before it; also where an earlier request for it is still out, if that
+    /// was to another node.
+    fn write_cell(&mut self, file: usize, cell: usize, which: usize) {
         let f = &self.files.all[file];
-        let Some((value, s, sequence, false)) = f.cells[cell].pending else { return };
+        let Some(p) = f.cells[cell].pending.get(which).cloned() else { return };
         // No grant while a generation ends.
         if matches!(f.flush, Flush::Sealing(..)) {
             return;
         }
-        let Some(n) = self.primary(self.pg_of(file, cell)) else { return };
-        let session = SessionId(s as u64 + 1);
-        let below = self.files.sessions[s].1.iter().copied().min().unwrap_or(sequence);
-        self.present(n, file, session);
-        let (_, at, len) = CELLS[cell];
+        let Some(n) = self.asks(p.session, file, cell) else { return };
+        if p.at == Some(n) {
+            return;
+        }
+        let session = SessionId(p.session as u64 + 1);
+        self.present(n, file, session, self.files.sessions[p.session].map.version);
+        let (value, (_, at, len)) = (p.value, CELLS[cell]);
         let data = bytes_of(value, len);
         let header = self.header(Opcode::Write, file, cell);
-        let mut body = self.context((file, cell), session, sequence, below).encode().to_vec();
+        let mut body = self.context((file, cell), p.session, p.sequence).encode().to_vec();
         let crcs: Vec<u32> = block_pieces(at, len).map(|p| crc32c(&data[p])).collect();
         body.extend(encode_checksums(&crcs));
         let head = at as usize % 4096;
         let mut buf = AlignedBuf::zeroed((head + len).next_multiple_of(4096));
         buf.fill(0xbb);
         buf[head..head + len].copy_from_slice(&data);
-        if let Some(p) = &mut self.files.all[file].cells[cell].pending {
-            p.3 = true;
+        if let Some(p) = self.files.all[file].cells[cell].pending.get_mut(which) {
+            p.at = Some(n);
         }
         self.trace(|| format!("write file {file} cell {cell} value {value} at node {n}"));
-        let asked = Request::Write { file, cell, value };
+        let asked = Request::Write { file, cell, value, session: p.session };
         self.ask(
             n,
             Role::Client,
@@ -291,227 +406,99 @@ impl World {
         );
     }
 
-    fn present(&mut self, n: u32, file: usize, session: SessionId) {
-        let grant = self.grant(file, GrantMode::Write, session);
+    fn present(&mut self, n: u32, file: usize, session: SessionId, least: MapVersion) {
+        let grant = self.grant(file, GrantMode::Write, session, least);
         let header = Header::request(Opcode::Present, 0);
         self.ask(n, Role::Client, session, (header, codec::encode(&grant), None), Request::Present);
     }
 
     pub fn read_cell(&mut self, file: usize, cell: usize) {
-        let Some(n) = self.primary(self.pg_of(file, cell)) else { return };
-        let session = SessionId(9);
-        self.present(n, file, session);
+        let Some(n) = self.asks(READER, file, cell) else { return };
+        let session = SessionId(READER as u64 + 1);
+        self.present(n, file, session, self.files.sessions[READER].map.version);
         let header = self.header(Opcode::Read, file, cell);
-        let body = self.context((file, cell), session, 0, 0).encode().to_vec();
-        let c = &self.files.all[file].cells[cell];
-        let (least, cut) = (c.acked.max(c.seen), c.cut);
-        let asked = Request::Read { file, cell, least, cut };
+        let body = self.context((file, cell), READER, 0).encode().to_vec();
+        let asked = self.tick();
+        let cuts = self.files.all[file].cells[cell].history.cuts();
+        let asked = Request::Read { file, cell, asked, cuts };
         self.ask(n, Role::Client, session, (header, body, None), asked);
     }
 
-    // --- the leader ------------------------------------------------------------------------------------
+    // --- what fills a device ---------------------------------------------------------------------------------
 
-    pub fn leader_step(&mut self) {
-        let file = self.rng.random_range(0..FILES as usize);
-        let run = self.rng.random_range(0..RUNS);
-        match self.rng.random_range(0..10) {
-            0 | 1 => self.truncate(file),
-            2 if self.rng.random_bool(0.5) => self.remove(file),
-            3 => self.tell_of_gone(),
-            _ => self.leader_file(file, run),
-        }
-    }
-
-    /// The command commits; clients and the leader tell the primaries. Only what nobody is writing goes, so that it
-    /// is known what is left.
-    fn truncate(&mut self, file: usize) {
-        let at = start_of(self.rng.random_range(0..CELLS.len()));
-        let f = &mut self.files.all[file];
-        let after = |cell: &usize| start_of(*cell) >= at;
-        let busy = (0..CELLS.len()).filter(after).any(|c| f.cells[c].pending.is_some());
-        if busy || f.flush != Flush::None || f.notice.is_some() || f.view.cuts.len() >= 8 {
-            return;
-        }
-        for cell in (0..CELLS.len()).filter(after) {
-            f.cells[cell].cut = f.cells[cell].acked;
-        }
-        f.view.cuts.push(Cut { generation: f.generation, at });
-        f.view.version = ViewVersion(f.view.version.0 + 1);
-        f.generation = f.generation.next();
-        f.heard_cuts = [false; RUNS];
-        if let Some(b) = f.view.backing.as_mut() {
-            b.limit = b.limit.min(at);
-        }
-        self.tally.cuts += 1;
-        self.trace(|| format!("file {file} is cut at {at}"));
-        // Several clients may learn of it at once.
-        for session in 1..=self.rng.random_range(0..=SESSIONS as u64) {
-            for run in 0..RUNS {
-                if let Some(n) = self.primary(self.pg(file, run)) {
-                    self.present(n, file, SessionId(session));
-                }
+    /// A file of a group that only this node has grows until there is no space, or goes.
+    pub fn fill_device(&mut self, n: u32) {
+        let group = SHARED + n as u16 - 1;
+        match self.files.ballast.get_mut(&n) {
+            Some(ballast) => ballast.2 = true,
+            None => {
+                self.tally.fills += 1;
+                self.trace(|| format!("the device of node {n} fills up"));
+                let inode = next_inode(&mut self.files.last_inode, SHARED..PGS);
+                let inode = (inode.0..).map(InodeId);
+                let inode = inode.into_iter().find(|i| PgId::of(*i, RunIndex(0), PGS).0 == group);
+                let inode = inode.expect("some inode is");
+                self.files.last_inode = inode;
+                self.files.ballast.insert(n, (inode, 0, false));
             }
         }
     }
 
-    /// A file goes, and another one takes its name.
-    fn remove(&mut self, file: usize) {
-        let f = &mut self.files.all[file];
-        let busy = f.asked != [false; RUNS] || f.cells.iter().any(|c| c.pending.is_some());
-        if busy || f.flush != Flush::None || f.notice.is_some() {
-            return;
-        }
-        self.files.last_inode += 1;
-        self.files.gone.insert(f.inode, ([false; RUNS], [false; RUNS]));
-        (f.inode, f.generation) = (InodeId(self.files.last_inode), Generation(1));
-        (f.view, f.heard_cuts) = (first_view(), [false; RUNS]);
-        f.cells.iter_mut().for_each(|c| c.cut = c.acked);
-        self.tally.removed += 1;
-        self.trace(|| format!("file {file} is gone"));
-    }
-
-    fn tell_of_gone(&mut self) {
-        let owed = |g: &([bool; RUNS], [bool; RUNS])| (0..RUNS).find(|r| !g.0[*r] && !g.1[*r]);
-        let next = self.files.gone.iter().find_map(|(i, g)| Some((*i, owed(g)?)));
-        let Some((inode, run)) = next else { return };
-        let pg = PgId::of(inode, RunIndex(run as u32), PGS);
-        let Some(n) = self.primary(pg) else { return };
-        self.files.gone.get_mut(&inode).expect("known").1[run] = true;
-        let drop = Control::DropInodes(self.map.version, vec![inode]);
-        self.meta_ask(n, &drop, Request::Drop(inode, run));
-    }
-
-    fn leader_file(&mut self, file: usize, run: usize) {
-        let f = &self.files.all[file];
-        let Some(n) = self.primary(self.pg(file, run)) else { return };
-        if f.asked[run] {
-            return;
-        }
-        let (inode, g) = (f.inode, f.generation);
-        let version = self.map.version;
-        if let Some((told, heard)) = f.notice.clone() {
-            if !heard[run] {
-                let notice = match told {
-                    Told::Done(done) => Control::FlushDone(version, vec![done]),
-                    Told::Aborted(g) => Control::FlushAborted(version, vec![(inode, g)]),
-                };
-                self.control(n, file, run, &notice, Request::Notice(file, run));
-            }
-            return;
-        }
-        if !f.view.cuts.is_empty() {
-            if !f.heard_cuts[run] {
-                let asked = Request::Cut(file, run, f.view.version);
-                let views =
-                    Control::ApplyViews(vec![self.grant(file, GrantMode::Read, SessionId(0))]);
-                self.control(n, file, run, &views, asked);
-            }
-            return;
-        }
-        match f.flush.clone() {
-            Flush::None => {
-                if !self.files.still {
-                    self.files.all[file].flush = Flush::Sealing(g, [false; RUNS]);
-                }
-            }
-            Flush::Sealing(g, sealed) => {
-                if !sealed[run] {
-                    let item = SealItem { inode, generation: g, alloc_limit: 2 * RUN_BYTES };
-                    let seal = Control::Seal(version, vec![item]);
-                    self.control(n, file, run, &seal, Request::Seal(file, g, run));
-                }
-            }
-            Flush::Sealed(g) => {
-                if self.rng.random_bool(0.2) {
-                    return self.abort(file, g);
-                }
-                self.files.all[file].flush = Flush::Putting(g, [const { None }; RUNS]);
-            }
-            Flush::Putting(g, parts) => {
-                if self.rng.random_bool(0.03) {
-                    return self.abort(file, g);
-                }
-                if parts[run].is_none() {
-                    let part = UploadPart {
-                        inode,
-                        generation: g,
-                        grant: self.grant(file, GrantMode::Read, SessionId(0)),
-                        key: format!("file-{file}"),
-                        upload_id: format!("{g}"),
-                        part_number: run as u32 + 1,
-                        run: RunIndex(run as u32),
-                        length: LENGTHS[run] as u32,
-                    };
-                    let part = Control::UploadPart(part);
-                    self.control(n, file, run, &part, Request::Part(file, g, run));
-                }
+    pub fn drive_ballast(&mut self) {
+        let all: Vec<_> = self.files.ballast.iter().map(|(n, b)| (*n, *b)).collect();
+        for (n, (inode, piece, goes)) in all {
+            if goes || self.files.still {
+                let drop = Control::DropInodes(self.map.version, vec![inode]);
+                self.meta_ask(n, &drop, Request::Unload(n, inode));
+            } else if piece < PIECES {
+                self.files.ballast.insert(n, (inode, piece + 1, false));
+                self.write_ballast(n, inode, piece);
             }
         }
     }
 
-    fn abort(&mut self, file: usize, g: Generation) {
-        self.tally.aborted += 1;
-        let f = &mut self.files.all[file];
-        f.flush = Flush::None;
-        f.notice = Some((Told::Aborted(g), [false; RUNS]));
-    }
-
-    fn control(&mut self, n: u32, file: usize, run: usize, control: &Control, asked: Request) {
-        self.files.all[file].asked[run] = true;
-        self.meta_ask(n, control, asked);
-    }
-
-    pub fn meta_ask(&mut self, n: u32, control: &Control, asked: Request) {
-        self.trace(|| format!("leader asks node {n}: {asked:?}"));
-        let header = Header::request(Opcode::Control, 0);
-        self.ask(n, Role::Meta, SessionId(0), (header, codec::encode(control), None), asked);
-    }
-
-    pub fn s3_call(&mut self, job: Job<AlignedBuf>) -> JobDone<AlignedBuf> {
-        let token = job.token;
-        match job.work {
-            Work::Fetch { key, etag, range, mut buf, at } => {
-                let object = self.s3.objects.get(&key).filter(|o| o.0 == etag);
-                let result = match object {
-                    Some((_, body)) => {
-                        let len = (range.end - range.start) as usize;
-                        let target = &mut buf[at..at + len];
-                        target.fill(0);
-                        for (start, bytes) in body {
-                            let (from, to) = (*start.max(&range.start), start + bytes.len() as u64);
-                            let to = to.min(range.end);
-                            if from < to {
-                                let part = &bytes[(from - start) as usize..(to - start) as usize];
-                                let place = (from - range.start) as usize;
-                                target[place..place + part.len()].copy_from_slice(part);
-                            }
-                        }
-                        Ok(())
-                    }
-                    None => Err(FetchError::Changed),
-                };
-                JobDone::Fetched { token, buf, result }
-            }
-            Work::UploadPart { key, part_number, body, .. } => {
-                let mut start = LENGTHS[..part_number as usize - 1].iter().sum::<u64>();
-                let mut bytes = Sparse::new();
-                for piece in body {
-                    match piece {
-                        Piece::Buf(buf, range) => {
-                            let len = range.len() as u64;
-                            bytes.push((start, buf[range].to_vec()));
-                            start += len;
-                        }
-                        Piece::Zeros(n) => start += n as u64,
-                    }
-                }
-                self.files.etags += 1;
-                let etag = format!("p{}", self.files.etags);
-                self.s3.parts.insert(format!("{key}.{etag}"), bytes);
-                JobDone::Stored { token, outcome: StoreOutcome::Stored { etag } }
-            }
-            other => panic!("not asked for here: {other:?}"),
-        }
+    fn write_ballast(&mut self, n: u32, inode: InodeId, piece: u32) {
+        let session = SessionId(99);
+        let grant = Grant {
+            cluster: CLUSTER,
+            inode,
+            mode: GrantMode::Write,
+            generation: Generation(1),
+            session,
+            view: first_view(),
+            least_map_version: self.map.version,
+            alloc_limit: RUN_BYTES,
+        };
+        let grant = codec::encode(&SignedGrant::sign(&grant, &key()));
+        let header = Header::request(Opcode::Present, 0);
+        self.ask(n, Role::Client, session, (header, grant, None), Request::Ballast);
+        let pg = PgId::of(inode, RunIndex(0), PGS);
+        let at = u64::from(piece) * PIECE_BYTES;
+        let header = Header {
+            inode,
+            chunk: ChunkIndex((at / u64::from(CHUNK_BYTES)) as u32),
+            offset: (at % u64::from(CHUNK_BYTES)) as u32,
+            length: PIECE_BYTES as u32,
+            pg,
+            ..Header::request(Opcode::Write, 0)
+        };
+        let context = DataContext {
+            generation: Generation(1),
+            view_version: ViewVersion(1),
+            map_version: self.map.version,
+            pg_epoch: self.map.pgs[usize::from(pg.0)].epoch,
+            content: ContentId(1),
+            session,
+            sequence: Sequence(inode.0 * 100 + u64::from(piece)),
+            answered_below: Sequence(0),
+        };
+        let buf = AlignedBuf::zeroed(PIECE_BYTES as usize);
+        let mut body = context.encode().to_vec();
+        let pieces = block_pieces(0, PIECE_BYTES as usize);
+        let crcs: Vec<u32> = pieces.map(|p| crc32c(&buf[p])).collect();
+        body.extend(encode_checksums(&crcs));
+        let header = header.with_payload(PIECE_BYTES as u32);
+        self.ask(n, Role::Client, session, (header, body, Some(buf)), Request::Ballast);
     }
 
     // --- answers -----------------------------------------------------------------------------------------
@@ -520,26 +507,38 @@ impl World {
         let status = reply.header.status;
         match asked {
             Request::Present => {}
-            Request::Write { file, cell, value } => {
+            Request::Write { file, cell, value, session } => {
+                let done = status == Status::Ok || status == Status::Answered;
+                if !done {
+                    self.refused(session);
+                    return self.lost(Request::Write { file, cell, value, session });
+                }
+                let now = self.tick();
                 let c = &mut self.files.all[file].cells[cell];
-                let Some(p) = c.pending.as_mut().filter(|p| p.0 == value) else { return };
-                p.3 = false;
-                if status == Status::Ok || status == Status::Answered {
-                    let (_, s, sequence, _) = *p;
-                    c.acked = value;
-                    c.pending = None;
-                    self.files.sessions[s].1.retain(|q| *q != sequence);
-                    self.tally.acked += 1;
-                    self.trace(|| format!("acked file {file} cell {cell} value {value}"));
+                let Some(at) = c.pending.iter().position(|p| p.value == value) else { return };
+                let p = c.pending.remove(at);
+                c.history.known(value, now);
+                self.files.sessions[p.session].open.retain(|q| *q != p.sequence);
+                self.tally.acked += 1;
+                self.trace(|| format!("acked file {file} cell {cell} value {value}"));
+            }
+            Request::Read { file, cell, asked, cuts } => {
+                if status != Status::Ok {
+                    self.refused(READER);
+                } else if self.files.all[file].cells[cell].history.cuts() == cuts {
+                    // Cut while it was under way: either is right.
+                    self.check_read(file, cell, asked, &reply);
                 }
             }
-            Request::Read { file, cell, least, cut } => {
-                // Cut while it was under way: either is right.
-                if status == Status::Ok && self.files.all[file].cells[cell].cut == cut {
-                    self.check_read(file, cell, least, &reply);
+            Request::Ballast => self.tally.full += u64::from(status == Status::NoSpace),
+            Request::Discard => {}
+            Request::Unload(n, inode) => {
+                if is_done(&reply) && self.files.ballast.get(&n).is_some_and(|b| b.0 == inode) {
+                    self.files.ballast.remove(&n);
                 }
             }
             Request::Seal(file, g, run) => {
+                let version = self.map.version;
                 let f = &mut self.files.all[file];
                 f.asked[run] = false;
                 let done = matches!(
@@ -553,7 +552,7 @@ impl World {
                 {
                     sealed[run] = true;
                     if *sealed == [true; RUNS] {
-                        f.generation = g.next();
+                        (f.generation, f.since) = (g.next(), version);
                         f.flush = Flush::Sealed(g);
                     }
                 }
@@ -638,7 +637,9 @@ impl World {
         let key = format!("file-{file}.{etag}");
         self.s3.objects.insert(key.clone(), (etag.clone(), body));
         self.trace(|| format!("flushed file {file} generation {g} as {etag}"));
+        let version = self.map.version;
         let f = &mut self.files.all[file];
+        f.since = version;
         let old_valid_bytes = f.view.backing.as_ref().map_or(0, Backing::valid_bytes);
         let old_content = f.view.content;
         f.view.content = ContentId(old_content.0 + 1);
@@ -661,16 +662,20 @@ impl World {
     pub fn lost(&mut self, asked: Request) {
         match asked {
             Request::Present | Request::Read { .. } | Request::Holding(_) => {}
+            Request::Ballast | Request::Unload(..) | Request::Discard => {}
             Request::Drop(inode, run) => {
                 self.files.gone.get_mut(&inode).expect("known").1[run] = false;
             }
             Request::Hand(at, epoch, stage) => self.handed(at, epoch, stage, false),
-            Request::Write { file, cell, value } => {
-                if let Some(p) = &mut self.files.all[file].cells[cell].pending
-                    && p.0 == value
-                {
-                    p.3 = false;
-                }
+            Request::Write { file, cell, value, .. } => {
+                let pending = &mut self.files.all[file].cells[cell].pending;
+                let Some(p) = pending.iter_mut().find(|p| p.value == value) else { return };
+                p.at = None;
+                let after = if self.rng.random_bool(0.6) { 20 } else { 800 };
+                let due = self.now + self.rng.random_range(0..after);
+                // Once for each, however often it is refused.
+                self.files.again.retain(|a| (a.1, a.2, a.3) != (file, cell, value));
+                self.files.again.push((due, file, cell, value));
             }
             Request::Seal(file, _, run)
             | Request::Notice(file, run)
@@ -679,7 +684,7 @@ impl World {
         }
     }
 
-    fn check_read(&mut self, file: usize, cell: usize, least: u64, reply: &Reply<AlignedBuf>) {
+    fn check_read(&mut self, file: usize, cell: usize, asked: u64, reply: &Reply<AlignedBuf>) {
         let mut bytes = Vec::new();
         for piece in &reply.payload {
             match piece {
@@ -691,18 +696,12 @@ impl World {
         let from = at as usize - reply.header.offset as usize;
         let got = &bytes[from..from + len];
         let value = u64::from_le_bytes(got[..8].try_into().expect("eight bytes"));
-        let c = &mut self.files.all[file].cells[cell];
-        let (cut, most) = (c.cut, c.pending.map_or(c.acked, |p| p.0));
-        // Zeros are what a cut left.
-        let state = if value == 0 { cut } else { value };
-        assert!(
-            got == bytes_of(value, len)
-                && (least..=most).contains(&state)
-                && (value == 0 || value > cut),
-            "file {file} cell {cell} reads {value}; acked before it was asked {least}, asked for {most}, \
-             cut away {cut}"
-        );
-        c.seen = c.seen.max(state);
+        assert!(got == bytes_of(value, len), "file {file} cell {cell} is torn around {value}");
+        let now = self.tick();
+        let history = &mut self.files.all[file].cells[cell].history;
+        if let Err(why) = history.shown(value, asked, now) {
+            panic!("file {file} cell {cell} reads {value}, asked at {asked}: {why}: {history:?}");
+        }
         self.tally.reads += 1;
     }
 
@@ -714,7 +713,9 @@ impl World {
         for file in 0..FILES as usize {
             (0..RUNS).for_each(|run| self.leader_file(file, run));
             for cell in 0..CELLS.len() {
-                self.write_cell(file, cell);
+                for which in 0..self.files.all[file].cells[cell].pending.len() {
+                    self.write_cell(file, cell, which);
+                }
             }
         }
     }
@@ -744,7 +745,7 @@ impl World {
 impl World {
     /// Nothing is held by a primary that is gone, and no group is frozen.
     pub fn check_holdings(&mut self) {
-        for pg in (0..PGS).map(PgId) {
+        for pg in (0..SHARED).map(PgId) {
             if let Some(n) = self.primary(pg) {
                 self.meta_ask(n, &Control::PgStatus(pg), Request::Holding(pg));
             }

@@ -2,6 +2,7 @@
 #![allow(unreachable_pub)]
 
 mod clients;
+mod history;
 mod troubles;
 
 use super::device::Device;
@@ -17,9 +18,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 pub const CLUSTER: ClusterId = ClusterId(3);
-pub const PGS: u16 = 2;
+/// Groups with several members, the first ones; and one that is each node's alone.
+pub const SHARED: u16 = 2;
 const NODES: u32 = 3;
-const DEVICE_BYTES: u64 = 24 << 20;
+pub const PGS: u16 = SHARED + NODES as u16;
+/// Seven MiB of it for data, so that there is an end of it.
+const DEVICE_BYTES: u64 = 12 << 20;
+/// Without an answer by then a call has failed.
+const CALL_MS: u64 = 3_000;
 const LEASE_MS: u64 = 400;
 const DRIFT_MS: u64 = 50;
 
@@ -66,6 +72,13 @@ pub struct Tally {
     pub removed: u64,
     pub hand_overs: u64,
     pub thaws: u64,
+    pub lost_replies: u64,
+    pub old_maps: u64,
+    pub slow_links: u64,
+    pub fills: u64,
+    pub full: u64,
+    pub discards: u64,
+    pub relapses: u64,
 }
 
 impl Tally {
@@ -93,6 +106,13 @@ impl Tally {
             self.removed,
             self.hand_overs,
             self.thaws,
+            self.lost_replies,
+            self.old_maps,
+            self.slow_links,
+            self.fills,
+            self.full,
+            self.discards,
+            self.relapses,
         ]
         .iter()
         .all(|n| *n > 0)
@@ -120,6 +140,13 @@ impl Tally {
         self.removed += o.removed;
         self.hand_overs += o.hand_overs;
         self.thaws += o.thaws;
+        self.lost_replies += o.lost_replies;
+        self.old_maps += o.old_maps;
+        self.slow_links += o.slow_links;
+        self.fills += o.fills;
+        self.full += o.full;
+        self.discards += o.discards;
+        self.relapses += o.relapses;
     }
 }
 
@@ -144,6 +171,8 @@ struct Link {
     /// Delivered, not answered: request id and the caller's token.
     served: BTreeMap<u64, Token>,
     answers: VecDeque<(Token, Header, Vec<u8>)>,
+    /// When each of those without an answer was sent.
+    sent: BTreeMap<Token, u64>,
 }
 
 /// What was sent on a link that is over.
@@ -157,13 +186,29 @@ pub struct World {
     /// What was sent on links that their caller gave up, and may arrive until the next link's first frame does.
     late: BTreeMap<(u32, u32), Late>,
     cut_links: BTreeSet<(u32, u32)>,
+    /// These deliver little.
+    slow_links: BTreeSet<(u32, u32)>,
+    /// These end often.
+    flaky_links: BTreeSet<(u32, u32)>,
     next_link: u64,
     next_request: u64,
+    /// Number of the last event that a client saw.
+    event: u64,
     pub map: ClusterMap,
+    /// Members that a group is to have.
+    copies: usize,
+    /// How often a node has a heartbeat, in each turn.
+    beat: f64,
+    /// Completions and messages of a turn, at most.
+    pace: usize,
     /// What was asked of the metadata plane, and when it gets to it; `true`: to make in-sync.
     wishes: Vec<(u64, bool, Wish)>,
     /// Groups that are being handed over.
     hand_overs: BTreeMap<usize, troubles::HandOver>,
+    /// Troubles that follow others, and when.
+    soon: Vec<(u64, troubles::Soon)>,
+    /// Nodes that are to drop a group, as of an epoch, and when they hear of it.
+    discards: Vec<(u64, u32, PgId, PgEpoch)>,
     /// What clients and the leader asked.
     asked: BTreeMap<u64, (u32, Asked)>,
     pub s3: S3,
@@ -215,7 +260,7 @@ impl World {
         let map = ClusterMap {
             version: MapVersion(1),
             cluster: CLUSTER,
-            pgs: vec![pg(&[1, 2]), pg(&[2, 3])],
+            pgs: vec![pg(&[1, 2]), pg(&[2, 3]), pg(&[1]), pg(&[2]), pg(&[3])],
             ..ClusterMap::default()
         };
         let nodes = (1..=NODES).map(|n| {
@@ -232,27 +277,43 @@ impl World {
             };
             (n, node)
         });
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let files = Files::new(&map, &mut rng);
         let mut world = Self {
-            rng: SmallRng::seed_from_u64(seed),
+            copies: if rng.random_bool(0.5) { 3 } else { 2 },
+            beat: [0.03, 0.03, 0.01][rng.random_range(0..3)],
+            pace: [8, 20, 50][rng.random_range(0..3)],
+            rng,
             now: 1,
             nodes: nodes.collect(),
             links: BTreeMap::new(),
             late: BTreeMap::new(),
             wishes: Vec::new(),
             hand_overs: BTreeMap::new(),
+            soon: Vec::new(),
+            discards: Vec::new(),
+            slow_links: BTreeSet::new(),
+            flaky_links: BTreeSet::new(),
+            event: 0,
             cut_links: BTreeSet::new(),
             next_link: 1,
             next_request: 1,
             map,
             asked: BTreeMap::new(),
             s3: S3::default(),
-            files: Files::new(),
+            files,
             traced: std::env::var_os("EBB_SIM_TRACE").is_some(),
             calm: false,
             tally: Tally::default(),
         };
         world.heartbeats();
         world
+    }
+
+    /// Of what clients see, one after the other.
+    fn tick(&mut self) -> u64 {
+        self.event += 1;
+        self.event
     }
 
     pub fn trace(&self, text: impl FnOnce() -> String) {
@@ -280,13 +341,19 @@ impl World {
         self.now += self.rng.random_range(0..6);
         for n in 1..=NODES {
             let soon = self.nodes[&n].refresh && self.rng.random_bool(0.1);
-            if soon || self.rng.random_bool(0.03) {
+            if soon || self.rng.random_bool(self.beat) {
                 self.heartbeat(n);
             }
         }
-        for _ in 0..self.rng.random_range(1..8) {
+        self.what_follows();
+        self.ask_again();
+        if self.rng.random_bool(0.1) {
+            self.drive_ballast();
+        }
+        for _ in 0..self.rng.random_range(1..self.pace) {
             self.one_thing();
         }
+        self.time_out();
         let alive: Vec<u32> =
             self.nodes.iter().filter(|n| n.1.core.is_some()).map(|n| *n.0).collect();
         for n in alive {
@@ -305,12 +372,21 @@ impl World {
             let node = self.nodes.get_mut(&n).expect("known");
             node.core = Some(open(&mut node.device));
             self.registered(n);
+            self.relapse(n);
         }
+    }
+
+    /// Calls without an answer fail, and with them what else is on their link.
+    fn time_out(&mut self) {
+        let now = self.now;
+        let late = |l: &Link| l.sent.values().any(|sent| sent + CALL_MS < now);
+        let late: Vec<_> = self.links.iter().filter(|l| late(l.1)).map(|l| *l.0).collect();
+        late.into_iter().for_each(|pair| self.break_link(pair));
     }
 
     /// A new process registers: what the old one asked for is void where it leads others (R45).
     fn registered(&mut self, n: u32) {
-        for at in 0..usize::from(PGS) {
+        for at in 0..usize::from(SHARED) {
             let e = &self.map.pgs[at];
             if e.primary() == Some(shard(n)) && e.members.len() + e.syncing.len() > 1 {
                 let version = MapVersion(self.map.version.0 + 1);
@@ -379,6 +455,12 @@ impl World {
             }
             return;
         }
+        if !self.calm && self.flaky_links.contains(&pair) && self.rng.random_bool(0.04) {
+            return self.link_failed(pair);
+        }
+        if !self.calm && self.slow_links.contains(&pair) && self.rng.random_bool(0.93) {
+            return;
+        }
         if self.rng.random_bool(0.05) {
             self.deliver_late(pair);
         }
@@ -387,6 +469,7 @@ impl World {
         } else {
             let link = self.links.get_mut(&pair).expect("known");
             if let Some((token, header, body)) = link.answers.pop_front() {
+                link.sent.remove(&token);
                 let id = link.id;
                 let outcome = Ok((header, body));
                 self.handle(pair.0, Event::Answer(Answer { token, link: id, outcome, buf: None }));
@@ -411,8 +494,10 @@ impl World {
                 calls: VecDeque::new(),
                 served: BTreeMap::new(),
                 answers: VecDeque::new(),
+                sent: BTreeMap::new(),
             }
         });
+        link.sent.insert(call.token, self.now);
         link.calls.push_back(call);
     }
 
@@ -439,6 +524,7 @@ impl World {
             self.tally.late_frames += 1;
             self.next_request += 1;
             self.hand_over(pair, conn, self.next_request, call);
+            self.relapse(pair.0);
         }
     }
 
@@ -488,6 +574,11 @@ impl World {
     fn replied(&mut self, n: u32, reply: Reply<AlignedBuf>) {
         let id = reply.header.request_id;
         if let Some((_, asked)) = self.asked.remove(&id) {
+            // The client's connection ended before it got there.
+            if !self.calm && self.rng.random_bool(0.08) {
+                self.tally.lost_replies += 1;
+                return self.lost(asked);
+            }
             return self.answered(asked, reply);
         }
         let link = self.links.values_mut().find(|l| ConnRef(l.id.0) == reply.conn);
@@ -574,13 +665,16 @@ impl World {
             }
         }
         self.late.clear();
+        self.soon.clear();
+        self.slow_links.clear();
+        self.flaky_links.clear();
         self.settle("after healing");
         self.check_all("after healing");
         // The other members have to be able to go on alone.
         for round in 0..3 {
             // A primary that is there gives its place away, whatever it went through. A member that comes
             // meanwhile makes the attempt void.
-            for at in 0..usize::from(PGS) {
+            for at in 0..usize::from(SHARED) {
                 let what = format!("round {round}, group {at} is handed over");
                 let before = self.tally.hand_overs;
                 for _ in 0..20 {
@@ -593,7 +687,7 @@ impl World {
                 assert!(self.tally.hand_overs > before, "{what}, in vain");
             }
             self.check_all(&format!("round {round}, handed over"));
-            for at in 0..usize::from(PGS) {
+            for at in 0..usize::from(SHARED) {
                 if self.map.pgs[at].members.len() < 2 {
                     continue;
                 }
@@ -613,18 +707,34 @@ impl World {
         }
     }
 
+    /// Everything that was asked for is done; nobody is added or replaced meanwhile.
+    fn retry_until_quiet(&mut self) {
+        for i in 0..200_000 {
+            if self.asked.is_empty() && self.files.quiet() {
+                return;
+            }
+            if i % 50 == 0 {
+                self.heartbeats();
+                self.retry_all();
+            }
+            self.turn();
+        }
+        panic!("asked {:?} files {}", self.asked, self.files.busy());
+    }
+
     fn settle(&mut self, what: &str) {
         for i in 0..200_000 {
             if i % 10 == 0 {
                 self.heartbeats();
                 self.meta_step();
-                (0..usize::from(PGS)).for_each(|at| self.drive_hand_over(at));
+                (0..usize::from(SHARED)).for_each(|at| self.drive_hand_over(at));
             }
             if i % 50 == 0 {
                 self.retry_all();
             }
             self.turn();
-            let whole = self.map.pgs.iter().all(|e| e.members.len() >= 2 && e.syncing.is_empty());
+            let shared = &self.map.pgs[..usize::from(SHARED)];
+            let whole = shared.iter().all(|e| e.members.len() >= 2 && e.syncing.is_empty());
             let idle = self
                 .nodes
                 .values()

@@ -57,6 +57,8 @@ struct Copied {
     pins: Vec<Generation>,
     /// Numbers of the staged blocks that a list was appended over.
     used: BTreeSet<u16>,
+    /// The newest record of a chunk.
+    last_chunk: Option<Ticket>,
 }
 
 impl<B> Follow<B> {
@@ -365,6 +367,12 @@ impl<B: Buffer> ShardCore<B> {
         {
             copy.touched.insert(scope(inode));
         }
+        if looks_at_what_is_known(&item.ship)
+            && let Some(chunk) = self.copied(pg).and_then(|copy| copy.last_chunk)
+            && !self.store.is_durable(chunk)
+        {
+            return Err(Some(()));
+        }
         match &item.ship {
             Ship::Write(w) => {
                 let State::Write(plan) = &item.state else { return Err(None) };
@@ -429,7 +437,8 @@ impl<B: Buffer> ShardCore<B> {
                 let key = (list.inode, list.chunk);
                 let entries = copy.entries.get(&key).cloned().unwrap_or_default();
                 let done = self.store.copy_list(list, &copy.staged, &copy.crcs, left, entries);
-                if done.is_ok() {
+                if let Ok(ticket) = &done {
+                    copy.last_chunk = Some(*ticket);
                     copy.pins = pins;
                     let numbers = |e: &CopiedExtent| e.staged..e.staged + e.blocks;
                     copy.used.extend(list.extents.iter().flat_map(numbers));
@@ -537,6 +546,13 @@ impl<B: Buffer> ShardCore<B> {
             _ => self.reply(owed, Status::Ok, Vec::new()),
         }
     }
+}
+
+/// Whether the store appends nothing where nothing is known of the inode. Of what was copied it knows once that is
+/// durable: a removal that came right behind the first chunk of an inode found nothing there, and the chunk stayed.
+fn looks_at_what_is_known(ship: &Ship) -> bool {
+    let of_flush = matches!(ship, Ship::Seal(..) | Ship::FlushDone(_) | Ship::FlushAborted(..));
+    of_flush || matches!(ship, Ship::View { .. } | Ship::Drop(_))
 }
 
 /// The inode that a mutation of the stream itself changes.
