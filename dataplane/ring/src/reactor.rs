@@ -1,8 +1,9 @@
 //! The reactor: the turn, the dispatch of completions, and the drain at the end.
 //!
 //! One turn: start the sends that are due, push every runnable operation, enter the kernel once
-//! (submit, and sleep if nothing is ready), take all completions, hand out events. Completions are
-//! handled in a flat loop: nothing here calls back into the caller.
+//! (submit, and sleep if nothing is ready), take all completions, hand out events. When answers are
+//! about to be sent, urgent device operations are submitted by an enter of their own before them.
+//! Completions are handled in a flat loop: nothing here calls back into the caller.
 
 use std::collections::VecDeque;
 use std::marker::PhantomData;

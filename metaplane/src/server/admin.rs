@@ -24,7 +24,9 @@ const FAILED_NAMED: usize = 20;
 const FLUSH_ATTEMPTS: usize = 4;
 /// Nor before it failed for so long: what a busy node or a late notice refuses now is done a moment later.
 const FAILING_MIN: Duration = Duration::from_secs(3);
-/// A busy key becomes free when the requests under way there have ended; those are bounded.
+/// A busy key becomes free when the requests under way there have ended; those are bounded. So often and for so long it
+/// has to be found busy: the time in which somebody else stores the file doesn't count.
+const BLOCKED_ATTEMPTS: usize = 40;
 const BLOCKED_MAX: Duration = Duration::from_secs(60);
 /// Between two looks at files that somebody else is at, and the least between two attempts; it doubles.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -42,17 +44,19 @@ struct Failing {
     since: Instant,
     /// How often it failed; finding its key busy is no failure.
     attempts: usize,
+    blocked: usize,
     why: String,
 }
 
 impl Failing {
     fn new() -> Self {
-        Self { since: Instant::now(), attempts: 0, why: String::new() }
+        Self { since: Instant::now(), attempts: 0, blocked: 0, why: String::new() }
     }
 
     fn is_hopeless(&self) -> bool {
         let long = self.since.elapsed();
-        self.attempts >= FLUSH_ATTEMPTS && long >= FAILING_MIN || long >= BLOCKED_MAX
+        let failed = self.attempts >= FLUSH_ATTEMPTS && long >= FAILING_MIN;
+        failed || self.blocked >= BLOCKED_ATTEMPTS && long >= BLOCKED_MAX
     }
 }
 
@@ -235,6 +239,7 @@ impl Service {
                         Flushed::Blocked(_) => {
                             failed = true;
                             let f = failures.entry(id).or_insert_with(Failing::new);
+                            f.blocked += 1;
                             f.why = "its key is busy".into();
                         }
                         Flushed::Skipped => paused = true,
@@ -243,7 +248,9 @@ impl Service {
             }
             let given_up: Vec<InodeId> = failures
                 .iter()
-                .filter(|(id, f)| f.is_hopeless() && waiting.contains(id))
+                // Not while somebody is at it: that may well end otherwise.
+                .filter(|(id, f)| f.is_hopeless() && !self.flushes.is_active(**id))
+                .filter(|(id, _)| waiting.contains(id))
                 .map(|(id, _)| *id)
                 .collect();
             for id in given_up {
