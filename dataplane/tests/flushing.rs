@@ -546,6 +546,9 @@ async fn a_fence_waits_for_the_map_it_speaks_of() {
     });
     world.change_map(|map| map.pgs[usize::from(far.0)].members.clone_from(&me)).await;
     assert!(matches!(sealing.await.expect("no panic"), ControlReply::Sealed(_)));
+    // It leads another group, and knows no view any more.
+    assert_eq!(client.write_status(&file, 4, 0, b"late").await, Status::NeedGrant);
+    assert_eq!(client.present(&file).await, Status::Ok);
     assert_eq!(client.write_status(&file, 4, 0, b"late").await, Status::StaleGeneration);
     node.shutdown().await;
 }

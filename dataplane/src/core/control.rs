@@ -98,6 +98,8 @@ pub(crate) struct ControlTask {
     owed: Owed,
     steps: Vec<Step>,
     next: usize,
+    /// `ShardCore::leads` when it began.
+    leads: u64,
     /// The newest ticket of the steps so far.
     ticket: Option<Ticket>,
     finish: Finish,
@@ -308,6 +310,7 @@ impl<B: Buffer> ShardCore<B> {
             owed,
             steps,
             next: 0,
+            leads: self.leads,
             ticket: None,
             finish,
             durable: true,
@@ -337,6 +340,11 @@ impl<B: Buffer> ShardCore<B> {
                 if !task.durable {
                     // Comes back when the ticket is durable.
                     return self.await_ticket(id);
+                }
+                if task.leads != self.leads {
+                    // What was journaled was of the groups that it led when this began.
+                    let Some(task) = self.controls.remove(&id) else { return };
+                    return self.refuse(task.owed, Refusal::after(Status::Busy, RETRY_BUSY_MS));
                 }
                 self.grants.install_view(inode, view);
                 self.step_taken(id, None);

@@ -187,6 +187,8 @@ pub struct ShardCore<B> {
     out: Vec<Command<B>>,
     last_id: u64,
     requests: usize,
+    /// How often this core came to lead groups anew.
+    leads: u64,
     pending: HashMap<Token, Pending>,
     tickets: BTreeMap<Ticket, Vec<Waiter>>,
     starved: VecDeque<(Starved, u64)>,
@@ -245,6 +247,7 @@ impl<B: Buffer> ShardCore<B> {
             requests: 0,
             pending: HashMap::new(),
             tickets: BTreeMap::new(),
+            leads: 0,
             starved: VecDeque::new(),
             assemblies: HashMap::new(),
             reads: HashMap::new(),
@@ -292,6 +295,12 @@ impl<B: Buffer> ShardCore<B> {
                 self.early_go_on();
                 self.map_came();
             }
+                if self.placement.leads_anew(before.as_deref()) {
+                    // Views in memory are of this core's other groups: in those that it leads now, what they say
+                    // need not be journaled. Everything has to be presented again, also what is being presented.
+                    self.grants.forget_views();
+                    self.leads += 1;
+                }
         }
     }
 

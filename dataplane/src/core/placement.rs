@@ -91,6 +91,18 @@ impl Placement {
         self.map.as_ref()?.pgs.get(usize::from(pg.0))
     }
 
+    /// Whether this core leads a group anew, which it did not by the map `before`.
+    pub(crate) fn leads_anew(&self, before: Option<&ClusterMap>) -> bool {
+        let Some(map) = &self.map else { return false };
+        map.pgs.iter().enumerate().any(|(n, entry)| {
+            let known = before.and_then(|b| b.pgs.get(n));
+            let same = known.is_some_and(|k| {
+                k.primary() == entry.primary() && k.since_map_version == entry.since_map_version
+            });
+            entry.primary().is_some_and(|p| self.is_me(p)) && !same
+        })
+    }
+
     /// Whether a group got a primary, by takeover or restart, after this map.
     pub(crate) fn led_anew_since(&self, version: MapVersion) -> bool {
         let groups = self.map.iter().flat_map(|m| &m.pgs);

@@ -205,23 +205,14 @@ impl<B: Buffer> ShardCore<B> {
     /// The map changed: streams of groups whose epoch or primary is another one end.
     pub(crate) fn regroup_follows(&mut self) {
         let groups: Vec<PgId> = self.replication.follows.keys().copied().collect();
-        let mut led = false;
         for pg in groups {
             let now = self.placement.followed(pg);
             let Some(follow) = self.replication.follows.get_mut(&pg) else { continue };
             match now {
                 // The same primary goes on with its stream, in its new epoch.
                 Some((epoch, leader, _)) if leader == follow.leader => follow.epoch = epoch,
-                _ => {
-                    led |= self.placement.own_epoch(pg).is_some();
-                    self.end_follow(pg);
-                }
+                _ => self.end_follow(pg),
             }
-        }
-        if led {
-            // Views in memory are of this core's other groups: in those it took over, what they say is
-            // not journaled yet. Everything has to be presented again.
-            self.grants.forget_views();
         }
     }
 
