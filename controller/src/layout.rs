@@ -50,6 +50,9 @@ pub struct ClusterConfig {
     /// RAM for the indexes of each data node.
     #[serde(default = "index_default")]
     pub index_bytes: u64,
+    /// RAM for copies of what is read often, of each data node.
+    #[serde(default = "dram_default")]
+    pub dram_bytes: u64,
     /// Dirty data goes to S3 after this long, in ms.
     pub flush_after_ms: u64,
     /// Address the servers listen on.
@@ -72,6 +75,11 @@ pub struct ClusterConfig {
 /// What a node takes for its indexes unless `ebb up --index` says otherwise.
 const fn index_default() -> u64 {
     144 << 20
+}
+
+/// What a node takes for copies unless `ebb up --dram` says otherwise.
+const fn dram_default() -> u64 {
+    64 << 20
 }
 
 fn one_copy() -> u8 {
@@ -266,6 +274,7 @@ mod tests {
             node_capacity_bytes: 1 << 31,
             arena_bytes: 1 << 27,
             index_bytes: index_default(),
+            dram_bytes: dram_default(),
             flush_after_ms: 5000,
             host: "127.0.0.1".into(),
             meta_port: 0,

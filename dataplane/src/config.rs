@@ -12,6 +12,9 @@ pub const INDEX_BYTES_MIN: u64 = 16 << 20;
 /// Least arena of a core: one buffer per class and pool, and room to work.
 pub const ARENA_BYTES_MIN: u64 = 48 << 20;
 
+/// RAM for copies of blocks if nothing else is said.
+pub const DRAM_BYTES_DEFAULT: u64 = 64 << 20;
+
 /// Bytes that a core scrubs per second if nothing else is said: 1 TiB in three days.
 pub const SCRUB_BYTES_PER_S: u64 = 4 << 20;
 /// Rest between two passes if nothing else is said: a day.
@@ -48,6 +51,10 @@ pub struct NodeConfig {
     /// Bytes of buffers of each core.
     #[serde(default = "arena_default")]
     pub arena_bytes: u64,
+    /// RAM for copies of blocks that are read again and again (the `dram` tier), of all cores; 0: none. It fills as
+    /// it is needed, and comes on top of buffers and indexes.
+    #[serde(default = "dram_default")]
+    pub dram_bytes: u64,
     /// RAM for the indexes of all cores: about 400 bytes for a small file, 1.1 KiB for each MiB of large ones.
     /// What it has no room for is evicted, or flushed first.
     #[serde(default = "index_default")]
@@ -86,6 +93,9 @@ fn scrub_rest_default() -> u64 {
 }
 fn index_default() -> u64 {
     ebb_store::MEMORY_BYTES_DEFAULT
+}
+fn dram_default() -> u64 {
+    DRAM_BYTES_DEFAULT
 }
 fn arena_default() -> u64 {
     128 << 20

@@ -192,6 +192,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
             cpu: config.cpus.get(i).copied(),
             arena_bytes: config.arena_bytes,
             index_bytes: config.index_bytes,
+            dram_bytes: config.dram_bytes,
             scrub_bytes_per_s: config.scrub_bytes_per_s,
             scrub_rest_ms: config.scrub_rest_s.saturating_mul(1000),
             cores: u64::from(config.cores),
@@ -211,6 +212,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
                 store: shard,
                 limits: CoreLimits {
                     flush_bytes: (FLUSH_BYTES / start.cores).max(SHARE_MIN),
+                    dram_bytes: start.dram_bytes / start.cores,
                     scrub_bytes_per_s: start.scrub_bytes_per_s,
                     scrub_rest_ms: start.scrub_rest_ms,
                     ..CoreLimits::default()
@@ -295,6 +297,7 @@ struct Start {
     cpu: Option<usize>,
     arena_bytes: u64,
     index_bytes: u64,
+    dram_bytes: u64,
     scrub_bytes_per_s: u64,
     scrub_rest_ms: u64,
     cores: u64,

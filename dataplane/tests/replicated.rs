@@ -302,3 +302,33 @@ async fn a_cut_reaches_the_groups_that_are_taken_over_after_it_was_presented() {
     assert_eq!(after.present(&file).await, Status::Ok);
     assert!(after.read(&file, 0, 0, 8192).await == [0; 8192], "it was cut away");
 }
+
+/// An order to drop a group comes to a member that hasn't heard that it is none any more, and still takes its primary's
+/// stream: what the stream builds upon would be gone, and its blocks another's. Found by the simulation (seed 2603).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_is_behind_drops_nothing_before_it_knows_why() {
+    let world = World::new(64 * MIB, 1).await;
+    world.meta().many = true;
+    let first = world.start().await;
+    let second = world.spawn_with(&world.another("beside")).await;
+    let (one, two) = (NODE, NodeId(NODE.0 + 1));
+    world.beats(4).await;
+    members(&world, &[one, two], &[], false).await;
+    let file = File::new(100);
+    let group = PgId::of_chunk(file.inode, ChunkIndex(0), PGS);
+    let writer = client(&world, first.port(), 11).await;
+    assert_eq!(writer.present(&file).await, Status::Ok);
+    writer.write(&file, 0, 0, b"on both").await;
+
+    world.meta().behind.insert(two);
+    members(&world, &[one], &[], false).await;
+    let epoch = world.meta().map.pgs[usize::from(group.0)].epoch;
+    let order = Control::DiscardPg(group, epoch);
+    let meta = MetaPeer::new(&world, second.port()).await;
+    let early = meta.connection.control(&order, TIMEOUT).await.expect_err("it follows the group");
+    assert_eq!(early.status(), Some(Status::Busy));
+    world.meta().behind.remove(&two);
+    world.beats(4).await;
+    assert_eq!(meta.control(order).await, ControlReply::Done);
+    first.shutdown().await;
+}

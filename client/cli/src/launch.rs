@@ -133,6 +133,7 @@ fn data_config(
         capacity_bytes: config.node_capacity_bytes,
         arena_bytes: config.arena_bytes,
         index_bytes: config.index_bytes,
+        dram_bytes: config.dram_bytes,
         cluster: config.cluster.0.to_string(),
         key_file: layout.key(),
         meta: vec![format!("{}:{}", config.host, config.meta_port)],

@@ -134,6 +134,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         node_capacity_bytes: args.node_capacity,
         arena_bytes: args.arena,
         index_bytes: args.index,
+        dram_bytes: args.dram,
         flush_after_ms: args.flush_after,
         host: args.host.clone(),
         meta_port: args.meta_port,

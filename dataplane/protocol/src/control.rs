@@ -269,6 +269,10 @@ pub struct CoreStats {
     pub journal_records: u64,
     /// Reads that found the blocks on the device.
     pub hits: u64,
+    /// Reads that were answered from copies in memory alone.
+    pub dram_hits: u64,
+    /// Bytes of those copies.
+    pub dram_bytes: u64,
     /// Reads that went to S3.
     pub misses: u64,
     /// Refused: bad frames, wrong keys, forged or stale grants (I12).

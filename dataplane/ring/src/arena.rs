@@ -52,6 +52,16 @@ impl Arena {
         Ok(Arena { shared: Arc::new(Shared { map, slots: plan.slots.into(), free }) })
     }
 
+    /// `bytes` of 4 KiB buffers, all of them of [`Pool::Clients`], on huge pages where there are any. Not registered
+    /// with a ring; memory that was never used is not resident.
+    pub fn of_blocks(bytes: usize) -> Result<Arena, Errno> {
+        let slots = (0..bytes / BLOCK).map(|n| {
+            let (class, pool) = (Class::Block4K, Pool::Clients);
+            Slot { offset: n * BLOCK, class, pool }
+        });
+        Arena::new(Plan { slots: slots.collect(), bytes: bytes.next_multiple_of(BLOCK) })
+    }
+
     /// A free buffer of `class` reserved for `pool`, or `None`: then the caller waits for one of
     /// its own to come back. The content is whatever the last user left (zeros at first).
     pub fn alloc(&self, class: Class, pool: Pool) -> Option<Buf> {

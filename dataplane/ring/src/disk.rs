@@ -21,6 +21,9 @@ use crate::slab::Key;
 
 /// The most bytes of one operation; the kernel's own limit is a page below 2 GiB.
 const LEN_MAX: usize = 1 << 30;
+/// Reads from this on begin before answers are sent (see `Reactor::turn`): beside such answers a system call more
+/// is nothing.
+const URGENT_READ_MIN: usize = 64 << 10;
 
 /// A device file of this reactor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -94,9 +97,13 @@ impl Reactor {
         if let Err(why) = check() {
             return Err(Rejected { why, back: buf });
         }
+        let urgent = range.len() >= URGENT_READ_MIN;
         let op = Read { file: file.0, token, buf, range, offset, done: 0 };
         match self.start_disk(file, Op::Read(op)) {
-            Ok(key) => Ok(OpId(key)),
+            Ok(key) => {
+                self.urgent |= urgent;
+                Ok(OpId(key))
+            }
             Err(Op::Read(op)) => Err(Rejected { why: Refusal::TooManyOps, back: op.buf }),
             Err(_) => unreachable!("start_disk gives back what it was given"),
         }

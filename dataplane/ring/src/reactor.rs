@@ -77,7 +77,7 @@ pub struct Reactor {
     cqes: Vec<Cqe>,
     pub(crate) table: FixedTable,
     pub(crate) disk_in_flight: u32,
-    /// A durable write waits for submission.
+    /// A device operation waits for submission that goes before sends.
     pub(crate) urgent: bool,
     pub(crate) stopping: bool,
     arena: Arena,
@@ -211,7 +211,7 @@ impl Reactor {
             (a, b) => a.or(b),
         };
         if std::mem::take(&mut self.urgent) && !self.send_ready.is_empty() {
-            // A durable write begins before answers go out: the kernel holds device operations back until all
+            // Durable writes and long reads begin before answers go out: the kernel holds device operations back until all
             // that is submitted with them was started, and a send does its work right there.
             self.pump();
             if matches!(self.ring.enter(0, None).map_err(TurnError::Enter)?, Entered::Busy) {

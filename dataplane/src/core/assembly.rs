@@ -8,10 +8,13 @@
 //! Every device block is checked against the index (I10). A mismatch is read again once; clean data
 //! that stays wrong is dropped and taken from S3, dirty data is `Io`.
 
+use super::dram::Dram;
 use super::fill::Target;
 use super::grants::base_of;
 use super::placement::Refusal;
-use super::{Buffer, Command, Pending, Purpose, RETRY_BUSY_MS, ShardCore, Starved, Waiter};
+use super::{
+    Buffer, Buffers, Command, Pending, Piece, Purpose, RETRY_BUSY_MS, ShardCore, Starved, Waiter,
+};
 use ebb_dataplane_protocol::checksum::crc32c;
 use ebb_dataplane_protocol::{ChunkIndex, FileView, Generation, InodeId, Status};
 use ebb_store::{BLOCK, PieceSource, ReadGuard, ReadPlan, zero_block_crc};
@@ -56,12 +59,25 @@ pub(crate) enum For {
 /// What came of it.
 #[derive(Debug)]
 pub(crate) struct Assembled<B> {
-    /// `None`: all zeros.
+    /// `None`: all zeros, if there are no copies either.
     pub(crate) buf: Option<B>,
+    /// Where all of it is in memory: instead of the buffer.
+    pub(crate) copies: Vec<Piece<B>>,
     /// One per block.
     pub(crate) crcs: Vec<u32>,
     /// Some of it came from S3.
     pub(crate) missed: bool,
+}
+
+impl<B> Assembled<B> {
+    /// The `bytes` bytes of it.
+    pub(crate) fn into_pieces(self, bytes: usize) -> Vec<Piece<B>> {
+        match self.buf {
+            Some(buf) => vec![Piece::Buf(buf, 0..bytes)],
+            None if self.copies.is_empty() => vec![Piece::Zeros(bytes)],
+            None => self.copies,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -92,6 +108,8 @@ pub(crate) struct Assembly<B> {
     has_target: bool,
     /// The target, while it is home.
     buf: Option<B>,
+    /// Instead of a target.
+    copies: Vec<Piece<B>>,
     crcs: Vec<u32>,
     todo: VecDeque<DevicePiece>,
     /// Read into temporaries while the target was away: (buffer, source bytes, target byte).
@@ -124,6 +142,7 @@ impl<B: Buffer> ShardCore<B> {
             guard: None,
             has_target: false,
             buf: None,
+            copies: Vec::new(),
             crcs: vec![zero_block_crc(); blocks],
             todo: VecDeque::new(),
             parked: Vec::new(),
@@ -167,6 +186,13 @@ impl<B: Buffer> ShardCore<B> {
             return true;
         };
         let all_zero = plan.pieces.iter().all(|p| p.source == PieceSource::Zero);
+        if !all_zero && wanted.purpose == Purpose::Reply && self.copies_serve(id, &plan) {
+            if let Some(guard) = plan.guard {
+                self.store.release(guard);
+            }
+            self.assembly_ended(id);
+            return true;
+        }
         let Some(a) = self.assemblies.get_mut(&id) else { return true };
         if !all_zero && !a.has_target {
             let Some(buf) = self.buffers.take(wanted.blocks.len() * BLOCK, wanted.purpose) else {
@@ -199,7 +225,14 @@ impl<B: Buffer> ShardCore<B> {
                 PieceSource::Device { offset, crcs, tail_valid, dirty } => {
                     assert_eq!(crcs.len(), piece.blocks.len(), "one checksum per block");
                     let piece = DevicePiece { offset, at: relative, crcs, tail_valid, dirty };
-                    a.todo.push_back(piece);
+                    let copied = a.buf.as_mut().is_some_and(|target| {
+                        let bytes = &mut target.bytes_mut()[piece.range()];
+                        let crcs = &mut a.crcs[relative as usize..][..piece.crcs.len()];
+                        copy_all(&mut self.dram, &piece, bytes) && check_piece(&piece, bytes, crcs)
+                    });
+                    if !copied {
+                        a.todo.push_back(piece);
+                    }
                 }
                 PieceSource::Miss => {
                     a.missed = true;
@@ -219,6 +252,39 @@ impl<B: Buffer> ShardCore<B> {
             a.fills -= 1;
         }
         self.pump_assembly(id);
+        true
+    }
+
+    /// Answers with copies in memory alone, if they are all there and count whole.
+    fn copies_serve(&mut self, id: AsmId, plan: &ReadPlan) -> bool {
+        let dram = &mut self.dram;
+        let served = plan.pieces.iter().all(|p| match &p.source {
+            PieceSource::Zero => true,
+            PieceSource::Device { offset, crcs, tail_valid, .. } => {
+                *tail_valid as usize == BLOCK && dram.has_all(*offset, crcs)
+            }
+            PieceSource::Miss => false,
+        });
+        let Some(a) = self.assemblies.get_mut(&id).filter(|a| served && !a.has_target) else {
+            return false;
+        };
+        a.crcs.clear();
+        for piece in &plan.pieces {
+            match &piece.source {
+                PieceSource::Device { offset, crcs, .. } => {
+                    a.crcs.extend_from_slice(crcs);
+                    for (n, crc) in crcs.iter().enumerate() {
+                        let copy = dram.get(offset + (n * BLOCK) as u64, *crc);
+                        a.copies.extend(copy.map(|c| Piece::Shared(Arc::clone(c), 0..BLOCK)));
+                    }
+                }
+                _ => {
+                    a.crcs.extend(piece.blocks.clone().map(|_| zero_block_crc()));
+                    a.copies.push(Piece::Zeros(piece.blocks.len() * BLOCK));
+                }
+            }
+        }
+        self.stats.dram_hits += 1;
         true
     }
 
@@ -312,32 +378,14 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
-    /// Checks a piece against the index; zeroes what does not count.
-    fn check_piece(piece: &DevicePiece, bytes: &mut [u8], crcs: &mut [u32]) -> bool {
-        for (i, crc) in piece.crcs.iter().enumerate() {
-            if crc32c(&bytes[i * BLOCK..(i + 1) * BLOCK]) != *crc {
-                return false;
-            }
-        }
-        crcs.copy_from_slice(&piece.crcs);
-        let valid = piece.tail_valid as usize;
-        if valid < BLOCK
-            && let Some(last) = bytes.len().checked_sub(BLOCK)
-        {
-            bytes[last + valid..].fill(0);
-            if let Some(crc) = crcs.last_mut() {
-                *crc = crc32c(&bytes[last..]);
-            }
-        }
-        true
-    }
-
     pub(crate) fn target_read(&mut self, id: AsmId, piece: DevicePiece, mut buf: B, ok: bool) {
         let Some(a) = self.assemblies.get_mut(&id) else { return };
         a.device_reads -= 1;
         let range = piece.range();
         let crcs = &mut a.crcs[piece.at as usize..][..piece.crcs.len()];
-        if !ok || !Self::check_piece(&piece, &mut buf.bytes_mut()[range], crcs) {
+        let bytes = &mut buf.bytes_mut()[range];
+        let dram = (a.wanted.purpose == Purpose::Reply).then_some(&mut self.dram);
+        if !ok || !take_piece(&piece, bytes, crcs, dram, &mut *self.buffers) {
             a.rot = Some(a.rot.unwrap_or(false) | piece.dirty);
             self.stats.checksum_errors += 1;
         }
@@ -350,7 +398,9 @@ impl<B: Buffer> ShardCore<B> {
         a.device_reads -= 1;
         let len = piece.bytes();
         let crcs = &mut a.crcs[piece.at as usize..][..piece.crcs.len()];
-        if !ok || !Self::check_piece(&piece, &mut buf.bytes_mut()[..len], crcs) {
+        let bytes = &mut buf.bytes_mut()[..len];
+        let dram = (a.wanted.purpose == Purpose::Reply).then_some(&mut self.dram);
+        if !ok || !take_piece(&piece, bytes, crcs, dram, &mut *self.buffers) {
             a.rot = Some(a.rot.unwrap_or(false) | piece.dirty);
             self.stats.checksum_errors += 1;
             a.temporaries -= 1;
@@ -393,7 +443,10 @@ impl<B: Buffer> ShardCore<B> {
         let Some(a) = self.assemblies.remove(&id) else { return };
         let outcome = match a.failed {
             Some(refusal) => Err(refusal),
-            None => Ok(Assembled { buf: a.buf, crcs: a.crcs, missed: a.missed }),
+            None => {
+                let Assembly { buf, copies, crcs, missed, .. } = a;
+                Ok(Assembled { buf, copies, crcs, missed })
+            }
         };
         match a.then {
             For::Read(read) => self.read_assembled(read, outcome),
@@ -427,4 +480,61 @@ impl<B: Buffer> ShardCore<B> {
             None => true,
         }
     }
+}
+
+/// Checks a piece against the index; zeroes what does not count.
+fn check_piece(piece: &DevicePiece, bytes: &mut [u8], crcs: &mut [u32]) -> bool {
+    let matches = |(block, crc): (&[u8], &u32)| crc32c(block) == *crc;
+    if !bytes.chunks(BLOCK).zip(&piece.crcs).all(matches) {
+        return false;
+    }
+    crcs.copy_from_slice(&piece.crcs);
+    let valid = piece.tail_valid as usize;
+    if valid < BLOCK
+        && let Some(last) = bytes.len().checked_sub(BLOCK)
+    {
+        bytes[last + valid..].fill(0);
+        if let Some(crc) = crcs.last_mut() {
+            *crc = crc32c(&bytes[last..]);
+        }
+    }
+    true
+}
+
+/// The same for one that was read from the device, which may be read again.
+fn take_piece<B: Buffer>(
+    piece: &DevicePiece,
+    bytes: &mut [u8],
+    crcs: &mut [u32],
+    dram: Option<&mut Dram<B>>,
+    buffers: &mut dyn Buffers<B>,
+) -> bool {
+    let valid = piece.tail_valid as usize;
+    // What does not count is zeroed below, and the copy has to be what the device has.
+    let last = (valid < BLOCK).then(|| bytes[bytes.len() - BLOCK..].to_vec());
+    if !check_piece(piece, bytes, crcs) {
+        return false;
+    }
+    let Some(dram) = dram else { return true };
+    let whole = bytes.chunks(BLOCK).zip(&piece.crcs).enumerate();
+    for (n, (block, crc)) in whole {
+        let tail = last.as_deref().filter(|_| n + 1 == piece.crcs.len());
+        dram.read(piece.offset + (n * BLOCK) as u64, *crc, tail.unwrap_or(block), buffers);
+    }
+    true
+}
+
+/// Copies a piece from memory, if all of it is there.
+fn copy_all<B: Buffer>(dram: &mut Dram<B>, piece: &DevicePiece, to: &mut [u8]) -> bool {
+    if !dram.has_all(piece.offset, &piece.crcs) {
+        return false;
+    }
+    let blocks = to.chunks_mut(BLOCK).zip(&piece.crcs).enumerate();
+    blocks.into_iter().all(|(n, (to, crc))| {
+        let copy = dram.get(piece.offset + (n * BLOCK) as u64, *crc);
+        copy.is_some_and(|copy| {
+            to.copy_from_slice(&copy.bytes()[..BLOCK]);
+            true
+        })
+    })
 }

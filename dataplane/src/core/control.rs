@@ -162,9 +162,16 @@ impl<B: Buffer> ShardCore<B> {
         }
         // After a restart nothing is dropped before a map says whose the group is by now: the order may be from before
         // this core got it back, as an in-sync member even (R45).
-        let gives_away = matches!(control, Control::ReleasePg(..) | Control::DiscardPg(..));
-        if gives_away && self.placement.map().is_none() {
-            return self.await_map(MapVersion(1), owed, None, body);
+        if let Control::ReleasePg(pg, epoch) | Control::DiscardPg(pg, epoch) = &control {
+            let known = self.placement.followed(*pg).map(|(known, ..)| known);
+            if self.placement.map().is_none() {
+                return self.await_map(MapVersion(1), owed, None, body);
+            }
+            // Nor while it follows the group by an older map: what its primary's stream builds upon would be gone.
+            if known.is_some_and(|known| known < *epoch) {
+                let next = MapVersion(self.placement.version().0 + 1);
+                return self.await_map(next, owed, None, body);
+            }
         }
         if by_map.is_some_and(|v| self.placement.led_anew_since(v)) {
             // It may mean a group that another core leads by now, which it would hold for told.

@@ -59,6 +59,8 @@ pub enum Purpose {
     Flush,
     /// Blocks on their way to another member of a group.
     Copy,
+    /// A copy of a block that is read often.
+    Dram,
 }
 
 /// Where buffers come from. `None`: none free now; ask again later.
@@ -108,6 +110,8 @@ pub enum Event<B> {
 pub enum Piece<B> {
     /// A part of a buffer.
     Buf(B, Range<usize>),
+    /// A part of a buffer that others use too.
+    Shared(Arc<B>, Range<usize>),
     /// That many zeros.
     Zeros(usize),
 }
@@ -116,7 +120,7 @@ impl<B> Piece<B> {
     /// Bytes.
     pub fn len(&self) -> usize {
         match self {
-            Piece::Buf(_, r) => r.len(),
+            Piece::Buf(_, r) | Piece::Shared(_, r) => r.len(),
             Piece::Zeros(n) => *n,
         }
     }
@@ -158,7 +162,7 @@ pub enum Command<B> {
         /// Device offset.
         offset: u64,
         /// Journal, checkpoint or superblock bytes.
-        bytes: AlignedBuf,
+        bytes: Arc<AlignedBuf>,
         /// With RWF_DSYNC.
         durable: bool,
     },

@@ -5,8 +5,12 @@
 //! one fdatasync if data went to the device, then the journal write with RWF_DSYNC, then the tickets in
 //! order (I1).
 
+use super::kept::Kept;
 use super::{Buffer, Command, Pending, Purpose, ShardCore};
-use ebb_store::{AlignedBuf, BatchId, CheckpointStep, CheckpointToken, RelocationMove};
+use ebb_store::{
+    AlignedBuf, BatchId, CheckpointStep, CheckpointToken, JournalBatch, RelocationMove,
+};
+use std::sync::Arc;
 
 /// Moves read at a time. All of a step at once would have the device busy for milliseconds, and the
 /// journal's next batch, which writers wait for, behind them.
@@ -50,8 +54,13 @@ struct Run {
 #[derive(Debug, Default)]
 pub(crate) struct Driver {
     /// The batch that waits for its sync.
-    syncing: Option<(BatchId, u64, AlignedBuf)>,
+    syncing: Option<JournalBatch>,
     in_flight: bool,
+    /// What is kept of the batch in flight, once it is durable.
+    to_keep: Option<(u64, Arc<AlignedBuf>)>,
+    kept: Kept,
+    /// Inline data is being moved.
+    relocating: bool,
     step: Option<CheckpointToken>,
     /// Runs of the step, until each is written.
     runs: Vec<Option<Run>>,
@@ -81,6 +90,15 @@ fn in_runs(mut moves: Vec<RelocationMove>) -> (Vec<Option<Run>>, Vec<MoveTo>) {
     (lengths.into_iter().map(run).collect(), parts)
 }
 
+/// Puts a move's bytes into its run; gives the run when it is complete.
+fn place(runs: &mut [Option<Run>], m: MoveTo, bytes: &[u8]) -> Option<Run> {
+    let slot = runs.get_mut(m.run)?;
+    let run = slot.as_mut()?;
+    run.bytes[m.at..m.at + bytes.len()].copy_from_slice(bytes);
+    run.unread -= 1;
+    if run.unread == 0 { slot.take() } else { None }
+}
+
 impl<B: Buffer> ShardCore<B> {
     pub(crate) fn drive_journal(&mut self) {
         if self.store.failed() {
@@ -93,17 +111,20 @@ impl<B: Buffer> ShardCore<B> {
             // Taking a batch makes room in the backlog.
             self.retry_waiting = true;
             if batch.sync_data_first {
-                self.journal.syncing = Some((batch.id, batch.offset, batch.bytes));
+                self.journal.syncing = Some(batch);
                 let token = self.expect(Pending::Journal(Step::Synced));
                 self.out.push(Command::Sync { token });
             } else {
-                self.write_batch(batch.id, batch.offset, batch.bytes);
+                self.write_batch(batch);
             }
         }
         self.drive_checkpoint();
     }
 
-    fn write_batch(&mut self, id: BatchId, offset: u64, bytes: AlignedBuf) {
+    fn write_batch(&mut self, batch: JournalBatch) {
+        let JournalBatch { id, offset, inline, .. } = batch;
+        let bytes = Arc::new(batch.bytes);
+        self.journal.to_keep = inline.then(|| (offset, Arc::clone(&bytes)));
         let token = self.expect(Pending::Journal(Step::Batch(id)));
         self.out.push(Command::WriteMeta { token, offset, bytes, durable: true });
     }
@@ -111,12 +132,23 @@ impl<B: Buffer> ShardCore<B> {
     fn drive_checkpoint(&mut self) {
         if self.store.checkpoint_due() {
             self.store.begin_checkpoint();
+        } else if self.journal.kept.wants_moving() {
+            self.store.begin_relocation();
+        }
+        if self.store.is_relocating() && !self.journal.relocating {
+            self.journal.relocating = true;
+            self.journal.kept.pass_began();
         }
         self.read_moves();
         if self.journal.step.is_some() {
             return;
         }
-        match self.store.checkpoint_step() {
+        let step = self.store.checkpoint_step();
+        if self.journal.relocating && !self.store.is_relocating() {
+            self.journal.relocating = false;
+            self.journal.kept.pass_ended();
+        }
+        match step {
             CheckpointStep::Idle | CheckpointStep::Wait => {}
             CheckpointStep::Relocate { token, moves } => {
                 self.journal.step = Some(token);
@@ -131,6 +163,7 @@ impl<B: Buffer> ShardCore<B> {
             CheckpointStep::Write { token, offset, bytes } => {
                 self.journal.step = Some(token);
                 let token = self.expect(Pending::Journal(Step::Checkpoint(token)));
+                let bytes = Arc::new(bytes);
                 self.out.push(Command::WriteMeta { token, offset, bytes, durable: false });
             }
             CheckpointStep::Sync { token } => {
@@ -141,6 +174,7 @@ impl<B: Buffer> ShardCore<B> {
             CheckpointStep::WriteDurable { token, offset, bytes } => {
                 self.journal.step = Some(token);
                 let token = self.expect(Pending::Journal(Step::Checkpoint(token)));
+                let bytes = Arc::new(bytes);
                 self.out.push(Command::WriteMeta { token, offset, bytes, durable: true });
             }
         }
@@ -150,6 +184,13 @@ impl<B: Buffer> ShardCore<B> {
         while self.journal.reading < MOVES_READ_MAX
             && let Some(m) = self.journal.unread.pop()
         {
+            let Driver { kept, runs, .. } = &mut self.journal;
+            if let Some(bytes) = kept.get(m.from, m.bytes as usize) {
+                if let Some(run) = place(runs, m, bytes) {
+                    self.write_run(run);
+                }
+                continue;
+            }
             let Some(buf) = self.buffers.take(m.bytes as usize, Purpose::Flush) else {
                 self.journal.unread.push(m);
                 return;
@@ -161,18 +202,10 @@ impl<B: Buffer> ShardCore<B> {
         }
     }
 
-    fn run_read(&mut self, m: MoveTo, bytes: &[u8]) {
-        let Some(slot) = self.journal.runs.get_mut(m.run) else { return };
-        let Some(run) = slot.as_mut() else { return };
-        run.bytes[m.at..m.at + bytes.len()].copy_from_slice(bytes);
-        run.unread -= 1;
-        if run.unread > 0 {
-            return;
-        }
-        if let Some(Run { to, bytes, .. }) = slot.take() {
-            let token = self.expect(Pending::Journal(Step::RunWritten));
-            self.out.push(Command::WriteMeta { token, offset: to, bytes, durable: false });
-        }
+    fn write_run(&mut self, run: Run) {
+        let token = self.expect(Pending::Journal(Step::RunWritten));
+        let bytes = Arc::new(run.bytes);
+        self.out.push(Command::WriteMeta { token, offset: run.to, bytes, durable: false });
     }
 
     /// A block of a move was read. Its checksum moves with it, so rot is the reader's business; a
@@ -186,7 +219,9 @@ impl<B: Buffer> ShardCore<B> {
         if !ok {
             return self.fail_store("a device read failed during a checkpoint");
         }
-        self.run_read(m, &buf.bytes()[..m.bytes as usize]);
+        if let Some(run) = place(&mut self.journal.runs, m, &buf.bytes()[..m.bytes as usize]) {
+            self.write_run(run);
+        }
         drop(buf);
         self.read_moves();
     }
@@ -197,12 +232,15 @@ impl<B: Buffer> ShardCore<B> {
         }
         match step {
             Step::Synced => {
-                if let Some((id, offset, bytes)) = self.journal.syncing.take() {
-                    self.write_batch(id, offset, bytes);
+                if let Some(batch) = self.journal.syncing.take() {
+                    self.write_batch(batch);
                 }
             }
             Step::Batch(id) => {
                 self.journal.in_flight = false;
+                if let Some((offset, bytes)) = self.journal.to_keep.take() {
+                    self.journal.kept.keep(offset, bytes);
+                }
                 match self.store.batch_durable(id) {
                     Ok(tickets) => {
                         debug_assert!(tickets.is_sorted());

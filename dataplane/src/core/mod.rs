@@ -18,10 +18,12 @@ mod assembly;
 mod buffer;
 mod call;
 mod control;
+mod dram;
 mod event;
 mod fill;
 mod grants;
 mod journal;
+mod kept;
 mod lru;
 mod peer_read;
 mod placement;
@@ -75,6 +77,8 @@ pub struct CoreLimits {
     pub grants: usize,
     /// Views remembered.
     pub views: usize,
+    /// Copies of blocks in memory; 0: none.
+    pub dram_bytes: u64,
     /// Bytes compared with their checksums per second, in the background; 0: none.
     pub scrub_bytes_per_s: u64,
     /// Rest between two passes over the device.
@@ -88,6 +92,7 @@ impl Default for CoreLimits {
             uploads: 16,
             grants: grants::GRANTS_MAX,
             views: grants::VIEWS_MAX,
+            dram_bytes: 0,
             scrub_bytes_per_s: crate::config::SCRUB_BYTES_PER_S,
             scrub_rest_ms: crate::config::SCRUB_REST_S * 1000,
         }
@@ -174,6 +179,7 @@ enum Starved {
 /// One core of a data node.
 pub struct ShardCore<B> {
     store: Store,
+    dram: dram::Dram<B>,
     key: ClusterKey,
     cluster: ClusterId,
     limits: CoreLimits,
@@ -181,14 +187,14 @@ pub struct ShardCore<B> {
     grants: Grants,
     dropped: Lru<InodeId, ()>,
     placement: Placement,
+    /// How often this core came to lead groups anew.
+    leads: u64,
     /// Counters; the glue adds those of connections and frames.
     pub stats: CoreStats,
     now_ms: u64,
     out: Vec<Command<B>>,
     last_id: u64,
     requests: usize,
-    /// How often this core came to lead groups anew.
-    leads: u64,
     pending: HashMap<Token, Pending>,
     tickets: BTreeMap<Ticket, Vec<Waiter>>,
     starved: VecDeque<(Starved, u64)>,
@@ -236,10 +242,12 @@ impl<B: Buffer> ShardCore<B> {
             key,
             cluster,
             buffers,
+            dram: dram::Dram::new(limits.dram_bytes),
             grants: Grants::new(limits.grants, limits.views),
             limits,
             dropped: Lru::new(DROPPED_MAX),
             placement: Placement::default(),
+            leads: 0,
             stats,
             now_ms: 0,
             out: Vec::new(),
@@ -247,7 +255,6 @@ impl<B: Buffer> ShardCore<B> {
             requests: 0,
             pending: HashMap::new(),
             tickets: BTreeMap::new(),
-            leads: 0,
             starved: VecDeque::new(),
             assemblies: HashMap::new(),
             reads: HashMap::new(),
@@ -288,6 +295,12 @@ impl<B: Buffer> ShardCore<B> {
             Event::Placement { me, map, lease_until_ms } => {
                 let before = self.placement.map();
                 self.placement.update(me, map, lease_until_ms);
+                if self.placement.leads_anew(before.as_deref()) {
+                    // Views in memory are of this core's other groups: in those that it leads now, what they say
+                    // need not be journaled. Everything has to be presented again, also what is being presented.
+                    self.grants.forget_views();
+                    self.leads += 1;
+                }
                 self.note_moves(before);
                 self.thaw_returned();
                 self.regroup_follows();
@@ -295,12 +308,6 @@ impl<B: Buffer> ShardCore<B> {
                 self.early_go_on();
                 self.map_came();
             }
-                if self.placement.leads_anew(before.as_deref()) {
-                    // Views in memory are of this core's other groups: in those that it leads now, what they say
-                    // need not be journaled. Everything has to be presented again, also what is being presented.
-                    self.grants.forget_views();
-                    self.leads += 1;
-                }
         }
     }
 
@@ -335,6 +342,13 @@ impl<B: Buffer> ShardCore<B> {
 
     /// Takes the commands collected so far.
     pub fn drain(&mut self) -> std::vec::Drain<'_, Command<B>> {
+        for command in &self.out {
+            match command {
+                Command::Write { offset, range, .. } => self.dram.forget(*offset, range.len()),
+                Command::WriteMeta { offset, bytes, .. } => self.dram.forget(*offset, bytes.len()),
+                _ => {}
+            }
+        }
         self.out.drain(..)
     }
 
@@ -426,6 +440,7 @@ impl<B: Buffer> ShardCore<B> {
             journal_records: s.records,
             pressure_permille: self.pressure(&s),
             members_syncing: self.members_syncing(),
+            dram_bytes: self.dram.bytes(),
             ..self.stats
         }
     }

@@ -17,8 +17,8 @@ use super::assembly::{Assembled, For, Wanted};
 use super::fill::FillNo;
 use super::placement::Refusal;
 use super::{
-    Answer, Buffer, Call, Channel, Command, Owed, PeerError, Pending, Piece, Purpose, Reply,
-    ShardCore, Want,
+    Answer, Buffer, Call, Channel, Command, Owed, PeerError, Pending, Purpose, Reply, ShardCore,
+    Want,
 };
 use ebb_dataplane_protocol::checksum::crc32c;
 use ebb_dataplane_protocol::data::{PeerRead, decode_checksums, encode_checksums};
@@ -222,10 +222,7 @@ impl<B: Buffer> ShardCore<B> {
         };
         let bytes = blocks.len() * BLOCK;
         let body = encode_checksums(&done.crcs);
-        let payload = match done.buf {
-            Some(buf) => vec![Piece::Buf(buf, 0..bytes)],
-            None => vec![Piece::Zeros(bytes)],
-        };
+        let payload = done.into_pieces(bytes);
         let header = owed.header.reply(Status::Ok).with_body(&body).with_payload(bytes as u32);
         self.send(Reply { conn: owed.conn, header, body, payload });
     }

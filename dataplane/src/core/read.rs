@@ -2,7 +2,7 @@
 
 use super::assembly::{Assembled, For, Wanted};
 use super::placement::{Claim, Refusal};
-use super::{Buffer, Owed, PeerInfo, Piece, Purpose, Reply, ShardCore, Waiter};
+use super::{Buffer, Owed, PeerInfo, Purpose, Reply, ShardCore, Waiter};
 use ebb_dataplane_protocol::Status;
 use ebb_dataplane_protocol::data::{DataContext, encode_checksums};
 use ebb_store::BLOCK;
@@ -80,10 +80,7 @@ impl<B: Buffer> ShardCore<B> {
             self.stats.hits += 1;
         }
         let body = encode_checksums(&done.crcs);
-        let payload = match done.buf {
-            Some(buf) => vec![Piece::Buf(buf, 0..bytes)],
-            None => vec![Piece::Zeros(bytes)],
-        };
+        let payload = done.into_pieces(bytes);
         let mut header =
             task.owed.header.reply(Status::Ok).with_body(&body).with_payload(bytes as u32);
         header.offset = task.blocks.start * BLOCK as u32;

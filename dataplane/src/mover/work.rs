@@ -5,6 +5,7 @@ use bytes::Bytes;
 use ebb_dataplane_protocol::control::{PutCondition, StoreOutcome};
 use ebb_ring::Buf;
 use ebb_s3::{Bucket, Condition, ErrorKind, Etag, S3Error, UploadBody, UploadId};
+use std::borrow::Borrow;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -14,11 +15,11 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
 const FETCH_ATTEMPTS: u32 = 3;
 
 /// A part of a buffer as an owner of bytes.
-struct Part(Buf, Range<usize>);
+struct Part<T>(T, Range<usize>);
 
-impl AsRef<[u8]> for Part {
+impl<T: Borrow<Buf>> AsRef<[u8]> for Part<T> {
     fn as_ref(&self) -> &[u8] {
-        &self.0[self.1.clone()]
+        &self.0.borrow()[self.1.clone()]
     }
 }
 
@@ -30,6 +31,7 @@ fn body_of(pieces: Vec<Piece<Buf>>) -> UploadBody {
     for piece in pieces {
         match piece {
             Piece::Buf(buf, range) => body.push(Bytes::from_owner(Part(buf, range))),
+            Piece::Shared(buf, range) => body.push(Bytes::from_owner(Part(buf, range))),
             Piece::Zeros(mut n) => {
                 while n > 0 {
                     let take = n.min(ZEROS.len());

@@ -6,6 +6,7 @@ use ebb_dataplane_protocol::Status;
 use ebb_dataplane_protocol::header::HEADER_BYTES;
 use ebb_ring::{Buf, Durability, Pool, Refusal, Segment, Token as RingToken};
 use ebb_store::AlignedBuf;
+use std::sync::Arc;
 
 impl Glue {
     pub(super) fn carry_out(&mut self) {
@@ -67,7 +68,7 @@ impl Glue {
     }
 
     /// The store's own bytes are few; they are copied into a slot so that the write is a fixed one.
-    fn write_meta(&mut self, token: Token, offset: u64, bytes: AlignedBuf, durable: bool) {
+    fn write_meta(&mut self, token: Token, offset: u64, bytes: Arc<AlignedBuf>, durable: bool) {
         let len = bytes.len();
         let mut buf = super::slots::take(self.reactor.arena(), len, Pool::Background)
             .unwrap_or_else(|| Buf::unpooled(len));
@@ -102,10 +103,12 @@ impl Glue {
         let mut head = Vec::with_capacity(HEADER_BYTES + reply.body.len());
         head.extend_from_slice(&reply.header.encode());
         head.extend_from_slice(&reply.body);
-        let mut segments = vec![Segment::Bytes(head)];
+        let mut segments = Vec::with_capacity(1 + reply.payload.len());
+        segments.push(Segment::Bytes(head));
         for piece in reply.payload {
             match piece {
                 Piece::Buf(buf, range) => segments.push(Segment::Buf(buf, range)),
+                Piece::Shared(buf, range) => segments.push(Segment::Shared(buf, range)),
                 Piece::Zeros(mut n) => {
                     while n > 0 {
                         let take = n.min(self.zero_slab.len());

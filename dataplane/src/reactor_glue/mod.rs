@@ -21,8 +21,8 @@ use crate::resolve::ResolveSender;
 use conn::{Conn, Lane};
 use ebb_dataplane_protocol::{ClusterMap, ShardRef};
 use ebb_ring::{
-    Buf, ConnId, DeviceFile, Event, FileId, ListenerId, MailSender, Mailbox, Reactor, SetupError,
-    TurnError, mailbox,
+    Arena, Buf, ConnId, DeviceFile, Event, FileId, ListenerId, MailSender, Mailbox, Reactor,
+    SetupError, TurnError, mailbox,
 };
 use ebb_store::Store;
 pub(crate) use link::Caller;
@@ -180,10 +180,20 @@ impl Glue {
             what: "listening socket",
             why: r.why.to_string(),
         })?;
-        let buffers = Box::new(slots::Slots::new(reactor.arena().clone()));
+        let mut limits = setup.limits;
+        let dram = match limits.dram_bytes {
+            0 => None,
+            bytes => Arena::of_blocks(bytes as usize)
+                .inspect_err(|errno| {
+                    tracing::warn!(core, bytes, %errno, "no memory for copies of blocks; going on without");
+                    limits.dram_bytes = 0;
+                })
+                .ok(),
+        };
+        let buffers = Box::new(slots::Slots::new(reactor.arena().clone(), dram));
         let Caller { key, cluster, .. } = &setup.caller;
         let (key, cluster) = (key, *cluster);
-        let shard = ShardCore::new(setup.store, key.clone(), cluster, setup.limits, buffers);
+        let shard = ShardCore::new(setup.store, key.clone(), cluster, limits, buffers);
         let glue = Self {
             index: setup.index,
             reactor,

@@ -1,20 +1,23 @@
 //! Arena slots as the core's buffers: which pool and class each purpose draws from.
 //!
 //! Fills and edges have the background pool, so a burst of client requests never starves them, nor the
-//! other way round. Upload bodies and checkpoint moves are heap memory that the core counts.
+//! other way round. Upload bodies and checkpoint moves are heap memory that the core counts. Copies of blocks have
+//! an arena of their own.
 
 use crate::core::{Buffers, Purpose};
 use ebb_ring::{Arena, Buf, Class, Pool};
 
-/// An arena, seen by purpose.
+/// Arenas, seen by purpose.
 #[derive(Debug)]
 pub(crate) struct Slots {
     arena: Arena,
+    /// Copies of blocks.
+    dram: Option<Arena>,
 }
 
 impl Slots {
-    pub(crate) fn new(arena: Arena) -> Self {
-        Self { arena }
+    pub(crate) fn new(arena: Arena, dram: Option<Arena>) -> Self {
+        Self { arena, dram }
     }
 }
 
@@ -35,6 +38,7 @@ impl Buffers<Buf> for Slots {
             Purpose::Edge | Purpose::Fill => take(&self.arena, bytes, Pool::Background),
             Purpose::Copy => take(&self.arena, bytes, Pool::Replication),
             Purpose::Flush => Some(Buf::unpooled(bytes)),
+            Purpose::Dram => self.dram.as_ref()?.alloc_len(bytes, Pool::Clients),
         }
     }
 }

@@ -23,6 +23,8 @@ pub(crate) enum Checkpoint {
     Relocating {
         until: u64,
         step: Relocation,
+        /// The index is saved afterwards; else that was all.
+        then_save: bool,
     },
     /// The index is being written.
     Saving(Saving),
@@ -71,8 +73,24 @@ impl Store {
     pub fn begin_checkpoint(&mut self) {
         if matches!(self.checkpoint, Checkpoint::Idle) && !self.failed {
             let until = self.journal.applied.at;
-            self.checkpoint = Checkpoint::Relocating { until, step: Relocation::Next };
+            self.checkpoint =
+                Checkpoint::Relocating { until, step: Relocation::Next, then_save: true };
         }
+    }
+
+    /// Moves the live inline data of the journal to slots, as a checkpoint does first, and saves nothing.
+    /// The steps are the checkpoint's. Nothing happens while a checkpoint or another such pass runs.
+    pub fn begin_relocation(&mut self) {
+        if matches!(self.checkpoint, Checkpoint::Idle) && !self.failed {
+            let until = self.journal.applied.at;
+            self.checkpoint =
+                Checkpoint::Relocating { until, step: Relocation::Next, then_save: false };
+        }
+    }
+
+    /// Whether inline data is being moved.
+    pub fn is_relocating(&self) -> bool {
+        matches!(self.checkpoint, Checkpoint::Relocating { .. })
     }
 
     /// Bytes of one checkpoint write, 4 KiB to 1 MiB (the default): what a checkpoint adds to a turn.
@@ -93,7 +111,9 @@ impl Store {
         }
         match std::mem::replace(&mut self.checkpoint, Checkpoint::Idle) {
             Checkpoint::Idle => CheckpointStep::Idle,
-            Checkpoint::Relocating { until, step } => self.relocate(until, step),
+            Checkpoint::Relocating { until, step, then_save } => {
+                self.relocate(until, step, then_save)
+            }
             Checkpoint::Saving(saving) => self.save(saving),
             Checkpoint::Syncing { saving, in_flight: None } => {
                 let token = self.token();
@@ -114,9 +134,9 @@ impl Store {
         }
     }
 
-    fn relocate(&mut self, until: u64, step: Relocation) -> CheckpointStep {
+    fn relocate(&mut self, until: u64, step: Relocation, then_save: bool) -> CheckpointStep {
         let wait = |s: &mut Self, step| {
-            s.checkpoint = Checkpoint::Relocating { until, step };
+            s.checkpoint = Checkpoint::Relocating { until, step, then_save };
             CheckpointStep::Wait
         };
         match step {
@@ -130,7 +150,8 @@ impl Store {
             return wait(self, Relocation::Next);
         }
         let Some(moves) = self.plan_moves(until) else {
-            return self.begin_saving(until);
+            // Idle already.
+            return if then_save { self.begin_saving(until) } else { CheckpointStep::Idle };
         };
         if moves.is_empty() {
             return wait(self, Relocation::Next);
@@ -145,8 +166,8 @@ impl Store {
                 bytes: m.blocks * BLOCK as u32,
             })
             .collect();
-        self.checkpoint =
-            Checkpoint::Relocating { until, step: Relocation::Copying { token, moves } };
+        let step = Relocation::Copying { token, moves };
+        self.checkpoint = Checkpoint::Relocating { until, step, then_save };
         CheckpointStep::Relocate { token, moves: list }
     }
 
@@ -208,7 +229,8 @@ impl Store {
     fn begin_saving(&mut self, until: u64) -> CheckpointStep {
         if self.index.counters.encoded > self.index_bytes_max() {
             // Too many pins at once: flushes must finish first. Writers wait for the journal meanwhile.
-            self.checkpoint = Checkpoint::Relocating { until, step: Relocation::Next };
+            let step = Relocation::Next;
+            self.checkpoint = Checkpoint::Relocating { until, step, then_save: true };
             return CheckpointStep::Wait;
         }
         let number = self.number + 1;
@@ -257,9 +279,11 @@ impl Store {
     pub fn checkpoint_done(&mut self, token: CheckpointToken) -> Result<(), CompletionError> {
         let unknown = Err(CompletionError::Checkpoint(token));
         match std::mem::replace(&mut self.checkpoint, Checkpoint::Idle) {
-            Checkpoint::Relocating { until, step: Relocation::Copying { token: t, moves } }
-                if t == token =>
-            {
+            Checkpoint::Relocating {
+                until,
+                step: Relocation::Copying { token: t, moves },
+                then_save,
+            } if t == token => {
                 let mut last = self.durable;
                 for ((inode, chunk), moves) in moves {
                     for moves in moves.chunks(MOVES_MAX) {
@@ -268,7 +292,7 @@ impl Store {
                     }
                 }
                 let step = Relocation::Recorded(last);
-                self.checkpoint = Checkpoint::Relocating { until, step };
+                self.checkpoint = Checkpoint::Relocating { until, step, then_save };
             }
             Checkpoint::Saving(mut saving) if saving.in_flight == Some(token) => {
                 saving.in_flight = None;

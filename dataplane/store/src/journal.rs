@@ -10,7 +10,7 @@ use crate::device::AlignedBuf;
 use crate::extent::Run;
 use crate::geometry::{FORMAT_VERSION, Geometry};
 use crate::record::Record;
-use crate::types::{BLOCK, Ticket};
+use crate::types::{BLOCK, BatchId, JournalBatch, Ticket};
 use ebb_dataplane_protocol::crc32c;
 use std::collections::VecDeque;
 
@@ -263,8 +263,8 @@ impl Journal {
         ticket
     }
 
-    /// Closes a batch over as many waiting records as fit: offset, bytes, sync flag, sequence.
-    pub(crate) fn take(&mut self) -> Option<(u64, AlignedBuf, bool, u64)> {
+    /// Closes a batch over as many waiting records as fit.
+    pub(crate) fn take(&mut self) -> Option<JournalBatch> {
         if self.in_flight.is_some() || self.waiting.is_empty() {
             return None;
         }
@@ -328,7 +328,13 @@ impl Journal {
         let end = start + u64::from(pages);
         self.head = end;
         self.in_flight = Some(InFlight { sequence, entries, end, crc });
-        Some((u64::from(self.block_of(start)) * BLOCK as u64, bytes, sync, sequence))
+        Some(JournalBatch {
+            id: BatchId(sequence),
+            offset: u64::from(self.block_of(start)) * BLOCK as u64,
+            bytes,
+            sync_data_first: sync,
+            inline: data_pages > 0,
+        })
     }
 
     /// The batch in flight is durable.

@@ -253,8 +253,7 @@ impl Store {
         if self.failed || backlog > CAPTURE_BACKLOG_BYTES {
             return None;
         }
-        let (offset, bytes, sync_data_first, sequence) = self.journal.take()?;
-        Some(JournalBatch { id: BatchId(sequence), offset, bytes, sync_data_first })
+        self.journal.take()
     }
 
     /// The batch is durable: its mutations take effect now. Returns their tickets in order: send the

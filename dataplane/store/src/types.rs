@@ -284,6 +284,9 @@ pub struct JournalBatch {
     pub bytes: AlignedBuf,
     /// Data writes named by these records must be made durable first.
     pub sync_data_first: bool,
+    /// There is inline data in it, which is moved to slots later. Who keeps the bytes until then
+    /// needs not read them back.
+    pub inline: bool,
 }
 
 /// One move of live inline data from the journal to a slot.

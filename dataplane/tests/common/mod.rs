@@ -203,6 +203,7 @@ impl World {
             cpus: Vec::new(),
             capacity_bytes,
             arena_bytes: 64 << 20,
+            dram_bytes: 8 << 20,
             index_bytes: 144 << 20,
             cluster: format!("{CLUSTER}"),
             key_file,

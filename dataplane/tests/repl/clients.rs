@@ -689,6 +689,7 @@ impl World {
         for piece in &reply.payload {
             match piece {
                 Piece::Buf(buf, range) => bytes.extend_from_slice(&buf[range.clone()]),
+                Piece::Shared(buf, range) => bytes.extend_from_slice(&buf[range.clone()]),
                 Piece::Zeros(n) => bytes.resize(bytes.len() + n, 0),
             }
         }

@@ -234,7 +234,8 @@ fn copy_of(call: &Call<AlignedBuf>) -> Call<AlignedBuf> {
 
 fn open(device: &mut Device) -> ShardCore<AlignedBuf> {
     let store = Store::open(device, CLUSTER).expect("recovers");
-    ShardCore::new(store, key(), CLUSTER, CoreLimits::default(), Box::new(Heap))
+    let limits = CoreLimits { dram_bytes: 256 << 10, ..CoreLimits::default() };
+    ShardCore::new(store, key(), CLUSTER, limits, Box::new(Heap))
 }
 
 fn fresh(node: u32, store: u128) -> Device {

@@ -655,6 +655,7 @@ impl Sim {
         for piece in &reply.payload {
             match piece {
                 Piece::Buf(buf, range) => bytes.extend_from_slice(&buf.bytes()[range.clone()]),
+                Piece::Shared(buf, range) => bytes.extend_from_slice(&buf.bytes()[range.clone()]),
                 Piece::Zeros(n) => bytes.resize(bytes.len() + n, 0),
             }
         }

@@ -35,6 +35,7 @@ pub struct Memory {
     background: Arc<AtomicIsize>,
     /// Counted by the core itself.
     flush: Arc<AtomicIsize>,
+    dram: Arc<AtomicIsize>,
     max: isize,
 }
 
@@ -86,6 +87,8 @@ impl Buffers<Slot> for Memory {
             Purpose::Reply => (&self.clients, self.max),
             Purpose::Edge | Purpose::Fill => (&self.background, self.max),
             Purpose::Flush | Purpose::Copy => (&self.flush, isize::MAX),
+            // Held for as long as the core lives.
+            Purpose::Dram => (&self.dram, isize::MAX),
         };
         let out = pool.load(Ordering::Relaxed);
         let fits = out == 0 || out.saturating_add(bytes as isize) <= max;
@@ -327,6 +330,7 @@ impl Sim {
                 for piece in body {
                     match piece {
                         Piece::Buf(buf, range) => bytes.extend_from_slice(&buf.bytes()[range]),
+                        Piece::Shared(buf, range) => bytes.extend_from_slice(&buf.bytes()[range]),
                         Piece::Zeros(n) => bytes.resize(bytes.len() + n, 0),
                     }
                 }
@@ -459,6 +463,7 @@ fn open(device: &mut Device, memory: &Memory) -> ShardCore<Slot> {
         uploads: 4,
         grants: 6,
         views: 3,
+        dram_bytes: 256 << 10,
         scrub_bytes_per_s: 64 << 20,
         scrub_rest_ms: 10,
     };

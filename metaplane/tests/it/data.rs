@@ -43,6 +43,7 @@ impl Nodes {
                 cluster: "7".to_owned(),
                 key_file: world.dir.path().join("key"),
                 meta: vec![address.to_owned()],
+                dram_bytes: ebb_dataplane::config::DRAM_BYTES_DEFAULT,
                 scrub_bytes_per_s: ebb_dataplane::config::SCRUB_BYTES_PER_S,
                 scrub_rest_s: ebb_dataplane::config::SCRUB_REST_S,
                 ready_file: None,

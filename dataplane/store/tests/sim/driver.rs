@@ -390,6 +390,8 @@ impl World {
         }
         if self.store.checkpoint_due() || self.rng.random_bool(0.005) {
             self.store.begin_checkpoint();
+        } else if self.rng.random_bool(0.005) {
+            self.store.begin_relocation();
         }
         match self.store.checkpoint_step() {
             CheckpointStep::Idle | CheckpointStep::Wait => {}

@@ -199,6 +199,11 @@ impl World {
                             bytes.push((start, buf[range].to_vec()));
                             start += len;
                         }
+                        Piece::Shared(buf, range) => {
+                            let len = range.len() as u64;
+                            bytes.push((start, buf[range].to_vec()));
+                            start += len;
+                        }
                         Piece::Zeros(n) => start += n as u64,
                     }
                 }
