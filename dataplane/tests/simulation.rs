@@ -22,7 +22,7 @@ fn seeds(default: u64) -> std::ops::Range<u64> {
 
 #[test]
 fn acked_data_is_always_readable_and_flushed_exactly() {
-    let mut peer_reads = 0;
+    let (mut peer_reads, mut dram_hits) = (0, 0);
     let seeds = seeds(60);
     let one = seeds.end - seeds.start == 1;
     for seed in seeds {
@@ -33,8 +33,10 @@ fn acked_data_is_always_readable_and_flushed_exactly() {
         println!("  {:?}", sim.tally);
         assert!(sim.tally.acked > 0, "a simulation that does nothing proves nothing");
         peer_reads += sim.tally.peer_reads;
+        dram_hits += sim.tally.dram_hits;
     }
     assert!(one || peer_reads > 0, "the former holder was never asked");
+    assert!(one || dram_hits > 100, "copies in memory answered {dram_hits} reads");
 }
 
 #[test]

@@ -246,6 +246,16 @@ impl Reactor {
         Ok(())
     }
 
+    /// Submits the device operations asked for so far, ahead of the turn: for those that somebody waits for while
+    /// the caller has other work. What cannot be submitted now is in the next turn.
+    pub fn kick(&mut self) {
+        self.urgent = false;
+        self.pump();
+        if !matches!(self.ring.enter(0, None), Ok(Entered::Done)) {
+            self.stats.busy += 1;
+        }
+    }
+
     /// Pushes everything runnable, entering in between when the submission queue is full.
     fn submit_all(&mut self) -> Result<(), TurnError> {
         loop {

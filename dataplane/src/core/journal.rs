@@ -6,7 +6,7 @@
 //! order (I1).
 
 use super::kept::Kept;
-use super::{Buffer, Command, Pending, Purpose, ShardCore};
+use super::{Buffer, Command, Pending, Purpose, ShardCore, Token};
 use ebb_store::{
     AlignedBuf, BatchId, CheckpointStep, CheckpointToken, JournalBatch, RelocationMove,
 };
@@ -56,6 +56,8 @@ pub(crate) struct Driver {
     /// The batch that waits for its sync.
     syncing: Option<JournalBatch>,
     in_flight: bool,
+    /// The batch that is durable, whose mutations did not take effect yet.
+    written: Option<BatchId>,
     /// What is kept of the batch in flight, once it is durable.
     to_keep: Option<(u64, Arc<AlignedBuf>)>,
     kept: Kept,
@@ -100,10 +102,45 @@ fn place(runs: &mut [Option<Run>], m: MoveTo, bytes: &[u8]) -> Option<Run> {
 }
 
 impl<B: Buffer> ShardCore<B> {
+    /// A device write ended well. If it was a journal batch, the next one may begin, and is among the commands:
+    /// `true`. Carry it out at once, and then tell of the completion itself with [`ShardCore::handle`]: what
+    /// the batch brings takes effect while the next one is on its way. Not calling this costs time only.
+    pub fn batch_written(&mut self, token: Token) -> bool {
+        let Some(Pending::Journal(Step::Batch(id))) = self.pending.get(&token) else {
+            return false;
+        };
+        let id = *id;
+        self.next_batch(id) && self.journal.in_flight
+    }
+
+    /// The batch is durable; takes the next one. `false`: the journal is of no more use.
+    fn next_batch(&mut self, id: BatchId) -> bool {
+        if self.store.failed() {
+            return false;
+        }
+        if let Err(e) = self.store.batch_written(id) {
+            tracing::error!(error = %e, "the journal lost count");
+            self.fail_store("the journal lost count of its batches");
+            return false;
+        }
+        self.journal.in_flight = false;
+        self.journal.written = Some(id);
+        if let Some((offset, bytes)) = self.journal.to_keep.take() {
+            self.journal.kept.keep(offset, bytes);
+        }
+        self.begin_batch();
+        true
+    }
+
     pub(crate) fn drive_journal(&mut self) {
         if self.store.failed() {
             return;
         }
+        self.begin_batch();
+        self.drive_checkpoint();
+    }
+
+    fn begin_batch(&mut self) {
         if !self.journal.in_flight
             && let Some(batch) = self.store.take_batch()
         {
@@ -118,7 +155,6 @@ impl<B: Buffer> ShardCore<B> {
                 self.write_batch(batch);
             }
         }
-        self.drive_checkpoint();
     }
 
     fn write_batch(&mut self, batch: JournalBatch) {
@@ -237,10 +273,10 @@ impl<B: Buffer> ShardCore<B> {
                 }
             }
             Step::Batch(id) => {
-                self.journal.in_flight = false;
-                if let Some((offset, bytes)) = self.journal.to_keep.take() {
-                    self.journal.kept.keep(offset, bytes);
+                if self.journal.written != Some(id) && !self.next_batch(id) {
+                    return;
                 }
+                self.journal.written = None;
                 match self.store.batch_durable(id) {
                     Ok(tickets) => {
                         debug_assert!(tickets.is_sorted());

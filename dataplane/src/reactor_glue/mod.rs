@@ -340,7 +340,12 @@ impl Glue {
             tracing::error!(core = self.index, error, "device write failed");
         }
         let token = crate::core::Token(token);
-        self.core.handle(self.now_ms, CoreEvent::Written { token, ok: result.is_ok() });
+        let ok = result.is_ok();
+        if ok && self.core.batch_written(token) {
+            self.carry_out();
+            self.reactor.kick();
+        }
+        self.core.handle(self.now_ms, CoreEvent::Written { token, ok });
     }
 
     fn take_mail(&mut self) {

@@ -13,7 +13,7 @@ use ebb_dataplane_protocol::{
     ChunkIndex, ContentId, Generation, InodeId, MapVersion, NodeId, PgEpoch, PgId, SessionId,
     ViewVersion,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 pub(crate) type ChunkKey = (InodeId, ChunkIndex);
@@ -100,8 +100,8 @@ impl Chunks for BTreeMap<ChunkKey, Chunk> {
 }
 
 /// What the counters need of a chunk.
-#[derive(Clone, Copy, Default)]
-struct Summary {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Summary {
     /// Blocks that only this node holds.
     dirty: u32,
     clean: u32,
@@ -110,6 +110,38 @@ struct Summary {
     extents: u32,
     encoded: usize,
     heap: u64,
+}
+
+/// Summaries of chunks with many extents, which small writes change one after the other: a pass over a thousand
+/// extents before each change is saved.
+#[derive(Debug, Default)]
+pub(crate) struct Summaries(HashMap<ChunkKey, Summary>);
+
+/// Chunks with fewer extents are summed up in no time.
+const SUMMED_EXTENTS_MIN: usize = 32;
+/// Summaries kept: 128 KiB.
+const SUMMARIES_MAX: usize = 2048;
+
+impl Summaries {
+    /// What the chunk's summary is, as it is now.
+    fn of(&self, key: ChunkKey, chunk: &Chunk) -> Summary {
+        let known = self.0.get(&key).filter(|_| chunk.extents.0.len() >= SUMMED_EXTENTS_MIN);
+        let Some(known) = known else { return chunk.summary() };
+        debug_assert_eq!(*known, chunk.summary(), "nothing changes a chunk behind it");
+        *known
+    }
+
+    /// The chunk changed.
+    fn note(&mut self, key: ChunkKey, chunk: &Chunk, summary: Summary) {
+        if chunk.extents.0.len() < SUMMED_EXTENTS_MIN {
+            self.0.remove(&key);
+            return;
+        }
+        if self.0.len() >= SUMMARIES_MAX && !self.0.contains_key(&key) {
+            self.0.clear();
+        }
+        self.0.insert(key, summary);
+    }
 }
 
 /// Rare state of a scope.
@@ -198,6 +230,7 @@ pub(crate) struct Index {
     /// Which clean data goes first.
     pub(crate) cache: Cache,
     pub(crate) counters: Counters,
+    summaries: Summaries,
     /// Data blocks nobody refers to any more.
     pub(crate) released: Vec<Run>,
     pub(crate) capture: Option<Capture>,
@@ -217,6 +250,7 @@ impl Index {
             inline: BTreeMap::new(),
             cache: Cache::default(),
             counters: Counters::default(),
+            summaries: Summaries::default(),
             released: Vec::new(),
             capture: None,
             pages_per_write: crate::capture::PAGES_PER_WRITE,
@@ -347,7 +381,7 @@ impl Index {
             capture.chunk(key, chunk);
             chunk.captured = number;
         }
-        let before = chunk.summary();
+        let before = self.summaries.of(key, chunk);
         let mut dropped = Vec::new();
         f(chunk, &mut dropped);
         chunk.extents.tighten();
@@ -357,6 +391,7 @@ impl Index {
             dropped = subtract(&dropped, &chunk.runs());
         }
         let after = chunk.summary();
+        self.summaries.note(key, chunk, after);
         self.cache.changed(key, &mut chunk.residency, before.clean, after.clean);
         if self.cache.is_stale(self.chunks.len()) {
             let chunks = &self.chunks;

@@ -7,7 +7,7 @@ use crate::error::{CompletionError, ControlError, OpenError, WaitFor, WriteError
 use crate::extent::Run;
 use crate::geometry::{Geometry, Identity};
 use crate::index::{ChunkKey, Index};
-use crate::journal::{Journal, Share};
+use crate::journal::{InFlight, Journal, Share};
 use crate::record::Record;
 use crate::remnant::Remnants;
 use crate::types::*;
@@ -109,6 +109,8 @@ pub struct Store {
     pub(crate) memory_bytes_max: u64,
     /// Clean blocks on their way out, by ticket.
     pub(crate) evicting: BTreeMap<Ticket, u64>,
+    /// A batch that is durable and did not take effect yet.
+    written: Option<InFlight>,
     /// Journal pages that writes and fills in flight will take.
     pub(crate) reserved_pages: u32,
     pub(crate) guards: BTreeSet<u64>,
@@ -152,6 +154,7 @@ impl Store {
             reserved_index: 0,
             memory_bytes_max: MEMORY_BYTES_DEFAULT,
             evicting: BTreeMap::new(),
+            written: None,
             reserved_pages: 0,
             guards: BTreeSet::new(),
             next_id: 1,
@@ -256,13 +259,24 @@ impl Store {
         self.journal.take()
     }
 
+    /// The batch is durable, so that the next may be taken; `batch_durable` has to follow before anything else but
+    /// that: the next batch is on its way while this one's mutations take effect.
+    pub fn batch_written(&mut self, id: BatchId) -> Result<(), CompletionError> {
+        let unknown = self.journal.in_flight.as_ref().is_none_or(|b| b.sequence != id.0);
+        if unknown || self.written.is_some() {
+            return Err(CompletionError::Batch(id));
+        }
+        self.written = self.journal.complete();
+        Ok(())
+    }
+
     /// The batch is durable: its mutations take effect now. Returns their tickets in order: send the
     /// acks in this order (a torn batch loses all of its records or none, and never an earlier batch).
     pub fn batch_durable(&mut self, id: BatchId) -> Result<Vec<Ticket>, CompletionError> {
-        if self.journal.in_flight.as_ref().is_none_or(|b| b.sequence != id.0) {
-            return Err(CompletionError::Batch(id));
+        if self.written.as_ref().is_none_or(|b| b.sequence != id.0) {
+            self.batch_written(id)?;
         }
-        let Some(batch) = self.journal.complete() else { return Err(CompletionError::Batch(id)) };
+        let Some(batch) = self.written.take() else { return Err(CompletionError::Batch(id)) };
         let mut tickets = Vec::with_capacity(batch.entries.len());
         for (ticket, record) in batch.entries {
             let left = self.leaving(&record);

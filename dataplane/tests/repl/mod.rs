@@ -605,6 +605,12 @@ impl World {
             }
             Command::WriteMeta { token, offset, bytes, durable } => {
                 node.device.write(offset, &bytes, durable);
+                // As the reactor's side does, and as one does that knows nothing of it.
+                if token.0.is_multiple_of(2)
+                    && let Some(core) = self.nodes.get_mut(&n).and_then(|node| node.core.as_mut())
+                {
+                    core.batch_written(token);
+                }
                 self.handle(n, Event::Written { token, ok: true });
             }
             Command::Sync { token } => self.handle(n, Event::Written { token, ok: true }),

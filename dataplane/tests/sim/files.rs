@@ -677,6 +677,13 @@ impl Sim {
                 f.view
             );
         }
+        // What is read again comes from memory.
+        let range = at..at + expected.len() as u64;
+        if self.files.all[file].free(&range) && self.rng.random_bool(0.6) {
+            let session = SessionId(self.rng.random_range(1..=SESSIONS));
+            let expected = self.files.all[file].model[at as usize..range.end as usize].to_vec();
+            self.send_read(file, at, expected, session);
+        }
     }
 
     fn control_answered(&mut self, what: What, answer: ControlReply) {

@@ -116,6 +116,7 @@ pub struct Tally {
     pub cuts: u64,
     pub crashes: u64,
     pub peer_reads: u64,
+    pub dram_hits: u64,
 }
 
 pub struct Sim {
@@ -296,6 +297,10 @@ impl Sim {
             }
             Command::WriteMeta { token, offset, bytes, durable } => {
                 self.device.write(offset, &bytes, durable);
+                // As the reactor's side does, and as one does that knows nothing of it.
+                if token.0.is_multiple_of(2) {
+                    self.core.batch_written(token);
+                }
                 self.core.handle(now, Event::Written { token, ok: true });
             }
             Command::Sync { token } => self.core.handle(now, Event::Written { token, ok: true }),
@@ -382,6 +387,7 @@ impl Sim {
     /// Everything in memory is gone; the device keeps what is durable and some of the rest.
     fn crash(&mut self) {
         self.tally.crashes += 1;
+        self.tally.dram_hits += self.core.stats.dram_hits;
         self.trace(|| "CRASH".into());
         for command in std::mem::take(&mut self.in_flight) {
             match command {
@@ -463,7 +469,7 @@ fn open(device: &mut Device, memory: &Memory) -> ShardCore<Slot> {
         uploads: 4,
         grants: 6,
         views: 3,
-        dram_bytes: 256 << 10,
+        dram_bytes: 1 << 20,
         scrub_bytes_per_s: 64 << 20,
         scrub_rest_ms: 10,
     };
