@@ -111,6 +111,7 @@ pub struct Baseline {
     file_bytes: u64,
     fio: bool,
     iperf3: bool,
+    redis: bool,
 }
 
 impl Drop for Baseline {
@@ -126,11 +127,16 @@ async fn installed(program: &str) -> bool {
 }
 
 impl Baseline {
-    /// Looks for the tools and, for `fio`, writes a file of `file_bytes` into `dir`. The second
+    /// Looks for the tools (for Redis if it is asked for) and, for `fio`, writes a file of `file_bytes` into `dir`. The second
     /// value says what is missing.
-    pub async fn prepare(dir: &Path, file_bytes: u64) -> Result<(Self, Vec<String>), BenchError> {
+    pub async fn prepare(
+        dir: &Path,
+        file_bytes: u64,
+        redis: bool,
+    ) -> Result<(Self, Vec<String>), BenchError> {
         let mut missing = Vec::new();
-        for program in ["fio", "iperf3"] {
+        let programs = ["fio", "iperf3"].into_iter().chain(redis.then_some("redis-server"));
+        for program in programs {
             if !installed(program).await {
                 missing.push(format!(
                     "{program} is not installed, so there is nothing to compare with: apt-get install {program}"
@@ -139,7 +145,8 @@ impl Baseline {
         }
         let has = |program: &str| !missing.iter().any(|m| m.starts_with(program));
         let file = dir.join(format!(".ebb-bench-fio-{}", std::process::id()));
-        let this = Self { file, file_bytes, fio: has("fio"), iperf3: has("iperf3") };
+        let (fio, iperf3, redis) = (has("fio"), has("iperf3"), redis && has("redis-server"));
+        let this = Self { file, file_bytes, fio, iperf3, redis };
         if this.fio {
             this.write_file().map_err(BenchError::file("write", &this.file))?;
         }
@@ -163,6 +170,10 @@ impl Baseline {
     /// Whether `fio` is there.
     pub fn has_fio(&self) -> bool {
         self.fio
+    }
+    /// Whether `redis-server` is there, and with it `redis-benchmark`.
+    pub fn has_redis(&self) -> bool {
+        self.redis
     }
     /// Whether `iperf3` is there.
     pub fn has_iperf3(&self) -> bool {
@@ -222,6 +233,82 @@ impl Baseline {
         let _ = server.kill().await;
         Err(last.unwrap_or_else(|| failed("no answer".into())))
     }
+}
+
+/// Keys of the Redis server, all with values.
+const REDIS_KEYS: u64 = 10_000;
+/// Requests that are made in a second, about: how long a turn takes follows from it.
+const REDIS_REQUESTS_PER_S: u64 = 150_000;
+
+impl Baseline {
+    /// GETs of values of `size` bytes from a Redis server of its own, which writes nothing to disk: 8 connections with
+    /// `depth` requests in flight in all, by its own benchmark.
+    pub async fn redis(&self, size: u64, depth: u32, seconds: u64) -> Result<Sample, BenchError> {
+        let failed = |why: String| BenchError::Program { program: "redis-server", why };
+        let port = std::net::TcpListener::bind(("127.0.0.1", 0))
+            .and_then(|l| l.local_addr())
+            .map_err(|e| failed(format!("no free port: {e}")))?
+            .port()
+            .to_string();
+        let mut server = Command::new("redis-server")
+            .args(["--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|e| failed(e.to_string()))?;
+        let connections = depth.min(8);
+        let benchmark = |test: &str, requests: u64| {
+            let mut command = Command::new("redis-benchmark");
+            command
+                .args(["-h", "127.0.0.1", "-p", &port, "-t", test, "--csv"])
+                .args(["-d", &size.to_string(), "-r", &REDIS_KEYS.to_string()])
+                .args(["-c", &connections.to_string()])
+                .args(["-P", &(depth / connections).to_string()])
+                .args(["-n", &requests.to_string()])
+                .stdin(Stdio::null())
+                .kill_on_drop(true);
+            command
+        };
+        let mut filled = Err(failed("no answer".into()));
+        for _ in 0..50 {
+            // It says nowhere that it listens; a refused client is asked again. So many random keys leave none without
+            // a value, but for one in e^20.
+            filled = redis_sample(benchmark("set", 20 * REDIS_KEYS), size).await;
+            if filled.is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let got = match filled {
+            Ok(_) => redis_sample(benchmark("get", seconds * REDIS_REQUESTS_PER_S), size).await,
+            Err(e) => Err(e),
+        };
+        let _ = server.kill().await;
+        got
+    }
+}
+
+/// The last line of `redis-benchmark --csv`: test, requests/s, and latencies in ms: mean, least, p50, p95, p99, most.
+async fn redis_sample(mut command: Command, size: u64) -> Result<Sample, BenchError> {
+    let failed = |why: String| BenchError::Program { program: "redis-benchmark", why };
+    let output = command.output().await.map_err(|e| failed(e.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().next_back().unwrap_or_default();
+    let fields: Vec<f64> =
+        line.split(',').skip(1).filter_map(|f| f.trim_matches('"').parse().ok()).collect();
+    let [iops, _, _, p50, _, p99, _] = fields[..] else {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(failed(format!("{}: {line} {}", output.status, said.trim())));
+    };
+    Ok(Sample {
+        iops,
+        mb_per_s: iops * size as f64 / 1e6,
+        p50_us: p50 * 1000.0,
+        p99_us: p99 * 1000.0,
+        ..Sample::default()
+    })
 }
 
 /// What a job of `fio`'s report says.

@@ -21,6 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Counted {
     pub(crate) batches: u64,
     pub(crate) mutations: u64,
+    /// Reads answered from memory.
+    pub(crate) dram_hits: u64,
 }
 
 impl Counted {
@@ -29,6 +31,7 @@ impl Counted {
         Some(Self {
             batches: self.batches.checked_sub(before.batches)?,
             mutations: self.mutations.checked_sub(before.mutations)?,
+            dram_hits: self.dram_hits.checked_sub(before.dram_hits)?,
         })
     }
 }
@@ -97,6 +100,7 @@ impl Journals {
                 ControlReply::Stats(stats) => {
                     sum.batches += stats.journal_batches;
                     sum.mutations += stats.journal_records;
+                    sum.dram_hits += stats.dram_hits;
                 }
                 other => return Err(BenchError::Journal(format!("it answered {other:?}"))),
             }
@@ -104,13 +108,17 @@ impl Journals {
         Ok(sum)
     }
 
-    /// What came since `before`, beside the requests that caused it.
-    pub(crate) async fn since(&self, before: Counted, requests: u64) -> Result<Group, BenchError> {
+    /// What came since `before`, beside the requests that caused it; and how many were answered from memory.
+    pub(crate) async fn since(
+        &self,
+        before: Counted,
+        requests: u64,
+    ) -> Result<(Group, u64), BenchError> {
         let now = self.count().await?;
-        let Counted { batches, mutations } = now.since(before).ok_or_else(|| {
+        let Counted { batches, mutations, dram_hits } = now.since(before).ok_or_else(|| {
             BenchError::Journal("a data node was restarted during the measurement".into())
         })?;
-        Ok(Group { batches, mutations, requests })
+        Ok((Group { batches, mutations, requests }, dram_hits))
     }
 }
 
@@ -120,9 +128,9 @@ mod tests {
 
     #[test]
     fn a_group_is_what_shared_a_batch_and_no_batch_is_no_group() {
-        let before = Counted { batches: 100, mutations: 1_000 };
-        let after = Counted { batches: 300, mutations: 2_040 };
-        let Counted { batches, mutations } = after.since(before).expect("the same process");
+        let before = Counted { batches: 100, mutations: 1_000, dram_hits: 1 };
+        let after = Counted { batches: 300, mutations: 2_040, dram_hits: 3 };
+        let Counted { batches, mutations, .. } = after.since(before).expect("the same process");
         let group = Group { batches, mutations, requests: 1_000 };
         assert_eq!((group.requests_per_batch(), group.mutations_per_batch()), (5.0, 5.2));
         assert_eq!(before.since(after), None, "a restarted node counts from zero");

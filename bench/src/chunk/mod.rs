@@ -21,6 +21,11 @@
 //! fdatasyncs per second of `fio`'s. Beside them are `fio` without any sync and with O_DSYNC writes, to
 //! tell what the device does.
 //!
+//! A `read-dram` is of what the cores have in memory, as copies: before it the chunks are read a few times, and how many
+//! of its reads were answered from memory is counted. Reads of a MiB are held to `iperf3`, smaller ones to GETs of the same
+//! size of a Redis server, 8 connections with as many requests in flight in all. A plain `read` is to be of the device: on a
+//! cluster whose nodes keep copies (`ebb up --dram`, on by default) it is not, and a note says so.
+//!
 //! Between two measurements the file goes to S3, so that no upload disturbs the next one. A turn of writes that is
 //! longer than the cluster's `--flush-after` has uploads in it.
 //!
@@ -73,6 +78,8 @@ pub struct Plan {
 pub enum Operation {
     /// Reads.
     Read,
+    /// Reads of what is in the cores' memory.
+    ReadDram,
     /// Writes, and waits until the bytes are durable on their node.
     Write,
     /// Writes, and waits until they are committed as well.
@@ -81,12 +88,20 @@ pub enum Operation {
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Read, Self::Write, Self::WriteFsync];
+    pub const ALL: [Self; 4] = [Self::Read, Self::ReadDram, Self::Write, Self::WriteFsync];
+    /// Those that are measured if nothing else is said.
+    pub const USUAL: [Self; 3] = [Self::Read, Self::Write, Self::WriteFsync];
+
+    /// Whether it reads.
+    pub const fn reads(self) -> bool {
+        matches!(self, Self::Read | Self::ReadDram)
+    }
 
     /// Its name, in tables and on command lines.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
+            Self::ReadDram => "read-dram",
             Self::Write => "write",
             Self::WriteFsync => "write+fsync",
         }
@@ -112,6 +127,8 @@ pub(crate) struct Turn {
     pub(crate) cpu_s_per_gb: f64,
     /// Of writes.
     pub(crate) group: Option<Group>,
+    /// Of reads, how many were answered from memory: 0 to 1.
+    pub(crate) dram_share: f64,
 }
 
 /// Runs the plan; `say` gets a line per step. The file is removed afterwards.
@@ -164,10 +181,11 @@ async fn measure(
     fs.fsync(handle).await?;
     let inode = fs.inode_of(handle)?;
     let mut outcome = Outcome { runs: plan.runs, ..Outcome::default() };
+    let redis = plan.operations.contains(&Operation::ReadDram);
     let baseline = match &plan.baseline {
         None => None,
         Some(dir) => {
-            let (tools, missing) = Baseline::prepare(dir, plan.file_bytes).await?;
+            let (tools, missing) = Baseline::prepare(dir, plan.file_bytes, redis).await?;
             outcome.notes.extend(missing);
             Some(tools)
         }
@@ -203,16 +221,27 @@ async fn measure(
             let map = fs.cluster().map();
             let (slots, cores) = slots(&map, inode, plan, size);
             measured.server_cores = cores.len() as u32;
-            let journals = match operation {
-                Operation::Read => None,
-                _ => Some(Journals::of(&map, &cores, &plan.key).await?),
-            };
-            let ours = turn(fs, inode, plan, *job, Arc::new(slots), journals).await?;
+            if operation == Operation::ReadDram {
+                warm(fs, inode, plan, &slots).await?;
+            }
+            let journals = Journals::of(&map, &cores, &plan.key).await?;
+            let ours = turn(fs, inode, plan, *job, Arc::new(slots), &journals).await?;
             measured.ours.push(ours);
-            if operation != Operation::Read {
+            outcome.notes.extend(from_memory(*job, ours, &outcome.notes));
+            if !operation.reads() {
                 settle(fs, inode, &mut outcome.notes).await;
             }
-            if let Some(fio) = &mut fio {
+            if operation == Operation::ReadDram {
+                if size < outcome::LARGE_BYTES
+                    && let Some(tools) = baseline.as_ref().filter(|b| b.has_redis())
+                {
+                    say(&format!("run {run}: redis, GET of {size} bytes, {depth} in flight"));
+                    let redis = Some(tools.redis(size, depth, plan.seconds).await?);
+                    measured.fio.push(FioTurns { redis, ..FioTurns::default() });
+                } else {
+                    measured.fio.push(FioTurns::default());
+                }
+            } else if let Some(fio) = &mut fio {
                 measured.fio.push(
                     fio.turns(*job, ours.group, &|what| say(&format!("run {run}: {what}"))).await?,
                 );
@@ -234,6 +263,47 @@ async fn settle(fs: &FileSystem, inode: InodeId, notes: &mut Vec<String>) {
     }
 }
 
+/// What to know of a turn of reads that were not of where they should be.
+fn from_memory(job: Job, turn: Turn, notes: &[String]) -> Option<String> {
+    let percent = turn.dram_share * 100.0;
+    let note = match job.operation {
+        Operation::Read if percent >= 1.0 => format!(
+            "reads of {} bytes: {percent:.0} % were answered from the nodes' memory; `ebb up --dram 0` measures the device",
+            job.size
+        ),
+        Operation::ReadDram if percent < 99.0 => format!(
+            "reads of {} bytes from memory: only {percent:.0} % were; give the nodes more (`ebb up --dram`) or the file less (--file)",
+            job.size
+        ),
+        _ => return None,
+    };
+    (!notes.contains(&note)).then_some(note)
+}
+
+/// Reads what a row will ask for often enough that the cores keep it in memory: the first time it is only noted.
+async fn warm(
+    fs: &FileSystem,
+    inode: InodeId,
+    plan: &Plan,
+    slots: &Slots,
+) -> Result<(), BenchError> {
+    const EACH: u64 = 1 << 20;
+    let handle = fs.open(inode, OpenFlags::default()).await?.handle;
+    let mut result = Ok(());
+    for _ in 0..3 {
+        for start in &slots.starts {
+            let end = (start + u64::from(CHUNK_BYTES).max(slots.per_start * slots.size))
+                .min(plan.file_bytes);
+            for at in (*start..end).step_by(EACH as usize) {
+                result = result.and(fs.read(handle, at, EACH).await.map(drop));
+            }
+        }
+    }
+    let released = fs.release(handle).await;
+    result?;
+    Ok(released?)
+}
+
 /// What `fio` did in one run: the same only once, whichever rows of ours it stands beside.
 struct Fio<'a> {
     tools: &'a Baseline,
@@ -249,7 +319,7 @@ impl Fio<'_> {
         group: Option<Group>,
         say: &impl Fn(&str),
     ) -> Result<FioTurns, BenchError> {
-        if operation == Operation::Read {
+        if operation.reads() {
             let plain = self.once(FioJob::Read { size, depth }, say).await?;
             return Ok(FioTurns { plain, ..FioTurns::default() });
         }
@@ -260,6 +330,7 @@ impl Fio<'_> {
             each: Some(self.once(write(depth, Durable::Each), say).await?),
             batched: Some(self.once(write(depth, Durable::Every(batch)), say).await?),
             single: Some(self.once(write(1, Durable::Every(1)), say).await?),
+            redis: None,
         })
     }
 
@@ -278,7 +349,7 @@ impl std::str::FromStr for Operation {
     type Err = String;
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|o| o.name() == name);
-        found.ok_or_else(|| format!("{name:?} is none of read, write, write+fsync"))
+        found.ok_or_else(|| format!("{name:?} is none of read, read-dram, write, write+fsync"))
     }
 }
 
@@ -341,20 +412,17 @@ async fn turn(
     plan: &Plan,
     job: Job,
     slots: Arc<Slots>,
-    journals: Option<Journals>,
+    journals: &Journals,
 ) -> Result<Turn, BenchError> {
     let stop = Arc::new(AtomicBool::new(false));
     let bytes = Arc::new(AtomicU64::new(0));
-    let write = job.operation != Operation::Read;
+    let write = !job.operation.reads();
     let mut handles = Vec::new();
     for _ in 0..job.depth {
         let flags = OpenFlags { write, ..OpenFlags::default() };
         handles.push(fs.open(inode, flags).await?.handle);
     }
-    let counted = match &journals {
-        Some(journals) => Some(journals.count().await?),
-        None => None,
-    };
+    let counted = journals.count().await?;
     let cpu_before = cpu_seconds();
     let started = Instant::now();
     let workers: Vec<_> = handles
@@ -376,10 +444,7 @@ async fn turn(
     let seconds = started.elapsed().as_secs_f64();
     let cpu = cpu_seconds() - cpu_before;
     // Before the handles go: their end is no part of what was measured.
-    let group = match (&journals, counted) {
-        (Some(journals), Some(before)) => Some(journals.since(before, times.len()).await?),
-        _ => None,
-    };
+    let (group, dram_hits) = journals.since(counted, times.len()).await?;
     for handle in handles {
         fs.release(handle).await?;
     }
@@ -392,10 +457,11 @@ async fn turn(
             p50_us: us(0.5),
             p99_us: us(0.99),
             p999_us: us(0.999),
-            writes_per_sync: group.map_or(0.0, |g| g.requests_per_batch()),
+            writes_per_sync: if write { group.requests_per_batch() } else { 0.0 },
         },
         cpu_s_per_gb: cpu / (moved / 1e9).max(1e-9),
-        group,
+        group: write.then_some(group),
+        dram_share: dram_hits as f64 / (times.len() as f64).max(1.0),
     })
 }
 
@@ -412,7 +478,7 @@ async fn worker(
     let mut times = histogram();
     let mut random = seed;
     let mut end = 0;
-    let data = vec![seed as u8; if operation == Operation::Read { 0 } else { slots.size as usize }];
+    let data = vec![seed as u8; if operation.reads() { 0 } else { slots.size as usize }];
     while !stop.load(Ordering::Relaxed) {
         // xorshift64*: Vigna, "An experimental exploration of Marsaglia's xorshift generators".
         random ^= random >> 12;
@@ -426,7 +492,7 @@ async fn worker(
         end = at + slots.size;
         let t = Instant::now();
         match operation {
-            Operation::Read => {
+            Operation::Read | Operation::ReadDram => {
                 fs.read(handle, at, slots.size).await?;
             }
             Operation::Write => {

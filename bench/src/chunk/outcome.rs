@@ -66,6 +66,12 @@ pub enum Against {
     FioBatched,
     /// One write and one fdatasync at a time by `fio`, times the group of ours.
     FioSingleTimesGroup,
+    /// A stream of `iperf3`.
+    Iperf3,
+    /// GETs of that size of a Redis server.
+    Redis,
+    /// The 99th percentile of those: less is better.
+    RedisP99,
 }
 
 /// A row against the machine.
@@ -119,6 +125,8 @@ pub(crate) struct FioTurns {
     pub(crate) batched: Option<Sample>,
     /// One write and one fdatasync at a time.
     pub(crate) single: Option<Sample>,
+    /// GETs of a Redis server instead.
+    pub(crate) redis: Option<Sample>,
 }
 
 /// All runs of one job.
@@ -135,8 +143,11 @@ pub(crate) struct Measured {
 /// network and the client, and nothing is grouped.
 const JUDGED_DEPTH: u32 = 16;
 
+/// 8 connections to Redis, each with 4 requests in flight.
+const REDIS_DEPTH: u32 = 32;
+
 /// Requests of this size are promised something, and those of a block.
-const LARGE_BYTES: u64 = 1 << 20;
+pub(crate) const LARGE_BYTES: u64 = 1 << 20;
 const BLOCK_BYTES: u64 = 4096;
 
 /// What is promised of one core against the machine.
@@ -149,6 +160,13 @@ fn limit(job: Job, against: Against) -> Option<Limit> {
             Some(Limit::at_least(0.85))
         }
         (Operation::Read, BLOCK_BYTES, Against::Fio) => Some(Limit::at_least(0.6)),
+        (Operation::ReadDram, LARGE_BYTES, Against::Iperf3) => Some(Limit::at_least(0.85)),
+        (Operation::ReadDram, BLOCK_BYTES, Against::Redis) if job.depth == REDIS_DEPTH => {
+            Some(Limit::at_least(1.0))
+        }
+        (Operation::ReadDram, BLOCK_BYTES, Against::RedisP99) if job.depth == REDIS_DEPTH => {
+            Some(Limit::at_most(1.0))
+        }
         (Operation::Write, BLOCK_BYTES, Against::FioSingleTimesGroup) => Some(Limit::at_least(0.5)),
         _ => None,
     }
@@ -187,13 +205,20 @@ impl Measured {
         let mut add =
             |sync: Option<&'static str>, depth: u32, of: &dyn Fn(&FioTurns) -> Option<Sample>| {
                 let samples: Vec<Sample> = self.fio.iter().filter_map(of).collect();
-                let name = if operation == Operation::Read { "read" } else { "write" };
+                let name = if operation.reads() { "read" } else { "write" };
                 if !samples.is_empty() {
                     rows.push(Row { sync, ..row("fio", name, size, depth, &samples) });
                 }
             };
         if operation == Operation::Read {
             add(None, depth, &|f| Some(f.plain));
+            return rows;
+        }
+        if operation == Operation::ReadDram {
+            let samples: Vec<Sample> = self.fio.iter().filter_map(|f| f.redis).collect();
+            if !samples.is_empty() {
+                rows.push(row("redis", "GET", size, depth, &samples));
+            }
             return rows;
         }
         if told.insert(("none", size, depth)) {
@@ -228,6 +253,18 @@ impl Measured {
                     let pairs = runs().map(|(o, f)| (o.sample.iops, f.plain.iops));
                     add(Against::Fio, "requests/s", pairs.collect());
                 }
+            }
+            Operation::ReadDram if self.job.size >= LARGE_BYTES => {
+                let pairs = self.ours.iter().zip(iperf3);
+                let pairs = pairs.map(|(o, net)| (o.sample.mb_per_s, net.mb_per_s));
+                add(Against::Iperf3, "MB/s", pairs.collect());
+            }
+            Operation::ReadDram => {
+                let of = |what: fn(&Sample) -> f64| {
+                    runs().filter_map(|(o, f)| Some((what(&o.sample), what(&f.redis?)))).collect()
+                };
+                add(Against::Redis, "requests/s", of(|s| s.iops));
+                add(Against::RedisP99, "µs", of(|s| s.p99_us));
             }
             Operation::Write | Operation::WriteFsync => {
                 let pairs =
@@ -384,6 +421,9 @@ impl std::fmt::Display for Verdict {
         let against = match self.against {
             Against::Fio => "fio".to_owned(),
             Against::SmallerOfFioAndIperf3 => "the smaller of fio and iperf3".to_owned(),
+            Against::Iperf3 => "iperf3".to_owned(),
+            Against::Redis => "Redis".to_owned(),
+            Against::RedisP99 => "Redis' 99th percentile".to_owned(),
             Against::FioBatched => "fio with one fdatasync per group".to_owned(),
             Against::FioSingleTimesGroup => format!(
                 "fio's {:.0} single fdatasyncs/s times the group",
@@ -437,6 +477,7 @@ mod tests {
             each: Some(sample(30_000.0)),
             batched: Some(sample(40_000.0)),
             single: Some(sample(single)),
+            redis: None,
         };
         // Each run by its own group and its own fio: 4,000, 1,500 and 3,000 batches/s of 5,000, 5,000 and 10,000.
         let turns =
@@ -486,12 +527,40 @@ mod tests {
     }
 
     #[test]
+    fn reads_from_memory_are_held_to_redis_or_the_network() {
+        let turn =
+            |iops, p99_us| Turn { sample: Sample { p99_us, ..sample(iops) }, ..Turn::default() };
+        let redis = Some(Sample { p99_us: 200.0, ..sample(100.0) });
+        let fio = vec![FioTurns { redis, ..FioTurns::default() }];
+        let job = Job { operation: Operation::ReadDram, size: 4096, depth: REDIS_DEPTH };
+        let small = Measured { ours: vec![turn(120.0, 300.0)], fio, ..Measured::new(job) };
+        let job = Job { size: LARGE_BYTES, ..job };
+        let large = Measured { ours: vec![turn(90.0, 1.0)], ..Measured::new(job) };
+        let mut outcome = Outcome::default();
+        outcome.add(&[small, large], &[sample(100.0)]);
+        let told: Vec<_> = outcome
+            .verdicts
+            .iter()
+            .map(|v| (v.against, v.ratio, v.bar.as_ref().is_some_and(|b| b.met)))
+            .collect();
+        assert_eq!(
+            told,
+            [
+                (Against::Redis, 1.2, true),
+                (Against::RedisP99, 1.5, false),
+                (Against::Iperf3, 0.9, true)
+            ]
+        );
+    }
+
+    #[test]
     fn what_fio_did_once_has_one_row_and_without_fio_there_is_no_ratio() {
         let fio = FioTurns {
             each: Some(sample(2.0)),
             batched: Some(sample(3.0)),
             single: Some(sample(4.0)),
             plain: sample(1.0),
+            redis: None,
         };
         let both = [Operation::Write, Operation::WriteFsync]
             .map(|op| measured(op, 4096, vec![ours(10.0, 1, 1)], vec![fio]));

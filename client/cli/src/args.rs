@@ -347,13 +347,14 @@ pub(crate) struct BenchChunk {
     /// Bytes of the file it makes (/.ebb-bench, removed afterwards)
     #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = parse_bytes)]
     pub file: u64,
-    /// Only some of read, write (durable on its node) and write+fsync (committed as well)
+    /// Only some of read, write (durable on its node) and write+fsync (committed as well); or read-dram: of what the
+    /// nodes have in memory
     #[arg(long, value_name = "OPERATION", value_delimiter = ',')]
     pub only: Vec<Operation>,
     /// Runs; figures are their medians
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
     pub runs: u32,
-    /// Also run fio (in --dir) and iperf3 (loopback), turn by turn, and print the ratios
+    /// Also run fio (in --dir), iperf3 (loopback) and, for read-dram, redis-server, turn by turn, and print the ratios
     #[arg(long)]
     pub baseline: bool,
     /// Ask all server cores, not one

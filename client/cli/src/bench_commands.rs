@@ -95,7 +95,7 @@ fn plan(cli: &Cli, args: &BenchChunk) -> Result<chunk::Plan, CliError> {
         seconds: args.seconds,
         file_bytes: args.file,
         operations: match args.only.as_slice() {
-            [] => chunk::Operation::ALL.to_vec(),
+            [] => chunk::Operation::USUAL.to_vec(),
             some => some.to_vec(),
         },
         runs: args.runs,

@@ -19,6 +19,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Blocks with the same low bits that are remembered; four times as many in all as there are copies.
+const SEEN_WAYS: usize = 4;
 /// Uses that count.
 const USES_MAX: u8 = 3;
 
@@ -56,8 +58,8 @@ pub(crate) struct Dram<B> {
     free: Vec<u32>,
     hand: usize,
     max: usize,
-    /// Blocks read lately, by the low bits of their number; 0: none, else number + 1.
-    seen: Vec<u32>,
+    /// Blocks read lately, the newest first, by the low bits of their number; 0: none, else number + 1.
+    seen: Vec<[u32; SEEN_WAYS]>,
 }
 
 /// The block at a device offset.
@@ -69,14 +71,14 @@ impl<B: Buffer> Dram<B> {
     /// For `bytes` of blocks; less than one block: none at all.
     pub(crate) fn new(bytes: u64) -> Self {
         let max = (bytes / BLOCK as u64).min(u64::from(u32::MAX / 4)) as usize;
-        let seen = if max == 0 { 0 } else { (2 * max).next_power_of_two() };
+        let seen = if max == 0 { 0 } else { max.next_power_of_two() };
         Self {
             entries: Vec::new(),
             index: HashMap::default(),
             free: Vec::new(),
             hand: 0,
             max,
-            seen: vec![0; seen],
+            seen: vec![[0; SEEN_WAYS]; seen],
         }
     }
 
@@ -115,8 +117,10 @@ impl<B: Buffer> Dram<B> {
         let block = number(offset);
         let mask = self.seen.len() - 1;
         let seen = &mut self.seen[block as usize & mask];
-        if *seen != block.wrapping_add(1) {
-            *seen = block.wrapping_add(1);
+        let name = block.wrapping_add(1);
+        if !seen.contains(&name) {
+            seen.rotate_right(1);
+            seen[0] = name;
             return;
         }
         if !self.index.contains_key(&block) {
