@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
 /// One measurement of a tool.
@@ -271,23 +272,35 @@ impl Baseline {
                 .kill_on_drop(true);
             command
         };
-        let mut filled = Err(failed("no answer".into()));
-        for _ in 0..50 {
-            // It says nowhere that it listens; a refused client is asked again. So many random keys leave none without
-            // a value, but for one in e^20.
-            filled = redis_sample(benchmark("set", 20 * REDIS_KEYS), size).await;
-            if filled.is_ok() {
+        // Its benchmark tries for ever to reach a server that doesn't listen yet.
+        let mut answers = false;
+        for _ in 0..100 {
+            answers = redis_answers(&port).await;
+            if answers {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let got = match filled {
-            Ok(_) => redis_sample(benchmark("get", seconds * REDIS_REQUESTS_PER_S), size).await,
-            Err(e) => Err(e),
-        };
+        if !answers {
+            return Err(failed("it does not answer".into()));
+        }
+        // So many random keys leave none without a value, but for one in e^20.
+        redis_sample(benchmark("set", 20 * REDIS_KEYS), size).await?;
+        let got = redis_sample(benchmark("get", seconds * REDIS_REQUESTS_PER_S), size).await;
         let _ = server.kill().await;
         got
     }
+}
+
+async fn redis_answers(port: &str) -> bool {
+    let ask = async {
+        let mut stream = tokio::net::TcpStream::connect(format!("127.0.0.1:{port}")).await?;
+        stream.write_all(b"PING\r\n").await?;
+        let mut answer = [0; 5];
+        stream.read_exact(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer == *b"+PONG")
+    };
+    matches!(tokio::time::timeout(Duration::from_secs(2), ask).await, Ok(Ok(true)))
 }
 
 /// The last line of `redis-benchmark --csv`: test, requests/s, and latencies in ms: mean, least, p50, p95, p99, most.
