@@ -26,6 +26,9 @@ use tokio_util::sync::CancellationToken;
 /// Calls in flight on one connection at most; further ones wait (I9).
 const IN_FLIGHT_MAX: usize = 256;
 
+/// With more calls in flight than this, some are likely to be made at the same time.
+const CROWD_MIN: usize = 2;
+
 /// A connection to one port.
 #[derive(Clone)]
 pub struct Connection {
@@ -149,14 +152,18 @@ impl Connection {
             let _permit = inner.in_flight.acquire().await.map_err(|_| inner.closed_error())?;
             let id = inner.next_id.fetch_add(1, Ordering::Relaxed);
             let (tx, rx) = oneshot::channel();
-            inner.pending().insert(id, tx);
+            let crowded = {
+                let mut pending = inner.pending();
+                pending.insert(id, tx);
+                pending.len() > CROWD_MIN
+            };
             let _forget = Forget(inner, id);
             // After the insert: a close that ran before it would leave the entry behind.
             if self.is_closed() {
                 return Err(inner.closed_error());
             }
             let frame = Frame::new(Header { request_id: id, ..header }, body, payload);
-            if inner.writer.send(frame).await.is_err() {
+            if inner.writer.send(frame, crowded).await.is_err() {
                 self.close();
                 return Err(inner.closed_error());
             }

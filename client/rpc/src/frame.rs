@@ -5,9 +5,11 @@ use ebb_dataplane_protocol::header::{BadHeader, HEADER_BYTES};
 use ebb_dataplane_protocol::{Header, Status, crc32c};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// Bytes asked of a socket at once, so that a small frame costs one call and not three. A payload
-/// that is larger goes straight to its place.
-pub(crate) const READ_AHEAD_BYTES: usize = 16 << 10;
+/// Bytes asked of a socket at once, so that a small frame costs one call and not three, and many that come together
+/// cost one call, too. A payload that is larger goes straight to its place.
+pub(crate) const READ_AHEAD_BYTES: usize = 64 << 10;
+/// The same for a port, which has many connections.
+pub(crate) const REQUESTS_READ_AHEAD_BYTES: usize = 16 << 10;
 
 /// A frame: header, body, payload.
 #[derive(Clone, Debug)]

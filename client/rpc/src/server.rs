@@ -4,7 +4,7 @@
 //! connection and raise a counter; nothing else happens. Requests of one connection run
 //! concurrently up to a limit; above it the connection is simply not read, which is back-pressure.
 
-use crate::frame::{Frame, READ_AHEAD_BYTES};
+use crate::frame::{Frame, REQUESTS_READ_AHEAD_BYTES};
 use crate::handshake;
 use crate::writer::FrameWriter;
 use ebb_dataplane_protocol::ClusterId;
@@ -136,7 +136,7 @@ impl<H: Handler> Serving<H> {
         };
         let peer = Peer { hello, address, connection };
         let (read, write) = stream.into_split();
-        let mut read = BufReader::with_capacity(READ_AHEAD_BYTES, read);
+        let mut read = BufReader::with_capacity(REQUESTS_READ_AHEAD_BYTES, read);
         // Handlers that still work when the connection ends hold nothing of it.
         let ended = CancellationToken::new();
         let _end = ended.clone().drop_guard();
@@ -166,7 +166,7 @@ impl<H: Handler> Serving<H> {
                 let reply = handler.handle(peer, frame).await;
                 // A gone connection takes no reply; its caller asks again.
                 if let Some(writer) = writer.upgrade() {
-                    drop(writer.send(reply).await);
+                    drop(writer.send(reply, false).await);
                 }
             });
             // What needs no waiting is answered here and now. The rest goes on as a task that is

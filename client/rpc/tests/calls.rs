@@ -134,3 +134,30 @@ async fn calls_in_flight_fail_when_the_server_goes() {
     assert!(result.expect_err("closed").may_have_happened());
     assert!(c.is_closed());
 }
+
+/// The first of a crowd writes what the others put in line: whoever of them gives up, all others are answered.
+#[tokio::test]
+async fn of_a_crowd_whoever_gives_up_the_others_are_answered() {
+    let port = port([1; 32], 7).await;
+    let c = Connection::connect(&port.address, &me([1; 32]), SECOND).await.expect("connects");
+    for round in 0..200u32 {
+        let calls: Vec<_> = (0..40u32)
+            .map(|i| {
+                let c = c.clone();
+                tokio::spawn(async move {
+                    let payload =
+                        Bytes::from((round * 1000 + i).to_le_bytes().repeat(1 + i as usize * 99));
+                    let reply = echo(&c, b"crowd", payload.clone()).await.expect("answered");
+                    assert_eq!(reply.payload, payload);
+                })
+            })
+            .collect();
+        // As far as the line, and no further: everybody has been polled once.
+        tokio::task::yield_now().await;
+        let gives_up = |i: usize| (i as u32 + round).is_multiple_of(3);
+        calls.iter().enumerate().filter(|(i, _)| gives_up(*i)).for_each(|(_, call)| call.abort());
+        for (_, call) in calls.into_iter().enumerate().filter(|(i, _)| !gives_up(*i)) {
+            tokio::time::timeout(SECOND, call).await.expect("in time").expect("no panic");
+        }
+    }
+}
