@@ -68,6 +68,12 @@ impl FlushDesk {
         }
     }
 
+    /// What an earlier lead of this process wanted counts no more; what it has under way ends by itself.
+    pub(crate) fn begin_lead(&self) {
+        self.failures().clear();
+        self.all.store(false, Ordering::Release);
+    }
+
     fn active(&self) -> MutexGuard<'_, HashSet<InodeId>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
