@@ -208,7 +208,10 @@ impl MetaConfig {
                 self.min_in_sync, self.replicas
             )));
         }
-        if !self.members.is_empty() && !self.members.contains_key(&self.node_id.to_string()) {
+        if !self.join
+            && !self.members.is_empty()
+            && !self.members.contains_key(&self.node_id.to_string())
+        {
             return Err(MetaError::Config(format!(
                 "members does not name this server, node_id {}",
                 self.node_id

@@ -1,15 +1,20 @@
 """Three voters of the metadata plane while programs work: leaders that die, restarts one after another, a disk that is gone."""
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 
+import harness
 from harness import Failure, check, cluster, wait_for
+from partitions import in_namespaces, machines
 
 ROUNDS = int(os.environ.get("EBB_SOAK", "1"))
 
@@ -242,3 +247,53 @@ def test_one_voter_becomes_three_and_five_and_one():
         said = loads.said()
         at_rest(c, None, loads)
         return said
+
+
+@contextlib.contextmanager
+def voter_elsewhere(c, net, number):
+    """A server on a machine of its own, started as a person would, and taken into the group."""
+    name = f"v{number}"
+    address, ready = f"{net.address(name)}:7700", c.dir / "run" / f"{name}.ready"
+    text = (c.dir / "run" / "meta.toml").read_text()
+    for key, value in [("dir", f'"{c.dir.parent / name}"'), ("listen", f'"{address}"'), ("node_id", number), ("join", "true"),
+                       ("ready_file", f'"{ready}"')]:
+        text, found = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, count=1, flags=re.M)
+        check(found, f"{key} in the configuration")
+    config = c.dir / "run" / f"{name}.toml"
+    config.write_text(text)
+    with open(c.dir / "log" / f"{name}.log", "a") as log:
+        command = [*net.inside(name), harness.EBB, "serve", "meta", "--config", str(config)]
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=c.env())
+    try:
+        wait_for(f"{name} to be ready", ready.exists, 30)
+        c.ebb("meta", "add", "--id", number, "--address", address)
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+@in_namespaces
+def test_a_leader_that_its_voters_do_not_hear_serves_nobody():
+    """Clients and nodes reach everybody, the leader and the other voters don't reach each other; then only its words are lost."""
+    with machines("v2", "v3") as (c, net), voter_elsewhere(c, net, 2), voter_elsewhere(c, net, 3):
+        loads = Loads(c.mount())
+        loads.gets_on()
+        took = []
+        for back in [True, False]:
+            first = leader(c)
+            at = {"meta": "meta", "meta-2": "v2", "meta-3": "v3"}
+            others = [at[process(v)] for v in voters(c) if process(v) != first]
+            cut = time.monotonic()
+            for other in others:
+                net.cut(at[first], other, back)
+            wait_for("another to lead", lambda: leader(c) != first, 60)
+            took.append(time.monotonic() - cut)
+            loads.gets_on()
+            net.heal()
+            complete(c)
+            loads.gets_on()
+        loads.finish()
+        c.ebb("flush", "/", "--wait")
+        loads.verify()
+        return f"another led after {', '.join(f'{t:.1f} s' for t in took)}; {loads.said()}"

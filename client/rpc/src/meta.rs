@@ -26,7 +26,7 @@ const PING_EVERY: Duration = Duration::from_millis(500);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 const PING_ONE_OF_TIMEOUT: Duration = Duration::from_secs(1);
 /// The voters' addresses are asked for again after this.
-const LEARN_EVERY: Duration = Duration::from_secs(30);
+const LEARN_EVERY: Duration = Duration::from_secs(5);
 /// Addresses remembered at most (I9).
 const KNOWN_MAX: usize = 16;
 /// Hints followed one after another without a pause.
@@ -157,6 +157,10 @@ impl MetaClient {
                 let mut current = self.inner.current.lock().await;
                 current.connection = None;
                 current.hint = (!message.is_empty()).then(|| message.clone());
+                if message.is_empty() {
+                    // Where others are is worth a question then.
+                    self.inner.known().asked = None;
+                }
             }
             // A timeout leaves the connection as it is: the server may just be busy with a long
             // listing, and others share the connection. A dead peer gives no sign of life.
