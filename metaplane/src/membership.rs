@@ -33,6 +33,10 @@ const HAND_OVER_MAX: Duration = Duration::from_millis(1_500);
 const QUORUM_AGE_MAX: Duration = Duration::from_millis(1_500);
 /// A new voter catches up by then, or it isn't made one in this call.
 const CATCH_UP_MAX: Duration = Duration::from_secs(15);
+/// A voter that lives answers a heartbeat within this.
+const ANSWER_MAX: Duration = Duration::from_millis(1_500);
+/// A change of the membership takes a few round trips.
+const CHANGE_MAX: Duration = Duration::from_secs(10);
 /// Voters at most.
 const VOTERS_MAX: usize = 7;
 
@@ -237,7 +241,7 @@ impl Voter {
                 if self.addresses().len() >= VOTERS_MAX {
                     return Err(FsError::Invalid(format!("there are {VOTERS_MAX} voters already")));
                 }
-                self.changed(self.raft.add_learner(id, node, false).await.map(drop))?;
+                self.change(ChangeMembers::AddNodes(BTreeMap::from([(id, node)])), true).await?;
             }
         }
         let begun = Instant::now();
@@ -258,23 +262,36 @@ impl Voter {
             tokio::time::sleep(LOOK_EVERY).await;
         }
         let change = ChangeMembers::AddVoterIds(BTreeSet::from([id]));
-        self.changed(self.raft.change_membership(change, true).await.map(drop))
+        self.change(change, true).await
     }
 
-    /// Takes a voter out of the group. Refused if those that remain and answer are no majority of them.
+    /// Takes a voter out of the group. Refused unless a majority of those that remain answers now: with fewer
+    /// the group would stand still, and could not take its decision back either.
     pub(crate) async fn remove_voter(&self, id: u64) -> FsResult<()> {
         self.lead_confirmed().await?;
-        let all = self.voters();
-        let Some(voter) = all.iter().find(|v| v.id == id) else { return Ok(()) };
-        let remain: Vec<&VoterStatus> =
-            all.iter().filter(|v| v.id != id && v.role != VoterRole::Learner).collect();
-        let answer = remain.iter().filter(|v| v.heard_ms.is_some_and(|ms| ms < 1_000)).count();
-        if remain.is_empty() || answer * 2 <= remain.len() {
-            return Err(FsError::Invalid(format!(
-                "without voter {id} there are {} voters, of which {answer} answer: no majority",
-                remain.len()
-            )));
-        }
+        let begun = Instant::now();
+        let voter = loop {
+            let all = self.voters();
+            let Some(voter) = all.iter().find(|v| v.id == id) else { return Ok(()) };
+            let waited = begun.elapsed();
+            let answered = |v: &&VoterStatus| {
+                v.role == VoterRole::Leader
+                    || v.heard_ms.is_some_and(|ms| u128::from(ms) < waited.as_millis())
+            };
+            let remain: Vec<&VoterStatus> =
+                all.iter().filter(|v| v.id != id && v.role != VoterRole::Learner).collect();
+            let answer = remain.iter().copied().filter(answered).count();
+            if answer * 2 > remain.len() {
+                break voter.clone();
+            }
+            if waited > ANSWER_MAX {
+                return Err(FsError::Invalid(format!(
+                    "without voter {id} there are {} voters, of which {answer} answer: no majority",
+                    remain.len()
+                )));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        };
         let ids = BTreeSet::from([id]);
         if voter.role == VoterRole::Leader {
             self.hand_over().await;
@@ -284,27 +301,28 @@ impl Voter {
             VoterRole::Learner => ChangeMembers::RemoveNodes(ids),
             _ => ChangeMembers::RemoveVoters(ids),
         };
-        self.changed(self.raft.change_membership(change, false).await.map(drop))
+        self.change(change, false).await
+    }
+
+    /// Changes the membership in the log: through a joint one if voters come or go.
+    async fn change(&self, change: ChangeMembers<u64, VoterNode>, retain: bool) -> FsResult<()> {
+        let changed = tokio::time::timeout(CHANGE_MAX, self.raft.change_membership(change, retain));
+        match changed.await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(RaftError::APIError(
+                ClientWriteError::ForwardToLeader(_) | ClientWriteError::LogEntryDiscarded(_),
+            ))) => Err(FsError::NotLeader(None)),
+            Ok(Err(e)) => Err(FsError::Again { retry_after_ms: 200, why: e.to_string() }),
+            Err(_) => Err(FsError::Again {
+                retry_after_ms: 200,
+                why: "the change of voters waits for a majority of them".into(),
+            }),
+        }
     }
 
     /// Decisions about voters are made from what the leader knows, so it must be the leader.
     async fn lead_confirmed(&self) -> FsResult<()> {
         let confirmed = self.raft.ensure_linearizable(ReadPolicy::ReadIndex).await;
         confirmed.map(drop).map_err(|_| FsError::NotLeader(None))
-    }
-
-    fn changed<T>(
-        &self,
-        result: Result<
-            T,
-            RaftError<crate::raft::TypeConfig, ClientWriteError<crate::raft::TypeConfig>>,
-        >,
-    ) -> FsResult<T> {
-        result.map_err(|e| match e {
-            RaftError::APIError(
-                ClientWriteError::ForwardToLeader(_) | ClientWriteError::LogEntryDiscarded(_),
-            ) => FsError::NotLeader(None),
-            e => FsError::Again { retry_after_ms: 200, why: e.to_string() },
-        })
     }
 }
