@@ -120,6 +120,8 @@ pub(crate) struct Service {
     /// The term in which this process took the bucket: as long as it leads in that one it may change
     /// what is there. 0: never.
     pub(crate) owned_in: AtomicU64,
+    /// The term in which what the last leader left in doubt in the bucket was noted.
+    pub(crate) settled_in: AtomicU64,
     pub(crate) ownership: crate::bucket::owner::Ownership,
     pub(crate) port: Arc<ebb_rpc::server::Counters>,
     pub(crate) flushes: crate::leader::flusher::FlushDesk,
@@ -160,6 +162,12 @@ impl Service {
     pub(crate) fn owns_bucket(&self) -> bool {
         let term = self.owned_in.load(Ordering::Acquire);
         term != 0 && self.voter.leading_term() == Some(term)
+    }
+
+    /// Whether files may go to the bucket: it is ours, and the last leader's doubts are noted.
+    pub(crate) fn may_store(&self) -> bool {
+        let settled = self.settled_in.load(Ordering::Acquire);
+        self.owns_bucket() && self.voter.leading_term() == Some(settled)
     }
 }
 

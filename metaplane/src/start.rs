@@ -104,6 +104,7 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
         comparisons: Default::default(),
         wake_wanted: AtomicBool::new(false),
         owned_in: AtomicU64::new(0),
+        settled_in: AtomicU64::new(0),
         ownership: Default::default(),
         port: Arc::clone(&port),
         flushes: FlushDesk::new(),

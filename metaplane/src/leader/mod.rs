@@ -25,6 +25,7 @@ pub(crate) mod windows;
 use crate::service::Service;
 use openraft::async_runtime::WatchReceiver;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -208,6 +209,7 @@ impl Service {
                 return;
             }
         }
+        self.settled_in.store(self.voter.leading_term().unwrap_or(0), Ordering::Release);
         futures::future::join(self.run_keys(stop.clone()), self.run_flusher(stop.clone())).await;
     }
 }

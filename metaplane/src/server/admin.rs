@@ -28,6 +28,8 @@ const FAILING_MIN: Duration = Duration::from_secs(3);
 /// has to be found busy: the time in which somebody else stores the file doesn't count.
 const BLOCKED_ATTEMPTS: usize = 40;
 const BLOCKED_MAX: Duration = Duration::from_secs(60);
+/// A new leader may change the bucket by then, unless S3 or another cluster is in its way.
+const TAKEN_OVER_MAX: Duration = Duration::from_secs(10);
 /// Between two looks at files that somebody else is at, and the least between two attempts; it doubles.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_millis(800);
@@ -209,8 +211,14 @@ impl Service {
         let mut waiting: BTreeSet<InodeId> = inodes.into_iter().collect();
         let mut failures: HashMap<InodeId, Failing> = HashMap::new();
         let mut pause = PAUSE_MIN;
+        let begun = Instant::now();
         while !waiting.is_empty() {
             self.still_leads(term)?;
+            if !self.may_store() && begun.elapsed() < TAKEN_OVER_MAX {
+                // A new leader takes the bucket first.
+                tokio::time::sleep(PAUSE_MIN).await;
+                continue;
+            }
             let ids: Vec<InodeId> = waiting.iter().copied().collect();
             let states = self
                 .voter
