@@ -4,7 +4,8 @@
 //! DIR/cluster.toml   what `ebb up` was asked for; made once, atomically
 //!     key            the cluster key, mode 0600 (I12)
 //!     s3/            the embedded S3 server's buckets: the people's data
-//!     meta/          the metadata plane's log and state
+//!     meta/          the metadata plane's log and state; meta-2/ and so on of further voters
+//!     voters.json    the voters' numbers and ports, if there were ever several
 //!     nodes/node-N/  a data node's shard files
 //!     run/           pid, ready and lock files; endpoints.json for the commands
 //!     log/           one log per process
@@ -13,6 +14,7 @@
 //! those.
 
 use crate::error::ControllerError as Error;
+use crate::voters::{self, Voter, Voters};
 use ebb_dataplane_protocol::ClusterId;
 use ebb_dataplane_protocol::auth::ClusterKey;
 use serde::{Deserialize, Serialize};
@@ -70,6 +72,25 @@ pub struct ClusterConfig {
     /// The next start may take the bucket from a cluster that was not taken down.
     #[serde(default)]
     pub steal_bucket: bool,
+    /// The voters, from their own file; empty: one, at `meta_port`.
+    #[serde(skip)]
+    pub voters: Vec<Voter>,
+}
+
+impl ClusterConfig {
+    /// The voters; a port of 0 is not known yet.
+    pub fn voters(&self) -> Vec<Voter> {
+        if self.voters.is_empty() {
+            return vec![Voter { id: 1, port: self.meta_port, join: false }];
+        }
+        self.voters.clone()
+    }
+
+    /// host:port of each voter whose port is known.
+    pub fn meta_addresses(&self) -> Vec<String> {
+        let known = self.voters().into_iter().filter(|v| v.port != 0);
+        known.map(|v| format!("{}:{}", self.host, v.port)).collect()
+    }
 }
 
 /// What a node takes for its indexes unless `ebb up --index` says otherwise.
@@ -141,9 +162,13 @@ impl Layout {
     pub fn s3(&self) -> PathBuf {
         self.dir.join("s3")
     }
-    /// The metadata plane's data.
-    pub fn meta(&self) -> PathBuf {
-        self.dir.join("meta")
+    /// A voter's data.
+    pub fn meta(&self, id: u64) -> PathBuf {
+        self.dir.join(voters::process_name(id))
+    }
+    /// `voters.json`
+    pub fn voters(&self) -> PathBuf {
+        self.dir.join("voters.json")
     }
     /// All nodes' data.
     pub fn nodes(&self) -> PathBuf {
@@ -175,10 +200,12 @@ impl Layout {
     /// something else; `s3/` alone is taken over (everything but the bucket was wiped).
     pub fn create(&self, config: &ClusterConfig) -> Result<(), Error> {
         if let Ok(entries) = std::fs::read_dir(&self.dir) {
-            let known = ["s3", "key", "meta", "nodes", "run", "log", "lost+found"];
+            let known = ["s3", "key", "meta", "nodes", "run", "log", "lost+found", "voters.json"];
             for entry in entries {
                 let entry = entry.map_err(Error::file("read", &self.dir))?;
-                if !known.iter().any(|k| entry.file_name() == *k) {
+                let name = entry.file_name();
+                let voter = name.to_str().is_some_and(|n| n.starts_with("meta-"));
+                if !voter && !known.iter().any(|k| name == *k) {
                     return Err(Error::NotACluster(self.dir.clone()));
                 }
             }
@@ -187,7 +214,7 @@ impl Layout {
         builder.recursive(true).mode(0o700);
         for dir in [
             self.dir.clone(),
-            self.meta(),
+            self.meta(1),
             self.nodes(),
             self.dir.join("run"),
             self.dir.join("log"),
@@ -219,7 +246,10 @@ impl Layout {
     pub fn load(&self) -> Result<ClusterConfig, Error> {
         let path = self.config();
         let text = std::fs::read_to_string(&path).map_err(Error::file("read", &path))?;
-        toml::from_str(&text).map_err(|e| Error::BadConfig { path, reason: e.to_string() })
+        let config: ClusterConfig =
+            toml::from_str(&text).map_err(|e| Error::BadConfig { path, reason: e.to_string() })?;
+        let voters = Voters::load(self)?.map(|v| v.voters).unwrap_or_default();
+        Ok(ClusterConfig { voters, ..config })
     }
 
     /// Reads the cluster key.
@@ -282,6 +312,7 @@ mod tests {
             replicas: 1,
             min_in_sync: 1,
             steal_bucket: false,
+            voters: vec![],
         }
     }
 

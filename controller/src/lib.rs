@@ -8,6 +8,7 @@
 //! * [`layout`]: the directory of a local cluster.
 //! * [`process`]: one supervised server process.
 //! * [`local`]: the provisioner that runs a whole cluster on this machine.
+//! * [`voters`]: which metadata servers there are on this machine.
 //! * [`run`]: the loop that ties them together.
 
 pub mod error;
@@ -16,6 +17,7 @@ pub mod local;
 pub mod plan;
 pub mod process;
 pub mod run;
+pub mod voters;
 
 pub use error::ControllerError;
 pub use layout::{ClusterConfig, Layout};

@@ -4,9 +4,11 @@ use crate::error::ControllerError as Error;
 use crate::layout::{ClusterConfig, Layout, write_atomically};
 use crate::plan::NodeProcess;
 use crate::process::{CommandSpec, Process};
+use crate::voters::{Voters, process_name};
 use ebb_dataplane_protocol::NodeId;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A server's role in the cluster.
@@ -14,19 +16,19 @@ use std::time::Duration;
 pub enum Role {
     /// The embedded S3 server.
     S3,
-    /// The metadata plane.
-    Meta,
+    /// A voter of the metadata plane, by its number.
+    Meta(u64),
     /// A data node, by the provisioner's name.
     Data(String),
 }
 
 impl Role {
     /// The process's name.
-    pub fn name(&self) -> &str {
+    pub fn name(&self) -> Cow<'_, str> {
         match self {
-            Self::S3 => "s3",
-            Self::Meta => "meta",
-            Self::Data(name) => name,
+            Self::S3 => "s3".into(),
+            Self::Meta(id) => process_name(*id).into(),
+            Self::Data(name) => name.into(),
         }
     }
 }
@@ -56,15 +58,14 @@ pub struct LocalCluster<L> {
     pub config: ClusterConfig,
     launch: L,
     s3: Option<Process>,
-    meta: Process,
+    voters: BTreeMap<u64, Process>,
     nodes: BTreeMap<String, Process>,
 }
 
 impl<L: Launch> LocalCluster<L> {
     /// Takes over whatever runs already; starts nothing.
     pub fn adopt(layout: Layout, config: ClusterConfig, launch: L) -> Result<Self, Error> {
-        let s3 = config.embedded_s3.then(|| Process::adopt(&layout, Role::S3.name()));
-        let meta = Process::adopt(&layout, Role::Meta.name());
+        let s3 = config.embedded_s3.then(|| Process::adopt(&layout, &Role::S3.name()));
         let mut nodes = BTreeMap::new();
         let dir = layout.nodes();
         for entry in std::fs::read_dir(&dir).map_err(Error::file("read", &dir))? {
@@ -73,7 +74,10 @@ impl<L: Launch> LocalCluster<L> {
                 nodes.insert(name.to_owned(), Process::adopt(&layout, name));
             }
         }
-        Ok(Self { layout, config, launch, s3, meta, nodes })
+        let mut cluster = Self { layout, config, launch, s3, voters: BTreeMap::new(), nodes };
+        cluster.find_voters();
+        cluster.find_former_voters()?;
+        Ok(cluster)
     }
 
     /// Restarts what died. Ports that a server chose are kept for its next start, so that clients
@@ -89,17 +93,32 @@ impl<L: Launch> LocalCluster<L> {
                 return Ok(());
             }
         }
-        let spec = self.launch.command(&Role::Meta, &self.layout, &self.config)?;
-        self.meta.ensure(&self.layout, &spec)?;
-        if let Some(port) = port_of(&self.meta, &self.layout) {
+        if let Some(voters) = Voters::load(&self.layout)? {
+            self.config.voters = voters.voters;
+        }
+        self.find_voters();
+        for voter in self.config.voters() {
+            let role = Role::Meta(voter.id);
+            let Some(process) = self.voters.get_mut(&voter.id) else { continue };
+            // Not written anew while it runs, so that a person finds what it was told.
+            if !process.check() {
+                let spec = self.launch.command(&role, &self.layout, &self.config)?;
+                process.ensure(&self.layout, &spec)?;
+            }
+        }
+        if self.config.voters.is_empty()
+            && let Some(port) = self.voters.get(&1).and_then(|p| port_of(p, &self.layout))
+        {
             self.config.meta_port = port;
-            // It serves, so the bucket is ours: later starts have nothing to steal.
+        }
+        if self.voters.values().all(|p| p.ready(&self.layout).is_some()) {
+            // They serve, so the bucket is ours: later starts have nothing to steal.
             self.config.steal_bucket = false;
         }
         if self.config != known {
             self.layout.save(&self.config)?;
         }
-        if self.config.meta_port != 0 {
+        if !self.config.meta_addresses().is_empty() {
             for process in self.nodes.values_mut() {
                 if process.check() {
                     Record::keep(&self.layout, process)?;
@@ -115,11 +134,47 @@ impl<L: Launch> LocalCluster<L> {
         Ok(())
     }
 
-    /// The metadata plane's address, once it serves.
-    pub fn meta_address(&self) -> Option<String> {
-        self.meta.ready(&self.layout)?;
-        (self.config.meta_port != 0)
-            .then(|| format!("{}:{}", self.config.host, self.config.meta_port))
+    /// A process for each voter that there is to be.
+    fn find_voters(&mut self) {
+        for voter in self.config.voters() {
+            let adopt = || Process::adopt(&self.layout, &process_name(voter.id));
+            self.voters.entry(voter.id).or_insert_with(adopt);
+        }
+    }
+
+    /// What an earlier controller did not come to retire. Without a file of voters nobody was taken out.
+    fn find_former_voters(&mut self) -> Result<(), Error> {
+        let Some(Voters { next, .. }) = Voters::load(&self.layout)? else { return Ok(()) };
+        for id in (1..next).filter(|id| self.layout.meta(*id).is_dir()) {
+            let adopt = || Process::adopt(&self.layout, &process_name(id));
+            self.voters.entry(id).or_insert_with(adopt);
+        }
+        Ok(())
+    }
+
+    /// Stops voters that were taken out of the group, and removes their directories.
+    pub async fn retire_voters(&mut self) -> Result<(), Error> {
+        if let Some(voters) = Voters::load(&self.layout)? {
+            self.config.voters = voters.voters;
+        }
+        let wanted: Vec<u64> = self.config.voters().iter().map(|v| v.id).collect();
+        let gone: Vec<u64> =
+            self.voters.keys().copied().filter(|id| !wanted.contains(id)).collect();
+        for id in gone {
+            if let Some(mut process) = self.voters.remove(&id) {
+                process.stop(&self.layout, STOP_GRACE).await;
+                tracing::info!(voter = id, "retired");
+            }
+            remove(&self.layout.meta(id))?;
+        }
+        Ok(())
+    }
+
+    /// The addresses of all voters, once one of them serves.
+    pub fn meta_addresses(&self) -> Option<Vec<String>> {
+        let serves = self.voters.values().any(|p| p.ready(&self.layout).is_some());
+        let addresses = self.config.meta_addresses();
+        (serves && !addresses.is_empty()).then_some(addresses)
     }
 
     /// The embedded S3 server's URL, once it serves.
@@ -159,13 +214,7 @@ impl<L: Launch> LocalCluster<L> {
             process.stop(&self.layout, STOP_GRACE).await;
         }
         let _ = std::fs::remove_file(Record::ids_path(&self.layout, name));
-        let dir = self.layout.node(name);
-        match std::fs::remove_dir_all(&dir) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::file("remove", dir)(e))
-            }
-            _ => Ok(()),
-        }
+        remove(&self.layout.node(name))
     }
 
     /// Stops every process: nodes, then the metadata plane, then S3.
@@ -173,7 +222,9 @@ impl<L: Launch> LocalCluster<L> {
         for process in self.nodes.values_mut() {
             process.stop(&self.layout, STOP_GRACE).await;
         }
-        self.meta.stop(&self.layout, STOP_GRACE).await;
+        let layout = &self.layout;
+        let voters = self.voters.values_mut().map(|p| p.stop(layout, STOP_GRACE));
+        futures::future::join_all(voters).await;
         if let Some(s3) = &mut self.s3 {
             s3.stop(&self.layout, STOP_GRACE).await;
         }
@@ -181,11 +232,24 @@ impl<L: Launch> LocalCluster<L> {
 
     /// Removes what the bucket makes superfluous, after a clean `ebb down`.
     pub fn wipe(&self) -> Result<(), Error> {
-        for dir in [self.layout.nodes(), self.layout.meta()] {
-            std::fs::remove_dir_all(&dir).map_err(Error::file("remove", &dir))?;
+        let voters = self.config.voters();
+        let dirs = voters.iter().map(|v| self.layout.meta(v.id)).chain([self.layout.nodes()]);
+        for dir in dirs {
+            remove(&dir)?;
             std::fs::create_dir(&dir).map_err(Error::file("create", &dir))?;
         }
+        if let Some(mut voters) = Voters::load(&self.layout)? {
+            voters.refound();
+            voters.save(&self.layout)?;
+        }
         Ok(())
+    }
+}
+
+fn remove(dir: &Path) -> Result<(), Error> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::file("remove", dir)(e)),
+        _ => Ok(()),
     }
 }
 

@@ -55,6 +55,7 @@ pub async fn run(
     let mut cluster = LocalCluster::adopt(layout.clone(), config, launch)?;
     let mut meta: Option<MetaClient> = None;
     let mut published: Option<Endpoints> = None;
+    let mut resumed = false;
     let mut ticks = tokio::time::interval(TURN);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     tokio::pin!(stop);
@@ -67,9 +68,12 @@ pub async fn run(
             tracing::error!(%error, "cannot tend the servers");
             continue;
         }
-        let Some(address) = cluster.meta_address() else { continue };
+        if let Err(error) = cluster.retire_voters().await {
+            tracing::error!(%error, "cannot remove what a voter left");
+        }
+        let Some(addresses) = cluster.meta_addresses() else { continue };
         let endpoints = Endpoints {
-            meta: vec![address],
+            meta: addresses,
             s3: cluster.s3_url(),
             controller_pid: std::process::id() as i32,
         };
@@ -81,11 +85,15 @@ pub async fn run(
             published = Some(endpoints);
         }
         let Some(meta) = &meta else { continue };
-        if let Err(error) = turn(&mut cluster, meta).await {
-            tracing::warn!(%error, "will try again");
+        match turn(&mut cluster, meta, !resumed).await {
+            Ok(()) => resumed = true,
+            Err(error) => tracing::warn!(%error, "will try again"),
         }
     }
     tracing::info!("stopping");
+    if let Err(error) = cluster.retire_voters().await {
+        tracing::error!(%error, "cannot remove what a voter left");
+    }
     cluster.stop_all().await;
     let said = std::fs::read_to_string(layout.run(DOWN_FILE)).unwrap_or_default();
     if said.trim() == "clean" {
@@ -97,9 +105,17 @@ pub async fn run(
     Ok(())
 }
 
-/// One look and what follows from it.
-async fn turn<L: Launch>(cluster: &mut LocalCluster<L>, meta: &MetaClient) -> Result<(), Error> {
-    let status = status(meta).await?;
+/// One look and what follows from it. `first`: the controller was just started, so the cluster is to be up.
+async fn turn<L: Launch>(
+    cluster: &mut LocalCluster<L>,
+    meta: &MetaClient,
+    first: bool,
+) -> Result<(), Error> {
+    let mut status = status(meta).await?;
+    if first && status.shutting_down {
+        admin(meta, AdminCall::Resume).await?;
+        status.shutting_down = false;
+    }
     if status.desired_nodes == 0 && status.wake_nodes == 0 && !status.shutting_down {
         // A new cluster, or one that woke from its bucket: nobody wished for anything yet.
         admin(meta, AdminCall::SetDesired { nodes: cluster.config.nodes }).await?;

@@ -23,9 +23,13 @@ pub struct MetaConfig {
     /// This voter's id.
     #[serde(default = "one")]
     pub node_id: u64,
-    /// The voters, id to host:port; empty: this one alone.
+    /// The founders, id to host:port; empty: this one alone. Only a new group looks at them: once it is
+    /// founded, its membership is in its log.
     #[serde(default)]
     pub members: BTreeMap<String, String>,
+    /// This voter is added to a group that there is (`ebb meta add`): it founds none.
+    #[serde(default)]
+    pub join: bool,
     /// The cluster's id, 32 hexadecimal digits.
     pub cluster: String,
     /// The file with the cluster key.
@@ -150,6 +154,7 @@ impl MetaConfig {
             advertise: None,
             node_id: one(),
             members: BTreeMap::new(),
+            join: false,
             cluster: cluster.to_string(),
             key_file: key_file.into(),
             pg_count: pg_count_default(),
@@ -203,7 +208,10 @@ impl MetaConfig {
                 self.min_in_sync, self.replicas
             )));
         }
-        if !self.members.is_empty() && !self.members.contains_key(&self.node_id.to_string()) {
+        if !self.join
+            && !self.members.is_empty()
+            && !self.members.contains_key(&self.node_id.to_string())
+        {
             return Err(MetaError::Config(format!(
                 "members does not name this server, node_id {}",
                 self.node_id

@@ -94,6 +94,28 @@ pub enum MetaError {
         /// What was configured.
         wanted: String,
     },
+    /// The directory belongs to another voter.
+    #[error("{} is the directory of voter {found}, not of voter {wanted}", dir.display())]
+    OtherVoter {
+        /// The directory.
+        dir: PathBuf,
+        /// Whose it is.
+        found: u64,
+        /// Who was to use it.
+        wanted: u64,
+    },
+    /// The voter took part with a directory that is gone.
+    #[error(
+        "voter {id} has taken part with another directory than {}: what it voted and acknowledged is \
+         lost with that one, so it must not come back under its number. Bring the old directory back, \
+         or replace the voter with `ebb meta replace {id}`", dir.display()
+    )]
+    LostDirectory {
+        /// The voter.
+        id: u64,
+        /// The directory it has now.
+        dir: PathBuf,
+    },
     /// Raft failed.
     #[error("Raft: {0}")]
     Raft(String),
@@ -108,7 +130,11 @@ impl MetaError {
     /// The exit code of the process (sysexits.h numbers).
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Config(_) | Self::Key { .. } | Self::OtherCluster { .. } => 78,
+            Self::Config(_)
+            | Self::Key { .. }
+            | Self::OtherCluster { .. }
+            | Self::OtherVoter { .. }
+            | Self::LostDirectory { .. } => 78,
             Self::Io { .. } | Self::Raft(_) => 74,
             Self::Locked(_) | Self::Listen { .. } => 75,
             Self::NoBucket { .. } | Self::Denied { .. } | Self::Owned { .. } => 77,

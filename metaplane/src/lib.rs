@@ -15,6 +15,7 @@ pub mod raft;
 
 mod bucket;
 mod leader;
+mod membership;
 mod s3_health;
 mod server;
 mod service;

@@ -117,8 +117,11 @@ pub(crate) struct Service {
     pub(crate) comparisons: crate::bucket::revalidate::Comparisons,
     /// A client asked for data that no node holds.
     pub(crate) wake_wanted: AtomicBool,
-    /// This process owns the bucket: it may change what is there.
-    pub(crate) owns_bucket: AtomicBool,
+    /// The term in which this process took the bucket: as long as it leads in that one it may change
+    /// what is there. 0: never.
+    pub(crate) owned_in: AtomicU64,
+    /// The term in which what the last leader left in doubt in the bucket was noted.
+    pub(crate) settled_in: AtomicU64,
     pub(crate) ownership: crate::bucket::owner::Ownership,
     pub(crate) port: Arc<ebb_rpc::server::Counters>,
     pub(crate) flushes: crate::leader::flusher::FlushDesk,
@@ -157,7 +160,14 @@ impl Service {
     }
 
     pub(crate) fn owns_bucket(&self) -> bool {
-        self.owns_bucket.load(Ordering::Acquire)
+        let term = self.owned_in.load(Ordering::Acquire);
+        term != 0 && self.voter.leading_term() == Some(term)
+    }
+
+    /// Whether files may go to the bucket: it is ours, and the last leader's doubts are noted.
+    pub(crate) fn may_store(&self) -> bool {
+        let settled = self.settled_in.load(Ordering::Acquire);
+        self.owns_bucket() && self.voter.leading_term() == Some(settled)
     }
 }
 

@@ -1,8 +1,9 @@
 //! From a configuration to a serving process, and back to rest.
 //!
-//! The order: directory locked, port bound, Raft started (voters may talk from here on), S3 reached
-//! and its conditions probed, bucket taken, state formatted, then clients are served and the ready
-//! file is written. Whatever fails on the way ends with a sentence that says what to do
+//! The order: directory locked, port bound, Raft started (voters may talk from here on), the group
+//! founded if it is new, S3 reached and its conditions probed; the leader takes the bucket and formats
+//! the state; then clients are served and the ready file is written. A voter of a group
+//! that there is already is ready at once. Whatever fails on the way ends with a sentence that says what to do
 //! ([`MetaError`]).
 
 use crate::bucket::owner::down;
@@ -22,7 +23,7 @@ use std::fs::File;
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -102,7 +103,8 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
         relistings: Default::default(),
         comparisons: Default::default(),
         wake_wanted: AtomicBool::new(false),
-        owns_bucket: AtomicBool::new(false),
+        owned_in: AtomicU64::new(0),
+        settled_in: AtomicU64::new(0),
         ownership: Default::default(),
         port: Arc::clone(&port),
         flushes: FlushDesk::new(),
@@ -128,7 +130,7 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
     tokio::pin!(shutdown);
     let began = tokio::select! {
         () = &mut shutdown => Ok(false),
-        attached = begin(&service) => attached.map(|()| true),
+        attached = begin(&service, stop.clone()) => attached.map(|()| true),
     };
     let result = match began {
         Ok(true) => {
@@ -139,6 +141,8 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
                 tracing::info!(address, cluster = %cluster, "the metadata server serves");
                 shutdown.await;
                 tracing::info!("stopping");
+                // Its successor serves at once, instead of after an election.
+                service.voter.hand_over().await;
             }
             stop.cancel();
             // Loops end at their next await; what they leave half done is resumed by the next.
@@ -157,22 +161,59 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
     result
 }
 
-/// Reaches S3, waits for the lead, takes the bucket.
-async fn begin(service: &Arc<Service>) -> Result<(), MetaError> {
-    let conditions = probe(service).await?;
-    for name in conditions.missing() {
-        tracing::warn!(condition = name, "the S3 server lacks a condition");
+/// Founds the group if that is to be done, reaches S3, waits for a leader; takes the bucket if it leads.
+async fn begin(service: &Arc<Service>, stop: CancellationToken) -> Result<(), MetaError> {
+    let config = &service.config;
+    let is_new = service.voter.found(config).await?;
+    if (config.join || config.members.len() > 1) && !is_new {
+        // One of several of a group that there is: the others go on meanwhile, and need its vote, whether
+        // or not S3 answers. Who leads takes the bucket when it does.
+        let service = Arc::clone(service);
+        tokio::spawn(async move { service.probe_some_time(stop).await });
+        return Ok(());
     }
-    let _ = service.conditions.set(conditions);
+    note(service, probe(service).await?);
     let wait = service.voter.raft().wait(Some(ELECTION_PATIENCE));
-    wait.metrics(|m| m.current_leader.is_some(), "a leader")
-        .await
-        .map_err(|e| MetaError::Raft(format!("no leader was elected: {e}")))?;
+    let led = wait.metrics(|m| m.current_leader.is_some(), "a leader").await;
+    if let Err(e) = led {
+        if config.members.len() <= 1 {
+            return Err(MetaError::Raft(format!("no leader was elected: {e}")));
+        }
+        // Others may come back at any time; until then it votes, and says that nobody leads.
+        tracing::warn!("no leader yet: too few of the other voters answer");
+        return Ok(());
+    }
     if !service.voter.raft().is_leader() {
         // Another voter leads and holds the bucket; this one takes over when it is elected.
         return Ok(());
     }
-    service.attach(true).await
+    match service.attach(true).await {
+        // Elected and outvoted again in the meantime, which takes others.
+        Err(MetaError::Raft(e)) if !service.voter.raft().is_leader() => {
+            tracing::info!(error = e, "another voter leads");
+            Ok(())
+        }
+        attached => attached,
+    }
+}
+
+fn note(service: &Service, conditions: Conditions) {
+    for name in conditions.missing() {
+        tracing::warn!(condition = name, "the S3 server lacks a condition");
+    }
+    let _ = service.conditions.set(conditions);
+}
+
+impl Service {
+    async fn probe_some_time(&self, stop: CancellationToken) {
+        while !stop.is_cancelled() {
+            match probe(self).await {
+                Ok(conditions) => return note(self, conditions),
+                Err(error) => tracing::error!(%error, "S3 can't be used yet"),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
 }
 
 async fn probe(service: &Service) -> Result<Conditions, MetaError> {

@@ -3,31 +3,30 @@
 
 use crate::config::MetaConfig;
 use crate::error::MetaError;
+use crate::raft::identity::VoterIdentity;
 use crate::raft::kv::Reader as View;
 use crate::raft::log::{LogOptions, LogStore};
 use crate::raft::network::Network;
 use crate::raft::propose::{ProposeError, Proposer, ReadIndex};
 use crate::raft::snapshot::Incoming;
 use crate::raft::state::{StateReader, StateStore};
-use crate::raft::wire::{self, Message};
-use crate::raft::{Raft, TypeConfig, Vote};
+use crate::raft::wire::{self, Greeting, Message};
+use crate::raft::{Raft, TypeConfig, Vote, VoterNode};
 use bytes::Bytes;
 use ebb_dataplane_protocol::Status;
 use ebb_metaplane_protocol::{Command, CommandReply};
 use ebb_namespace::Reader;
 use ebb_rpc::{Frame, Identity};
-use openraft::errors::{InitializeError, RaftError};
-use openraft::impls::BasicNode;
-use openraft::raft::{AppendEntriesRequest, SnapshotResponse};
+use openraft::async_runtime::WatchReceiver;
+use openraft::raft::{AppendEntriesRequest, SnapshotResponse, TransferLeaderRequest};
 use openraft::storage::Snapshot;
 use openraft::{Config, SnapshotPolicy};
-use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 /// Log entries kept behind a snapshot, so that a voter that lags a little needs none.
 const ENTRIES_BEHIND_SNAPSHOT: u64 = 1_000;
@@ -36,7 +35,16 @@ const PERSIST_EVERY: Duration = Duration::from_secs(5);
 
 /// A voter.
 pub(crate) struct Voter {
-    raft: Raft,
+    pub(crate) raft: Raft,
+    /// Who it is.
+    pub(crate) own: VoterIdentity,
+    /// host:port at which others reach it.
+    pub(crate) address: String,
+    pub(crate) network: Network,
+    dir: PathBuf,
+    /// It has said or heard something that counts: the identity on disk says so.
+    taken_part: AtomicBool,
+    taking_part: Mutex<()>,
     proposer: Proposer,
     reads: ReadIndex,
     state: StateReader,
@@ -44,10 +52,15 @@ pub(crate) struct Voter {
     snapshots: PathBuf,
     incoming: Mutex<Option<(Vote, Incoming)>>,
     load: Arc<AtomicUsize>,
+    /// The term in which this voter serves as the leader; 0: it doesn't.
+    serving: AtomicU64,
+    /// Counts leaderships that ended.
+    ended: watch::Sender<u64>,
 }
 
 impl Voter {
-    /// Opens the directory and starts Raft; founds the group if the directory is new.
+    /// Opens the directory and starts Raft. A new group is founded by [`Voter::found`], when others
+    /// can reach this one.
     pub(crate) async fn start(
         config: &MetaConfig,
         address: &str,
@@ -55,18 +68,30 @@ impl Voter {
     ) -> Result<Self, MetaError> {
         let (log_dir, dir, cache) =
             (config.dir.join("log"), config.dir.clone(), config.cache_bytes);
+        let id = config.node_id;
         let load = Arc::new(AtomicUsize::new(0));
         // Followers should not wait for the leader's own disk.
-        let sole = (config.members.len() <= 1).then(|| Arc::clone(&load));
+        let sole = (config.members.len() <= 1 && !config.join).then(|| Arc::clone(&load));
         let options = LogOptions { load: sole, ..LogOptions::default() };
-        let open = move || -> Result<(LogStore, StateStore), MetaError> {
+        let open = move || -> Result<(VoterIdentity, LogStore, StateStore), MetaError> {
+            let own = VoterIdentity::open(&dir, id, crate::service::random())
+                .map_err(|e| MetaError::io(&dir, e))?;
+            let is_empty =
+                |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut d| d.next().is_none());
+            if own.joined && (!log_dir.exists() || is_empty(&log_dir)) {
+                return Err(MetaError::LostDirectory { id, dir });
+            }
             let log = LogStore::open(&log_dir, options).map_err(|e| MetaError::io(&log_dir, e))?;
             let state = StateStore::open(&dir, cache).map_err(|e| MetaError::io(&dir, e))?;
-            Ok((log, state))
+            Ok((own, log, state))
         };
-        let (log, store) = tokio::task::spawn_blocking(open)
+        let (own, log, store) = tokio::task::spawn_blocking(open)
             .await
             .map_err(|e| MetaError::Raft(e.to_string()))??;
+        if own.id != id {
+            let (dir, found) = (config.dir.clone(), own.id);
+            return Err(MetaError::OtherVoter { dir, found, wanted: id });
+        }
         let state = store.reader();
         let snapshots = store.snapshot_dir();
         let settings = Config {
@@ -81,29 +106,55 @@ impl Voter {
             ..Config::default()
         };
         let settings = Arc::new(settings.validate().map_err(|e| MetaError::Config(e.to_string()))?);
-        let raft = Raft::new(config.node_id, settings, Network::new(identity), log.clone(), store)
+        let network = Network::new(identity, own.clone());
+        let raft = Raft::new(id, settings, network.clone(), log.clone(), store)
             .await
             .map_err(|e| MetaError::Raft(e.to_string()))?;
-        let members = members(config, address)?;
-        let founded = raft.is_initialized().await.map_err(|e| MetaError::Raft(e.to_string()))?;
-        // Every founder founds the same group; openraft keeps the elections apart.
-        if !founded {
-            match raft.initialize(members).await {
-                Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
-                Err(e) => return Err(MetaError::Raft(e.to_string())),
-            }
+        let initialized =
+            raft.is_initialized().await.map_err(|e| MetaError::Raft(e.to_string()))?;
+        if own.joined && !initialized {
+            let dir = config.dir.clone();
+            return Err(MetaError::LostDirectory { id, dir });
         }
         tokio::spawn(persist(state.clone()));
-        Ok(Self {
+        let voter = Self {
             proposer: Proposer::start(raft.clone()),
             reads: ReadIndex::new(raft.clone()),
             raft,
+            taken_part: AtomicBool::new(own.joined),
+            own,
+            address: address.to_owned(),
+            network,
+            dir: config.dir.clone(),
+            taking_part: Mutex::default(),
             state,
             log,
             snapshots,
             incoming: Mutex::new(None),
             load,
-        })
+            serving: AtomicU64::new(0),
+            ended: watch::Sender::new(0),
+        };
+        if initialized {
+            // Of a version that kept no identity, or stopped before it was written.
+            voter.take_part().await?;
+        }
+        Ok(voter)
+    }
+
+    /// From here on the directory must not be lost. Durable before the first word that counts.
+    pub(crate) async fn take_part(&self) -> Result<(), MetaError> {
+        if self.taken_part.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _one = self.taking_part.lock().await;
+        let (own, dir) = (VoterIdentity { joined: true, ..self.own.clone() }, self.dir.clone());
+        let saved = tokio::task::spawn_blocking(move || own.save(&dir)).await;
+        saved
+            .map_err(|e| MetaError::Raft(e.to_string()))?
+            .map_err(|e| MetaError::io(&self.dir, e))?;
+        self.taken_part.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Counts a request in progress for as long as the answer is held.
@@ -117,9 +168,19 @@ impl Voter {
         &self.raft
     }
 
-    /// Commits and applies a command.
+    /// Commits and applies a command. A leader that no majority hears any more answers at once that it
+    /// does not lead; whether the command was carried out is then not known.
     pub(crate) async fn submit(&self, command: Command) -> Result<CommandReply, ProposeError> {
-        self.proposer.submit(command).await
+        if self.reads.is_sole() {
+            return self.proposer.submit(command).await;
+        }
+        let mut ended = self.ended.subscribe();
+        let reply = tokio::select! {
+            biased;
+            reply = self.proposer.submit(command) => reply,
+            _ = ended.changed() => Err(ProposeError::NotLeader(None)),
+        };
+        reply.map_err(|e| self.hinted(e))
     }
 
     /// The term in which this node leads, as Raft last published it.
@@ -127,12 +188,59 @@ impl Voter {
         self.reads.leading_term()
     }
 
+    /// This voter serves as the leader of that term: what its predecessors knew by heart is forgotten,
+    /// and a majority hears it.
+    pub(crate) fn serve_term(&self, term: u64) {
+        self.serving.store(term, Ordering::Release);
+    }
+
+    /// Its lead is over, or no majority hears it: calls under way end.
+    pub(crate) fn end_serving(&self) {
+        self.serving.store(0, Ordering::Release);
+        self.ended.send_modify(|n| *n += 1);
+    }
+
+    /// Whether clients are served here. If not: the leader's address, as far as it is known.
+    pub(crate) fn serves(&self) -> Result<(), Option<String>> {
+        let serving = self.serving.load(Ordering::Acquire);
+        if serving != 0 && self.leading_term() == Some(serving) {
+            return Ok(());
+        }
+        Err(self.leader_elsewhere())
+    }
+
+    fn leader_elsewhere(&self) -> Option<String> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader.filter(|l| *l != metrics.id)?;
+        metrics.membership_config.membership().get_node(&leader).map(|n| n.addr.clone())
+    }
+
+    /// Never sends a caller back to where it comes from.
+    fn hinted(&self, e: ProposeError) -> ProposeError {
+        match e {
+            ProposeError::NotLeader(Some(hint)) if hint == self.address => {
+                ProposeError::NotLeader(None)
+            }
+            e => e,
+        }
+    }
+
     /// Reads the state as of now, linearizably.
     pub(crate) async fn read<T>(
         &self,
         read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
     ) -> Result<T, ProposeError> {
-        self.reads.confirm().await?;
+        if self.reads.is_sole() {
+            self.reads.confirm().await?;
+            return self.peek(read);
+        }
+        let mut ended = self.ended.subscribe();
+        tokio::select! {
+            biased;
+            confirmed = self.reads.confirm() => confirmed.map_err(|e| self.hinted(e))?,
+            _ = ended.changed() => return Err(ProposeError::NotLeader(None)),
+        }
         self.peek(read)
     }
 
@@ -164,7 +272,25 @@ impl Voter {
         let bad = |e: String| (Status::BadRequest, e);
         let failed = |e: String| (Status::Internal, e);
         let (message, entries) = wire::decode(&request.body).map_err(|e| bad(e.to_string()))?;
+        if !matches!(message, Message::Greet { .. }) {
+            self.take_part().await.map_err(|e| failed(e.to_string()))?;
+        }
         let json = match message {
+            Message::Greet { id, store } => {
+                tracing::debug!(id, store, "a voter greets");
+                let failure = |e: openraft::errors::Fatal<TypeConfig>| failed(e.to_string());
+                serde_json::to_vec(&Greeting {
+                    id: self.own.id,
+                    store: self.own.store.clone(),
+                    initialized: self.raft.is_initialized().await.map_err(failure)?,
+                    yours: self.node_of(id).map(|n| n.store).filter(|s| !s.is_empty()),
+                })
+            }
+            Message::Transfer { vote, to, last } => {
+                let rpc = TransferLeaderRequest::new(vote, to, last);
+                let answer = self.raft.handle_transfer_leader(rpc).await;
+                serde_json::to_vec(&answer.map_err(|e| failed(e.to_string()))?)
+            }
             Message::Append { vote, previous, commit, .. } => {
                 let rpc = AppendEntriesRequest::<TypeConfig> {
                     vote,
@@ -192,6 +318,13 @@ impl Voter {
             }
         };
         json.map_err(|e| failed(e.to_string()))
+    }
+
+    /// What the membership says of a voter.
+    pub(crate) fn node_of(&self, id: u64) -> Option<VoterNode> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().get_node(&id).cloned()
     }
 
     async fn snapshot_piece(
@@ -246,20 +379,6 @@ impl Drop for Busy {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
-}
-
-fn members(config: &MetaConfig, address: &str) -> Result<BTreeMap<u64, BasicNode>, MetaError> {
-    if config.members.is_empty() {
-        return Ok(BTreeMap::from([(config.node_id, BasicNode::new(address))]));
-    }
-    config
-        .members
-        .iter()
-        .map(|(id, address)| {
-            let id = id.parse().map_err(|_| MetaError::Config(format!("members: '{id}'")))?;
-            Ok((id, BasicNode::new(address)))
-        })
-        .collect()
 }
 
 async fn persist(state: StateReader) {

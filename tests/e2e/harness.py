@@ -105,7 +105,8 @@ class Cluster:
     def servers(self):
         nodes = sorted(p.name for p in (self.dir / "nodes").glob("node-*"))
         s3 = ["s3"] if (self.dir / "run" / "s3.pid").exists() else []
-        return [*nodes, "meta", *s3]
+        voters = sorted(p.stem for p in (self.dir / "run").glob("meta*.pid"))
+        return [*nodes, *voters, *s3]
 
     def kill9(self, name):
         pid = self.pid(name)

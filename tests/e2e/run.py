@@ -28,6 +28,7 @@ MODULES = [
     "semantics",
     "outside",
     "kills",
+    "voters",
     "lost_nodes",
     "replicas",
     "partitions",

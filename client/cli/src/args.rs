@@ -38,6 +38,8 @@ pub(crate) enum Command {
     Status,
     /// Data nodes: list them, or give one up that never comes back
     Node(Node),
+    /// Voters of the metadata plane: list, add, remove, or replace one whose disk is gone
+    Meta(Meta),
     /// Resize to N data nodes; 0 is allowed; dirty data goes to S3 first
     Scale(Scale),
     /// Mount the file system
@@ -80,6 +82,9 @@ pub(crate) struct Up {
     /// Data nodes to start with
     #[arg(long, value_name = "N")]
     pub nodes: Option<u32>,
+    /// Metadata servers (voters): of 3 one may be lost, of 5 two; default: 1, or as it was
+    #[arg(long, value_name = "1|3|5", value_parser = parse_voters)]
+    pub meta: Option<u8>,
     /// Start no data node here: they run on other machines (`ebb serve data`), and --nodes says how many are wanted
     #[arg(long)]
     pub nodes_elsewhere: bool,
@@ -125,7 +130,7 @@ pub(crate) struct Up {
     /// Address to listen on
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
     pub host: String,
-    /// Port of the metadata server; default: any free one
+    /// Port of the (first) metadata server; default: any free one
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     pub meta_port: u16,
     /// Port of the embedded S3 server; default: any free one
@@ -180,6 +185,45 @@ pub(crate) struct NodeAbandon {
     /// GIVE UP what only this node has: files go back to what is in S3; those that never were there are lost
     #[arg(long)]
     pub yes: bool,
+}
+
+/// `ebb meta`
+#[derive(Args, Debug)]
+pub(crate) struct Meta {
+    /// What to do
+    #[command(subcommand)]
+    pub what: MetaWhat,
+}
+
+/// What to do with voters.
+#[derive(Subcommand, Debug)]
+pub(crate) enum MetaWhat {
+    /// Every voter: number, address, role, and how far it is behind
+    List,
+    /// Start one more metadata server and make it a voter, or take one in that runs elsewhere
+    Add(MetaAdd),
+    /// Take a voter out of the group; one that `ebb up` started is stopped and its directory removed
+    Remove(MetaId),
+    /// Add a voter in the place of one that never comes back, e.g. because its disk is gone
+    Replace(MetaId),
+}
+
+/// `ebb meta add`
+#[derive(Args, Debug)]
+pub(crate) struct MetaAdd {
+    /// Where the server answers that was started elsewhere (`ebb serve meta` with `join = true`)
+    #[arg(long, value_name = "HOST:PORT", requires = "id")]
+    pub address: Option<String>,
+    /// Its `node_id`; no number may be used twice
+    #[arg(long, value_name = "N", requires = "address")]
+    pub id: Option<u64>,
+}
+
+/// A voter.
+#[derive(Args, Debug)]
+pub(crate) struct MetaId {
+    /// The voter's number in `ebb meta list`
+    pub voter: u64,
 }
 
 /// `ebb scale`
@@ -494,7 +538,17 @@ fn parse_job(text: &str) -> Result<Job, String> {
 }
 
 /// "4096", "64KiB", "1.5GiB", "10MB".
-pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_voters(text: &str) -> Result<u8, String> {
+    match text {
+        "1" | "3" | "5" => text.parse().map_err(|_| text.to_owned()),
+        _ => {
+            Err("1, 3 or 5: an even number survives no more losses than the odd one below it"
+                .into())
+        }
+    }
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
     let split = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {

@@ -2,10 +2,10 @@
 
 use crate::args::{Cli, FlushArgs, OnePath, Scale};
 use crate::exit::CliError;
-use crate::{file_commands, find, output};
+use crate::{file_commands, find, meta_commands, output};
 use ebb_controller::run::{admin, status as ask_status};
 use ebb_dataplane_protocol::control::CoreStats;
-use ebb_metaplane_protocol::admin::FlushReport;
+use ebb_metaplane_protocol::admin::{FlushReport, VoterStatus};
 use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus, Request, Response};
 use std::time::{Duration, Instant};
 
@@ -18,20 +18,32 @@ struct Said<'a> {
     #[serde(flatten)]
     status: &'a ClusterStatus,
     misplaced: usize,
+    voters: &'a [VoterStatus],
 }
 
 /// `ebb status`
 pub(crate) async fn status(cli: &Cli) -> Result<(), CliError> {
-    let status = ask_status(&find::meta(cli)?).await?;
+    let meta = find::meta(cli)?;
+    let status = ask_status(&meta).await?;
+    let voters = meta_commands::voters(&meta).await?;
     if cli.json {
-        return output::json(&Said { misplaced: status.misplaced(), status: &status });
+        let (misplaced, status, voters) = (status.misplaced(), &status, &voters[..]);
+        return output::json(&Said { status, misplaced, voters });
     }
-    print_status(&status)
+    print_status(&status, &voters)
 }
 
-fn print_status(s: &ClusterStatus) -> Result<(), CliError> {
+fn print_status(s: &ClusterStatus, voters: &[VoterStatus]) -> Result<(), CliError> {
     let held = s.map.pgs.iter().filter(|pg| !pg.members.is_empty()).count();
     output::line(&format!("bucket   {}", s.bucket))?;
+    output::line(&format!(
+        "metadata {} voter{}",
+        voters.len(),
+        if voters.len() == 1 { "" } else { "s" }
+    ))?;
+    for voter in voters {
+        output::line(&format!("  {}", meta_commands::describe(voter)))?;
+    }
     output::line(&format!(
         "groups   {held} of {} held{}{}{}",
         s.map.pgs.len(),

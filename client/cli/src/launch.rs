@@ -63,7 +63,7 @@ impl Launch for LocalLaunch {
         let ready = layout.run(&format!("{}.ready", role.name()));
         let (what, text) = match role {
             Role::S3 => ("s3", s3_config(layout, config, ready).map_err(bad)?),
-            Role::Meta => ("meta", meta_config(layout, config, ready).map_err(bad)?),
+            Role::Meta(id) => ("meta", meta_config(*id, layout, config, ready).map_err(bad)?),
             Role::Data(name) => ("data", data_config(name, layout, config, ready).map_err(bad)?),
         };
         write_atomically(&file, text.as_bytes(), 0o600)?;
@@ -93,14 +93,28 @@ fn s3_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Result<
 /// stopped (SIGSTOP, a stalled disk) for longer than that.
 const EMBEDDED_REQUEST_VALID_MS: u64 = 15_000;
 
-fn meta_config(layout: &Layout, config: &ClusterConfig, ready: PathBuf) -> Result<String, String> {
+fn meta_config(
+    id: u64,
+    layout: &Layout,
+    config: &ClusterConfig,
+    ready: PathBuf,
+) -> Result<String, String> {
+    let voters = config.voters();
+    let own =
+        voters.iter().find(|v| v.id == id).ok_or_else(|| format!("there is no voter {id}"))?;
     let mut meta = ebb_metaplane::MetaConfig::new(
-        layout.meta(),
-        format!("{}:{}", config.host, config.meta_port),
+        layout.meta(id),
+        format!("{}:{}", config.host, own.port),
         config.cluster.0,
         layout.key(),
         bucket(config)?,
     );
+    meta.node_id = id;
+    meta.join = own.join;
+    if voters.len() > 1 {
+        let address = |port| format!("{}:{port}", config.host);
+        meta.members = voters.iter().map(|v| (v.id.to_string(), address(v.port))).collect();
+    }
     meta.ready_file = Some(ready);
     meta.s3_patience_s = S3_PATIENCE_S;
     meta.steal_bucket = config.steal_bucket;
@@ -136,7 +150,7 @@ fn data_config(
         dram_bytes: config.dram_bytes,
         cluster: config.cluster.0.to_string(),
         key_file: layout.key(),
-        meta: vec![format!("{}:{}", config.host, config.meta_port)],
+        meta: config.meta_addresses(),
         scrub_bytes_per_s: ebb_dataplane::config::SCRUB_BYTES_PER_S,
         scrub_rest_s: ebb_dataplane::config::SCRUB_REST_S,
         ready_file: Some(ready),

@@ -11,6 +11,7 @@ mod file_commands;
 mod find;
 mod fsck;
 mod launch;
+mod meta_commands;
 mod mount_commands;
 mod node_commands;
 mod output;
@@ -55,8 +56,13 @@ fn worker_threads() -> usize {
 fn init_logging(cli: &Cli) {
     use std::io::IsTerminal;
     // Servers log to their log files; commands stay quiet unless asked.
-    // s3s calls every 404 and 412 an error; here they are answers.
-    let default = if matches!(cli.command, Command::Serve(_)) { "info,s3s=off" } else { "error" };
+    // s3s calls every 404 and 412 an error; here they are answers. openraft warns of a voter that is away
+    // with each heartbeat; `ebb meta list` says it, and who doesn't lead says so.
+    let default = if matches!(cli.command, Command::Serve(_)) {
+        "info,s3s=off,openraft=error"
+    } else {
+        "error"
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("EBB_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     tracing_subscriber::fmt()
@@ -72,6 +78,7 @@ async fn run(cli: &Cli) -> Result<(), CliError> {
         Command::Down(a) => up::down(cli, a).await,
         Command::Status => cluster_commands::status(cli).await,
         Command::Node(a) => node_commands::node(cli, a).await,
+        Command::Meta(a) => meta_commands::meta(cli, a).await,
         Command::Scale(a) => cluster_commands::scale(cli, a).await,
         Command::Flush(a) => cluster_commands::flush(cli, a).await,
         Command::Evict(a) => cluster_commands::evict(cli, a).await,

@@ -6,6 +6,7 @@ use crate::{find, output};
 use ebb_controller::layout::{ClusterConfig, ClusterIdHex, Layout};
 use ebb_controller::process;
 use ebb_controller::run::{DOWN_FILE, admin, status};
+use ebb_controller::voters::{Voters, process_name};
 use ebb_dataplane_protocol::ClusterId;
 use ebb_dataplane_protocol::auth::Role;
 use ebb_metaplane_protocol::admin::FlushReport;
@@ -90,6 +91,12 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
                 config.endpoint.as_ref().map(|e| format!(" at {e}")).unwrap_or_default()
             )));
         }
+        let voters = config.voters().len();
+        if args.meta.is_some_and(|n| usize::from(n) != voters) {
+            return Err(CliError::usage(format!(
+                "this cluster has {voters} voters: `ebb meta add` and `ebb meta remove` change that while it runs"
+            )));
+        }
         let (replicas, min_in_sync) = copies(args, config.replicas, config.min_in_sync)?;
         let config = ClusterConfig { replicas, min_in_sync, ..config };
         if args.steal_bucket || args.replicas.is_some() || args.min_in_sync.is_some() {
@@ -142,6 +149,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         replicas,
         min_in_sync,
         steal_bucket: args.steal_bucket,
+        voters: vec![],
     };
     for (port, what) in [(args.meta_port, "--meta-port"), (args.s3_port, "--s3-port")] {
         if port != 0
@@ -153,7 +161,28 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         }
     }
     layout.create(&config)?;
+    let voters = usize::from(args.meta.unwrap_or(1));
+    if voters > 1 {
+        let mut ports = free_ports(&args.host, voters)?;
+        if args.meta_port != 0 {
+            ports[0] = args.meta_port;
+        }
+        Voters::found(&ports).save(layout)?;
+    } else {
+        // Of an earlier cluster of this directory, of which only its bucket was kept.
+        let _ = std::fs::remove_file(layout.voters());
+    }
     Ok((config, true))
+}
+
+/// Ports that nobody listens on: voters have to know each other's before they start.
+pub(crate) fn free_ports(host: &str, n: usize) -> Result<Vec<u16>, CliError> {
+    let failed = |e: std::io::Error| CliError::usage(format!("--host {host}: {e}"));
+    // All at once, so that they differ.
+    let listeners: Vec<_> = (0..n)
+        .map(|_| std::net::TcpListener::bind((host, 0)).map_err(failed))
+        .collect::<Result<_, _>>()?;
+    listeners.iter().map(|l| Ok(l.local_addr().map_err(failed)?.port())).collect()
 }
 
 /// The copies asked for, else those there are.
@@ -216,6 +245,7 @@ async fn wait_until_serving(
     progress: impl Fn(&str),
 ) -> Result<ClusterStatus, CliError> {
     let key = layout.load_key()?;
+    let voters: Vec<String> = layout.load()?.voters().iter().map(|v| process_name(v.id)).collect();
     let deadline = Instant::now() + START_PATIENCE;
     let mut last = String::from("the controller did not start");
     let mut silent_since = Instant::now();
@@ -247,7 +277,7 @@ async fn wait_until_serving(
             let words = last_words(layout, "controller");
             return Err(CliError::new(format!("the controller does not start: {words}")));
         }
-        if let Some((name, words)) = ailing(layout) {
+        if let Some((name, words)) = ailing(layout, &voters) {
             return Err(trouble(layout, &name, &words));
         }
         if Instant::now() > deadline {
@@ -269,17 +299,26 @@ fn clear_failures(layout: &Layout) {
     }
 }
 
-/// A server that gave up says so in a `.failed` file beside its ready file.
-fn ailing(layout: &Layout) -> Option<(String, String)> {
+/// A server that gave up says so in a `.failed` file beside its ready file. One of several voters is no
+/// trouble as long as the others are a majority, unless it speaks for all of them (S3, the bucket).
+fn ailing(layout: &Layout, voters: &[String]) -> Option<(String, String)> {
     let dir = std::fs::read_dir(layout.dir().join("run")).ok()?;
+    let mut failed_voters = Vec::new();
     for entry in dir.flatten() {
         let name = entry.file_name().into_string().ok()?;
-        if let Some(server) = name.strip_suffix(".failed") {
-            let words = std::fs::read_to_string(entry.path()).unwrap_or_default();
-            return Some((server.to_owned(), words));
+        let Some(server) = name.strip_suffix(".failed") else { continue };
+        let words = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        let failure = (server.to_owned(), words);
+        let own_trouble = failure.1.starts_with("1\n");
+        if own_trouble && voters.contains(&failure.0) {
+            failed_voters.push(failure);
+        } else {
+            return Some(failure);
         }
     }
-    None
+    let majority = voters.len() / 2 + 1;
+    let enough = voters.len() - failed_voters.len() >= majority;
+    if enough { None } else { failed_voters.pop() }
 }
 
 /// The error of a server that does not start, with its own exit code (first line of its words).
@@ -351,7 +390,9 @@ pub(crate) async fn down(cli: &Cli, args: &Down) -> Result<(), CliError> {
         )));
     }
     let Some(pid) = process::living(&layout, "controller") else {
-        if ["meta", "s3"].iter().any(|n| process::living(&layout, n).is_some()) {
+        let voters = layout.load()?.voters();
+        let servers = voters.iter().map(|v| process_name(v.id)).chain(["s3".to_owned()]);
+        if servers.into_iter().any(|n| process::living(&layout, &n).is_some()) {
             return Err(CliError::new(
                 "the controller is dead but servers still run: `ebb up` takes them over, then `ebb down`",
             ));

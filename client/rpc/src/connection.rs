@@ -35,6 +35,15 @@ pub struct Connection {
     inner: Arc<Inner>,
 }
 
+/// A connection that others keep open.
+pub(crate) struct WeakConnection(std::sync::Weak<Inner>);
+
+impl WeakConnection {
+    pub(crate) fn upgrade(&self) -> Option<Connection> {
+        self.0.upgrade().map(|inner| Connection { inner })
+    }
+}
+
 struct Inner {
     address: String,
     cluster: ClusterId,
@@ -132,6 +141,16 @@ impl Connection {
         self.inner.closed.load(Ordering::Acquire)
     }
 
+    /// A handle that does not keep it open.
+    pub(crate) fn downgrade(&self) -> WeakConnection {
+        WeakConnection(Arc::downgrade(&self.inner))
+    }
+
+    /// Whether calls wait for their answers.
+    pub fn is_waiting(&self) -> bool {
+        !self.inner.pending().is_empty()
+    }
+
     /// Closes it; calls in flight fail with `Closed`.
     pub fn close(&self) {
         self.inner.close();
@@ -192,6 +211,18 @@ impl Connection {
                 message: String::from_utf8_lossy(&reply.body).into_owned(),
             }),
         }
+    }
+
+    /// Asks for a sign of life; what a metadata server answers are the addresses of all voters, separated by
+    /// commas (empty: of an earlier version). `None`: as many calls are in flight as there may be, and what
+    /// the peer does not read it can't answer.
+    pub async fn ping(&self, timeout: Duration) -> Result<Option<String>, RpcError> {
+        if self.inner.in_flight.available_permits() == 0 {
+            return Ok(None);
+        }
+        let header = Header::request(Opcode::Ping, 0);
+        let reply = self.call_ok(header, Bytes::new(), Bytes::new(), timeout).await?;
+        Ok(Some(String::from_utf8_lossy(&reply.body).into_owned()))
     }
 
     /// A control request to a core (role `Meta`).

@@ -4,12 +4,12 @@
 //! are idempotent. So a broken connection, a timeout or a leader change is simply tried again, with
 //! back-off, until the caller's patience ends.
 
-use crate::connection::Connection;
+use crate::connection::{Connection, WeakConnection};
 use crate::error::RpcError;
 use crate::handshake::Identity;
 use ebb_dataplane_protocol::Status;
 use ebb_metaplane_protocol::{Request, Response};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
@@ -18,9 +18,22 @@ use tokio::time::Instant;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// One attempt's limit to be answered: a listing or a flush may take long.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same where there are other addresses to try.
+const CONNECT_ONE_OF_TIMEOUT: Duration = Duration::from_secs(1);
+/// A server that keeps calls waiting is asked for a sign of life this often, and left when it gives none
+/// within this: less than a data node's lease, if there are others to go to.
+const PING_EVERY: Duration = Duration::from_millis(500);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+const PING_ONE_OF_TIMEOUT: Duration = Duration::from_secs(1);
+/// The voters' addresses are asked for again after this.
+const LEARN_EVERY: Duration = Duration::from_secs(5);
+/// Addresses remembered at most (I9).
+const KNOWN_MAX: usize = 16;
+/// Hints followed one after another without a pause.
+const HINTS_MAX: u32 = 2;
 /// First pause between attempts; doubles up to [`BACKOFF_MAX`].
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
-const BACKOFF_MAX: Duration = Duration::from_millis(500);
+const BACKOFF_MAX: Duration = Duration::from_millis(250);
 
 /// A client of the metadata plane. Cheap to clone; clones share the connection.
 #[derive(Clone)]
@@ -32,6 +45,7 @@ struct Inner {
     addresses: Vec<String>,
     identity: Identity,
     current: Mutex<Current>,
+    known: std::sync::Mutex<Known>,
 }
 
 #[derive(Default)]
@@ -43,11 +57,51 @@ struct Current {
     hint: Option<String>,
 }
 
+/// Where voters are, or were.
+struct Known {
+    addresses: Vec<String>,
+    asked: Option<Instant>,
+}
+
+impl Inner {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The voters of now come first, then what was known before.
+    fn learn(&self, voters: Vec<String>) {
+        let mut known = self.known();
+        let before = std::mem::take(&mut known.addresses);
+        for address in voters.into_iter().chain(before).chain(self.addresses.iter().cloned()) {
+            if !known.addresses.contains(&address) && known.addresses.len() < KNOWN_MAX {
+                known.addresses.push(address);
+            }
+        }
+    }
+
+    /// Asks a server for all voters, if that was not done lately.
+    fn learn_from(self: &Arc<Self>, connection: &Connection) {
+        let mut known = self.known();
+        if known.asked.is_some_and(|at| at.elapsed() < LEARN_EVERY) {
+            return;
+        }
+        known.asked = Some(Instant::now());
+        drop(known);
+        let (inner, connection) = (Arc::clone(self), connection.clone());
+        tokio::spawn(async move {
+            if let Ok(Some(list)) = connection.ping(PING_TIMEOUT).await {
+                inner.learn(list.split(',').filter(|a| !a.is_empty()).map(str::to_owned).collect());
+            }
+        });
+    }
+}
+
 impl MetaClient {
     /// A client of the servers at `addresses` (host:port each; at least one). Connects when used.
     pub fn new(addresses: Vec<String>, identity: Identity) -> Self {
-        let current = Mutex::default();
-        Self { inner: Arc::new(Inner { addresses, identity, current }) }
+        let known = Known { addresses: addresses.clone(), asked: None };
+        let (current, known) = (Mutex::default(), std::sync::Mutex::new(known));
+        Self { inner: Arc::new(Inner { addresses, identity, current, known }) }
     }
 
     /// The addresses it was made with.
@@ -59,6 +113,7 @@ impl MetaClient {
     pub async fn call(&self, request: &Request, patience: Duration) -> Result<Response, RpcError> {
         let deadline = Instant::now() + patience;
         let mut backoff = BACKOFF_MIN;
+        let mut hints = 0;
         loop {
             let error = match self.attempt(request, deadline).await {
                 Ok(response) => return Ok(response),
@@ -70,6 +125,16 @@ impl MetaClient {
             {
                 return Err(error);
             }
+            // Who was told where to go goes there at once; a hint that is wrong, once too often.
+            if let RpcError::Status { status: Status::NotLeader, message, .. } = &error
+                && !message.is_empty()
+                && hints < HINTS_MAX
+                && Instant::now() < deadline
+            {
+                hints += 1;
+                continue;
+            }
+            hints = 0;
             if Instant::now() + backoff >= deadline {
                 return Err(RpcError::NoLeader {
                     addresses: self.inner.addresses.join(","),
@@ -85,15 +150,20 @@ impl MetaClient {
     async fn attempt(&self, request: &Request, deadline: Instant) -> Result<Response, RpcError> {
         let connection = self.connection(deadline).await?;
         let left = deadline.saturating_duration_since(Instant::now()).max(BACKOFF_MIN);
+        self.inner.learn_from(&connection);
         let result = connection.meta(request, left.min(ATTEMPT_TIMEOUT)).await;
         match &result {
             Err(RpcError::Status { status: Status::NotLeader, message, .. }) => {
                 let mut current = self.inner.current.lock().await;
                 current.connection = None;
                 current.hint = (!message.is_empty()).then(|| message.clone());
+                if message.is_empty() {
+                    // Where others are is worth a question then.
+                    self.inner.known().asked = None;
+                }
             }
             // A timeout leaves the connection as it is: the server may just be busy with a long
-            // listing, and others share the connection. A dead peer is noticed below.
+            // listing, and others share the connection. A dead peer gives no sign of life.
             Err(RpcError::Timeout { .. }) if left >= ATTEMPT_TIMEOUT => connection.close(),
             _ => {}
         }
@@ -112,18 +182,44 @@ impl MetaClient {
         {
             return Ok(c.clone());
         }
-        let address = match current.hint.take() {
-            Some(hint) => hint,
-            None => {
-                let i = current.next % self.inner.addresses.len().max(1);
+        let (address, alone) = {
+            let known = self.inner.known();
+            let address = current.hint.take().or_else(|| {
+                let i = current.next % known.addresses.len().max(1);
                 current.next = i + 1;
-                self.inner.addresses.get(i).cloned().unwrap_or_default()
-            }
+                known.addresses.get(i).cloned()
+            });
+            (address.unwrap_or_default(), known.addresses.len() <= 1)
         };
+        let limit = if alone { CONNECT_TIMEOUT } else { CONNECT_ONE_OF_TIMEOUT };
         let left = deadline.saturating_duration_since(Instant::now()).max(BACKOFF_MIN);
-        let c =
-            Connection::connect(&address, &self.inner.identity, left.min(CONNECT_TIMEOUT)).await?;
+        let c = Connection::connect(&address, &self.inner.identity, left.min(limit)).await?;
         current.connection = Some(c.clone());
+        tokio::spawn(watch(Arc::downgrade(&self.inner), c.downgrade()));
         Ok(c)
+    }
+}
+
+/// Closes a connection whose peer keeps calls waiting and gives no sign of life. Ends with it, or with the
+/// client.
+async fn watch(inner: Weak<Inner>, connection: WeakConnection) {
+    loop {
+        tokio::time::sleep(PING_EVERY).await;
+        let (Some(inner), Some(connection)) = (inner.upgrade(), connection.upgrade()) else {
+            return;
+        };
+        if connection.is_closed() {
+            return;
+        }
+        if !connection.is_waiting() {
+            continue;
+        }
+        let alone = inner.known().addresses.len() <= 1;
+        drop(inner);
+        let limit = if alone { PING_TIMEOUT } else { PING_ONE_OF_TIMEOUT };
+        if let Err(error) = connection.ping(limit).await {
+            tracing::debug!(%error, "a metadata server gives no sign of life");
+            connection.close();
+        }
     }
 }

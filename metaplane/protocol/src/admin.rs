@@ -75,6 +75,49 @@ pub enum AdminCall {
     },
     /// The path of an inode, for messages. Reply [`AdminReply::Path`].
     Path(InodeId),
+    /// Who votes, and how far each is. Reply [`AdminReply::Voters`].
+    Voters,
+    /// Makes the metadata server at `address` a voter once it has caught up. `Again` while it has not:
+    /// repeated, it goes on. Refused if the number is another's. Reply `Done`.
+    AddVoter {
+        /// The number that it was started with.
+        id: u64,
+        /// host:port
+        address: String,
+    },
+    /// Takes a voter out of the group. Refused if no majority of those that remain answers. Reply `Done`,
+    /// also if there is no such voter.
+    RemoveVoter {
+        /// Its number.
+        id: u64,
+    },
+}
+
+/// What a voter does in its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VoterRole {
+    /// Decides, and serves clients.
+    Leader,
+    /// Votes, and has what the leader has.
+    Follower,
+    /// Catches up; counts for nothing yet.
+    Learner,
+}
+
+/// A voter, as the leader sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize)]
+pub struct VoterStatus {
+    /// Its number; never used twice.
+    pub id: u64,
+    /// host:port
+    pub address: String,
+    /// What it does.
+    pub role: VoterRole,
+    /// Entries of the log that it is not known to have; `None`: it has told this leader nothing yet.
+    pub lag: Option<u64>,
+    /// It acknowledged the leader so many ms ago; `None`: never.
+    pub heard_ms: Option<u64>,
 }
 
 /// Outcome of a flush.
@@ -248,4 +291,6 @@ pub enum AdminReply {
     Abandoned(AbandonReport),
     /// A path's components.
     Path(Vec<Name>),
+    /// Who votes.
+    Voters(Vec<VoterStatus>),
 }

@@ -35,6 +35,9 @@ pub(crate) struct Owner {
     renewed_ms: i64,
 }
 
+/// Between two looks whether S3 was probed.
+const PROBED_WITHIN: Duration = Duration::from_millis(50);
+
 /// What a swap is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Swap {
@@ -44,10 +47,31 @@ enum Swap {
     Wake,
 }
 
+/// The owner object as a leader left it, or found it asleep.
+#[derive(Debug)]
+struct Held {
+    /// The term in which it led: another leader has changed the object since, or will.
+    term: u64,
+    owner: Owner,
+    etag: Etag,
+}
+
 /// What this process knows of the owner object.
 #[derive(Debug, Default)]
 pub(crate) struct Ownership {
-    held: Mutex<Option<(Owner, Etag)>>,
+    held: Mutex<Option<Held>>,
+}
+
+/// How a renewal ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Renewed {
+    Kept,
+    /// Another process of this cluster changed the object: a leader of before, late. It is taken again.
+    ByOurs,
+    /// Another cluster has it.
+    Lost,
+    /// This leader has not come to look at it yet.
+    NotYet,
 }
 
 fn millis() -> i64 {
@@ -115,6 +139,7 @@ impl Service {
     /// formatted. Tries for as long as the configuration allows.
     pub(crate) async fn take_bucket(
         &self,
+        term: u64,
         ours: Option<Incarnation>,
         writer: u128,
     ) -> Result<Incarnation, MetaError> {
@@ -122,7 +147,7 @@ impl Service {
         let begun = Instant::now();
         let mut pause = Duration::from_millis(100);
         loop {
-            let error = match self.try_take(ours, writer).await {
+            let error = match self.try_take(term, ours, writer).await {
                 Ok(Ok(incarnation)) => return Ok(incarnation),
                 Ok(Err(fatal)) => return Err(fatal),
                 Err(e) => e,
@@ -141,6 +166,7 @@ impl Service {
 
     async fn try_take(
         &self,
+        term: u64,
         ours: Option<Incarnation>,
         writer: u128,
     ) -> Result<Result<Incarnation, MetaError>, S3Error> {
@@ -197,9 +223,9 @@ impl Service {
         };
         let incarnation = Incarnation(next.incarnation);
         match self.swap_owner(etag, next).await? {
-            Some(held) => {
-                *self.ownership.held.lock().await = Some(held);
-                self.owns_bucket.store(true, Ordering::Release);
+            Some((owner, etag)) => {
+                *self.ownership.held.lock().await = Some(Held { term, owner, etag });
+                self.owned_in.store(term, Ordering::Release);
                 Ok(Ok(incarnation))
             }
             // Lost the swap: look again who has it.
@@ -212,23 +238,52 @@ impl Service {
         }
     }
 
+    /// Whether the object was looked at in the present lead.
+    pub(crate) async fn is_attached(&self) -> bool {
+        let term = self.voter.leading_term();
+        self.ownership.held.lock().await.as_ref().is_some_and(|h| Some(h.term) == term)
+    }
+
+    /// Takes the bucket over from whoever led so far. `false`: it is time to end.
+    async fn take_over_bucket(&self, stop: &Stop, every: Duration) -> bool {
+        loop {
+            // What S3 honours decides how the object is swapped.
+            let pause = match self.conditions.get() {
+                None => PROBED_WITHIN,
+                Some(_) => match self.attach(false).await {
+                    Ok(()) => return true,
+                    Err(e) => {
+                        tracing::error!(error = %e, "the leader can't take the bucket");
+                        every.min(Duration::from_secs(1))
+                    }
+                },
+            };
+            if stop.sleep(pause).await {
+                return false;
+            }
+        }
+    }
+
     /// The loop of a leader: takes the bucket over if another voter led so far, then keeps it.
     pub(crate) async fn run_owner(&self, stop: Stop) {
         let every = Duration::from_millis(self.config.timings.owner_renew_ms.max(100));
-        while self.ownership.held.lock().await.is_none() {
-            match self.attach(false).await {
-                Ok(()) => break,
-                Err(e) => tracing::error!(error = %e, "the new leader can't take the bucket"),
-            }
-            if stop.sleep(every.min(Duration::from_secs(1))).await {
+        let mut attached = self.is_attached().await;
+        loop {
+            if !attached && !self.take_over_bucket(&stop, every).await {
                 return;
             }
-        }
-        while !stop.wait(&self.wakes.owner, every).await {
+            attached = true;
+            // What waits for the bucket need not wait for a tick.
+            self.wakes.stirred.notify_one();
+            self.wakes.flush.notify_one();
+            if stop.wait(&self.wakes.owner, every).await {
+                return;
+            }
             match self.renew(Swap::Keep).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    if self.owns_bucket.swap(false, Ordering::AcqRel) {
+                Ok(Renewed::Kept) => {}
+                Ok(Renewed::ByOurs | Renewed::NotYet) => attached = false,
+                Ok(Renewed::Lost) => {
+                    if self.owned_in.swap(0, Ordering::AcqRel) != 0 {
                         tracing::error!(
                             "another cluster took the bucket: nothing is written to it any more"
                         );
@@ -241,62 +296,88 @@ impl Service {
         }
     }
 
-    /// Swaps the owner object. `false`: the bucket is not ours any more.
-    async fn renew(&self, what: Swap) -> Result<bool, S3Error> {
-        let mut held = self.ownership.held.lock().await;
-        let Some((owner, etag)) = held.as_ref() else { return Ok(false) };
-        if owner.asleep && what == Swap::Keep {
-            return Ok(true);
+    /// Swaps the owner object.
+    async fn renew(&self, what: Swap) -> Result<Renewed, S3Error> {
+        let mut slot = self.ownership.held.lock().await;
+        let lead = self.voter.leading_term();
+        let Some(held) = slot.as_mut().filter(|h| Some(h.term) == lead) else {
+            return Ok(Renewed::NotYet);
+        };
+        if held.owner.asleep && what == Swap::Keep {
+            return Ok(Renewed::Kept);
         }
         let asleep = what == Swap::Sleep;
+        let owner = &held.owner;
         let next = Owner { n: owner.n + 1, asleep, renewed_ms: millis(), ..owner.clone() };
-        if let Some(swapped) = self.swap_owner(Some(etag), next).await? {
-            *held = Some(swapped);
-            return Ok(true);
+        if let Some((owner, etag)) = self.swap_owner(Some(&held.etag), next).await? {
+            (held.owner, held.etag) = (owner, etag);
+            return Ok(Renewed::Kept);
         }
         // A swap of ours whose reply was lost looks like somebody else's.
         match self.read_owner().await? {
-            Some((found, etag)) if found.writer == owner.writer => {
-                *held = Some((found, etag));
-                Ok(true)
+            Some((found, etag)) if found.writer == held.owner.writer => {
+                (held.owner, held.etag) = (found, etag);
+                Ok(Renewed::Kept)
             }
-            _ => Ok(false),
+            Some((found, _))
+                if found.cluster == held.owner.cluster
+                    && found.incarnation == held.owner.incarnation =>
+            {
+                *slot = None;
+                Ok(Renewed::ByOurs)
+            }
+            _ => Ok(Renewed::Lost),
+        }
+    }
+
+    /// The same for a call that waits for it.
+    async fn renew_now(&self, what: Swap) -> FsResult<()> {
+        match self.renew(what).await {
+            Ok(Renewed::Kept) => Ok(()),
+            Ok(Renewed::NotYet | Renewed::ByOurs) => {
+                self.wakes.owner.notify_one();
+                Err(ebb_namespace::again("the new leader has yet to take the bucket"))
+            }
+            Ok(Renewed::Lost) => Err(ebb_metaplane_protocol::FsError::Io(
+                "another cluster took the bucket".to_owned(),
+            )),
+            Err(e) => Err(super::fs_error(&e)),
         }
     }
 
     /// Everything is in S3: the bucket alone is enough to wake.
     pub(crate) async fn put_to_sleep(&self) -> FsResult<()> {
-        match self.renew(Swap::Sleep).await {
-            Ok(true) => {
-                self.owns_bucket.store(false, Ordering::Release);
-                Ok(())
-            }
-            Ok(false) => Err(ebb_metaplane_protocol::FsError::Io(
-                "another cluster took the bucket".to_owned(),
-            )),
-            Err(e) => Err(super::fs_error(&e)),
-        }
+        self.renew_now(Swap::Sleep).await?;
+        self.owned_in.store(0, Ordering::Release);
+        Ok(())
     }
 
     /// The shutdown was taken back.
     pub(crate) async fn wake_bucket(&self) -> FsResult<()> {
-        match self.renew(Swap::Wake).await {
-            Ok(true) => {
-                self.owns_bucket.store(true, Ordering::Release);
-                Ok(())
-            }
-            Ok(false) => Err(ebb_metaplane_protocol::FsError::Io(
-                "another cluster took the bucket".to_owned(),
-            )),
-            Err(e) => Err(super::fs_error(&e)),
-        }
+        let term = self.voter.leading_term().unwrap_or(0);
+        self.renew_now(Swap::Wake).await?;
+        self.owned_in.store(term, Ordering::Release);
+        Ok(())
+    }
+
+    /// A bucket of ours that is asleep is left so by who leads next.
+    async fn is_asleep(&self, term: u64, ours: Incarnation) -> Result<bool, S3Error> {
+        let found = self.read_owner().await?;
+        let cluster = self.cluster.to_string();
+        let asleep = |o: &Owner| o.asleep && o.cluster == cluster && o.incarnation == ours.0;
+        let Some((owner, etag)) = found.filter(|(o, _)| asleep(o)) else { return Ok(false) };
+        *self.ownership.held.lock().await = Some(Held { term, owner, etag });
+        Ok(true)
     }
 
     /// Formats the state machine, or checks that it is this cluster's; takes the bucket first.
-    /// `starting`: a cluster that was put to sleep wakes. Otherwise another voter led so far, and
-    /// what it was putting to sleep stays so.
+    /// `starting`: a cluster that was put to sleep wakes. Otherwise another voter led so far: what it
+    /// has put to sleep stays so, and a shutdown that it was about goes on.
     pub(crate) async fn attach(&self, starting: bool) -> Result<(), MetaError> {
         let raft = |e: String| MetaError::Raft(e);
+        let Some(term) = self.voter.leading_term() else {
+            return Err(raft("another voter leads".into()));
+        };
         let state = self
             .voter
             .read(|_, r| -> FsResult<_> {
@@ -317,12 +398,14 @@ impl Service {
                 wanted: self.cluster.to_string(),
             });
         }
-        if state.as_ref().is_some_and(|s| s.2) && !starting {
-            return Ok(());
-        }
         let owned_since = SystemTime::now();
         let ours = state.as_ref().map(|s| s.1);
-        let incarnation = self.take_bucket(ours, crate::service::random()).await?;
+        if let (Some((_, ours, true)), false) = (&state, starting)
+            && self.is_asleep(term, *ours).await.map_err(|e| down(&self.config, &e))?
+        {
+            return Ok(());
+        }
+        let incarnation = self.take_bucket(term, ours, crate::service::random()).await?;
         match state {
             None => {
                 let format = Command::Format {
@@ -333,7 +416,7 @@ impl Service {
                 };
                 self.submit_internal(format).await.map_err(|e| raft(e.to_string()))?;
             }
-            Some((.., true)) => {
+            Some((.., true)) if starting => {
                 let up = Command::SetShutdown(false);
                 self.submit_internal(up).await.map_err(|e| raft(e.to_string()))?;
             }

@@ -68,6 +68,12 @@ impl FlushDesk {
         }
     }
 
+    /// What an earlier lead of this process wanted counts no more; what it has under way ends by itself.
+    pub(crate) fn begin_lead(&self) {
+        self.failures().clear();
+        self.all.store(false, Ordering::Release);
+    }
+
     fn active(&self) -> MutexGuard<'_, HashSet<InodeId>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,7 +148,7 @@ impl Service {
     pub(crate) async fn run_flusher(self: &Arc<Self>, stop: Stop) {
         let tick = self.config.timings.tick();
         while !stop.wait(&self.wakes.flush, tick).await {
-            if !self.owns_bucket() {
+            if !self.may_store() {
                 continue;
             }
             if let Err(e) = self.flush_due(&stop).await {
@@ -259,6 +265,10 @@ impl Service {
     ) -> Vec<(InodeId, Flushed)> {
         if inodes.is_empty() {
             return Vec::new();
+        }
+        if !self.may_store() {
+            let not_yet = || Flushed::Failed("this leader may not change the bucket (yet)".into());
+            return inodes.into_iter().map(|id| (id, not_yet())).collect();
         }
         let mut results: HashMap<InodeId, Flushed> =
             inodes.iter().map(|id| (*id, Flushed::Skipped)).collect();

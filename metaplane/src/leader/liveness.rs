@@ -125,6 +125,11 @@ impl Liveness {
         true
     }
 
+    /// For how long this leader leads.
+    pub(crate) fn leads_for(&self) -> Duration {
+        self.table().since.elapsed()
+    }
+
     /// What a heartbeat said.
     pub(crate) fn heard(
         &self,

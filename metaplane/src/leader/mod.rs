@@ -25,7 +25,8 @@ pub(crate) mod windows;
 use crate::service::Service;
 use openraft::async_runtime::WatchReceiver;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -55,24 +56,53 @@ impl Stop {
     }
 }
 
-/// Leads whenever this voter is elected, until `shutdown`.
+/// A lead in a term.
+struct Lead {
+    term: u64,
+    since: Instant,
+    stop: CancellationToken,
+    /// A majority hears it, the loops run and clients are served.
+    serves: bool,
+}
+
+/// Between two looks, if nothing happens.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// A leader that is heard learns so within this.
+const CONFIRM_MAX: Duration = Duration::from_secs(1);
+
+/// Leads whenever this voter is elected, until `shutdown`: a lead of another term is another lead, also if
+/// nobody saw the pause between them. A leader that no majority hears any more stops at once, since another
+/// may lead by now; if none does, it goes on when it is heard again.
 pub(crate) async fn run(service: Arc<Service>, shutdown: CancellationToken) {
     let mut metrics = service.voter.raft().server_metrics();
-    let mut leading: Option<CancellationToken> = None;
+    let mut lead: Option<Lead> = None;
     loop {
-        let leads = service.voter.raft().is_leader();
-        match (&leading, leads) {
-            (None, true) => {
-                service.liveness.clear();
-                let stop = shutdown.child_token();
-                start(&service, Stop(stop.clone()));
-                leading = Some(stop);
+        let term = service.voter.leading_term();
+        if let Some(over) = lead.take_if(|l| Some(l.term) != term) {
+            service.end_lead(&over);
+        }
+        if let (None, Some(term)) = (&lead, term) {
+            let stop = CancellationToken::new();
+            // What was known by heart is of another lead. Not when the same one goes on: what it proposed
+            // may yet come (a stand-in, R23), and nobody else led meanwhile.
+            service.liveness.clear();
+            service.flushes.begin_lead();
+            lead = Some(Lead { term, since: Instant::now(), stop, serves: false });
+        }
+        if let Some(lead) = &mut lead {
+            let heard = service.voter.is_heard(lead.since);
+            if lead.serves && !heard {
+                tracing::warn!(term = lead.term, "no majority of the voters hears this leader");
+                service.end_lead(lead);
+                lead.serves = false;
+            } else if !lead.serves && heard && service.can_serve().await {
+                lead.stop = shutdown.child_token();
+                lead.serves = true;
+                start(&service, Stop(lead.stop.clone()));
+                service.voter.serve_term(lead.term);
+                tracing::info!(term = lead.term, "this voter leads");
             }
-            (Some(stop), false) => {
-                stop.cancel();
-                leading = None;
-            }
-            _ => {}
         }
         tokio::select! {
             () = shutdown.cancelled() => break,
@@ -81,11 +111,11 @@ pub(crate) async fn run(service: Arc<Service>, shutdown: CancellationToken) {
                     break;
                 }
             }
-            () = tokio::time::sleep(Duration::from_millis(100)) => {}
+            () = tokio::time::sleep(LOOK_EVERY) => {}
         }
     }
-    if let Some(stop) = leading {
-        stop.cancel();
+    if let Some(lead) = lead {
+        service.end_lead(&lead);
     }
 }
 
@@ -97,6 +127,7 @@ fn start(service: &Arc<Service>, stop: Stop) {
             tokio::spawn(async move { service.$name(stop).await });
         }};
     }
+    task!(run_membership);
     task!(run_sessions);
     task!(run_owner);
     task!(run_notices);
@@ -112,6 +143,32 @@ fn start(service: &Arc<Service>, stop: Stop) {
 const GATHER: Duration = Duration::from_millis(10);
 
 impl Service {
+    fn end_lead(&self, lead: &Lead) {
+        if lead.serves {
+            tracing::info!(term = lead.term, "this voter leads no more");
+        }
+        lead.stop.cancel();
+        self.voter.end_serving();
+    }
+
+    /// Whether there is a formatted state: the first leader of a new cluster formats it when it has the
+    /// bucket, and if it died before that, the next one does.
+    async fn can_serve(self: &Arc<Self>) -> bool {
+        // What the leaders before it committed is applied first.
+        let formatted = self.voter.read(|_, r| r.is_formatted());
+        match tokio::time::timeout(CONFIRM_MAX, formatted).await {
+            Ok(Ok(Ok(true))) => return true,
+            Ok(Ok(Ok(false))) => {}
+            // It is not the leader after all, or nobody hears it.
+            _ => return false,
+        }
+        if let Err(e) = self.attach(true).await {
+            tracing::warn!(error = %e, "the new leader can't format the state");
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        false
+    }
+
     /// Wakes the loops that have something to do after commands, once for many of them: a look is a
     /// scan, and costs a client's command its turn.
     async fn run_waker(self: &Arc<Self>, stop: Stop) {
@@ -134,6 +191,16 @@ impl Service {
         }
     }
 
+    /// The membership says where the leader is.
+    async fn run_membership(self: &Arc<Self>, stop: Stop) {
+        while let Err(e) = self.voter.note_own_address().await {
+            tracing::debug!(error = %e, "noting the leader's address");
+            if stop.sleep(Duration::from_millis(500)).await {
+                return;
+            }
+        }
+    }
+
     /// What changes S3 starts after what the last leader left in doubt was noted.
     async fn run_stores(self: &Arc<Self>, stop: Stop) {
         while let Err(e) = self.recover().await {
@@ -142,6 +209,7 @@ impl Service {
                 return;
             }
         }
+        self.settled_in.store(self.voter.leading_term().unwrap_or(0), Ordering::Release);
         futures::future::join(self.run_keys(stop.clone()), self.run_flusher(stop.clone())).await;
     }
 }

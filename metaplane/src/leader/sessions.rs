@@ -93,7 +93,8 @@ impl Service {
     }
 
     async fn renew_all(&self) -> FsResult<()> {
-        let all = self.voter.peek(|_, r| r.sessions()).map_err(fs_error)??;
+        // Also those that were opened at the end of the lead before.
+        let all = self.voter.read(|_, r| r.sessions()).await.map_err(fs_error)??;
         let ids: Vec<SessionId> = all.into_iter().map(|s| s.0).collect();
         if !ids.is_empty() {
             self.submit(Command::RenewSessions(ids)).await?;

@@ -5,6 +5,7 @@
 //! storage of a quorum and applied; a restart replays it. Decides nothing about files: that is
 //! `ebb-namespace`, which is applied here entry by entry.
 
+pub mod identity;
 pub mod kv;
 mod layers;
 pub mod log;
@@ -87,6 +88,24 @@ impl<'de> Deserialize<'de> for Applied {
     }
 }
 
+/// Where a voter is, and which directory it votes with. The membership in the log holds one per voter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VoterNode {
+    /// host:port
+    pub addr: String,
+    /// The directory's random name ([`identity`]): a voter that lost its directory has lost what it
+    /// voted and acknowledged, so it is not the voter that this names. Empty: of an earlier version,
+    /// not known yet.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub store: String,
+}
+
+impl std::fmt::Display for VoterNode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.addr)
+    }
+}
+
 /// The types of the metadata plane's Raft group.
 #[derive(Debug, Clone, Copy, Default, Eq, PartialEq, Ord, PartialOrd)]
 pub struct TypeConfig {}
@@ -96,7 +115,7 @@ impl openraft::RaftTypeConfig for TypeConfig {
     type D = Proposal;
     type R = Applied;
     type NodeId = u64;
-    type Node = openraft::impls::BasicNode;
+    type Node = VoterNode;
     type Term = u64;
     type LeaderId = openraft::impls::leader_id_adv::LeaderId<u64, u64>;
     type Vote = openraft::impls::Vote<Self::LeaderId>;
@@ -126,7 +145,7 @@ pub type LeaderId = openraft::type_config::alias::CommittedLeaderIdOf<TypeConfig
 /// The voters, and the log position that set them.
 pub type StoredMembership = openraft::type_config::alias::StoredMembershipOf<TypeConfig>;
 /// The voters.
-pub type Membership = openraft::Membership<u64, openraft::impls::BasicNode>;
+pub type Membership = openraft::Membership<u64, VoterNode>;
 /// What a snapshot covers.
 pub type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<TypeConfig>;
 /// The node.

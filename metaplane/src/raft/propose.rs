@@ -199,6 +199,11 @@ impl ReadIndex {
         (metrics.state == ServerState::Leader).then_some(metrics.vote.leader_id.term)
     }
 
+    /// Whether this node leads and is the only voter: nobody else can lead or commit.
+    pub fn is_sole(&self) -> bool {
+        self.sole_leader_of().is_some()
+    }
+
     /// The term in which this node leads and is the only voter.
     fn sole_leader_of(&self) -> Option<u64> {
         let metrics = self.inner.metrics.borrow_watched();

@@ -372,9 +372,7 @@ pub struct SnapshotBuilder {
 }
 
 impl SnapshotBuilder {
-    fn build(
-        &self,
-    ) -> io::Result<Snapshot<super::LeaderId, u64, openraft::impls::BasicNode, SnapshotFile>> {
+    fn build(&self) -> io::Result<Snapshot<super::LeaderId, u64, super::VoterNode, SnapshotFile>> {
         let txn = {
             let database = self.shared.database();
             let database = database.as_ref().ok_or_else(closed)?;
@@ -407,8 +405,7 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
 
     async fn build_snapshot(
         &mut self,
-    ) -> Result<Snapshot<super::LeaderId, u64, openraft::impls::BasicNode, SnapshotFile>, io::Error>
-    {
+    ) -> Result<Snapshot<super::LeaderId, u64, super::VoterNode, SnapshotFile>, io::Error> {
         let builder = Self { shared: Arc::clone(&self.shared) };
         tokio::task::spawn_blocking(move || builder.build()).await.map_err(io::Error::other)?
     }
@@ -446,15 +443,17 @@ impl RaftStateMachine<TypeConfig> for StateStore {
         meta: &SnapshotMeta,
         snapshot: SnapshotFile,
     ) -> Result<(), io::Error> {
-        self.install(meta, &snapshot)
+        // Long for a large state, and heartbeats are answered meanwhile.
+        let (store, meta) = (Self { shared: Arc::clone(&self.shared) }, meta.clone());
+        tokio::task::spawn_blocking(move || store.install(&meta, &snapshot))
+            .await
+            .map_err(io::Error::other)?
     }
 
     async fn get_current_snapshot(
         &mut self,
-    ) -> Result<
-        Option<Snapshot<super::LeaderId, u64, openraft::impls::BasicNode, SnapshotFile>>,
-        io::Error,
-    > {
+    ) -> Result<Option<Snapshot<super::LeaderId, u64, super::VoterNode, SnapshotFile>>, io::Error>
+    {
         let Some(file) = snapshot::current(&self.shared.snapshots)? else { return Ok(None) };
         Ok(Some(Snapshot { meta: file.meta()?, snapshot: file }))
     }

@@ -29,6 +29,22 @@ pub enum Message {
     Vote(VoteRequest<TypeConfig>),
     /// Asks whether a vote would be given.
     PreVote(VoteRequest<TypeConfig>),
+    /// The leader hands its lead over.
+    Transfer {
+        /// The leader's vote.
+        vote: Vote,
+        /// To whom.
+        to: u64,
+        /// What that one must have to lead.
+        last: Option<LogId>,
+    },
+    /// The first word on a connection: who calls, and with which directory. Answered by [`Greeting`].
+    Greet {
+        /// The caller's id.
+        id: u64,
+        /// Its directory's name.
+        store: String,
+    },
     /// A piece of a snapshot; the bytes are the frame's payload.
     Snapshot {
         /// The leader's vote.
@@ -40,6 +56,20 @@ pub enum Message {
         /// Bytes of the file.
         total: u64,
     },
+}
+
+/// The answer to [`Message::Greet`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Greeting {
+    /// Who answers.
+    pub id: u64,
+    /// Its directory's name.
+    pub store: String,
+    /// It has a log or has voted.
+    pub initialized: bool,
+    /// The caller's directory according to the membership that the answering voter knows; `None`: it is
+    /// no member, or its directory is not known.
+    pub yours: Option<String>,
 }
 
 /// A body that is no message.

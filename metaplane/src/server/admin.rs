@@ -28,6 +28,8 @@ const FAILING_MIN: Duration = Duration::from_secs(3);
 /// has to be found busy: the time in which somebody else stores the file doesn't count.
 const BLOCKED_ATTEMPTS: usize = 40;
 const BLOCKED_MAX: Duration = Duration::from_secs(60);
+/// A new leader may change the bucket by then, unless S3 or another cluster is in its way.
+const TAKEN_OVER_MAX: Duration = Duration::from_secs(10);
 /// Between two looks at files that somebody else is at, and the least between two attempts; it doubles.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_millis(800);
@@ -126,6 +128,24 @@ impl Service {
                 let path = self.voter.read(|_, r| r.path_of(inode)).await.map_err(fs_error)??;
                 Ok(AdminReply::Path(path))
             }
+            AdminCall::Voters => {
+                self.voter.read(|_, _| ()).await.map_err(fs_error)?;
+                Ok(AdminReply::Voters(self.voter.voters()))
+            }
+            AdminCall::AddVoter { id, address } => {
+                self.voter.add_voter(id, address).await.map(|()| AdminReply::Done)
+            }
+            AdminCall::RemoveVoter { id } => {
+                self.voter.remove_voter(id).await.map(|()| AdminReply::Done)
+            }
+        }
+    }
+
+    /// Fails once this process does not lead as it did when a long call began: the caller asks the next.
+    fn still_leads(&self, term: Option<u64>) -> FsResult<()> {
+        match self.voter.serves() {
+            Ok(()) if self.voter.leading_term() == term => Ok(()),
+            other => Err(FsError::NotLeader(other.err().flatten())),
         }
     }
 
@@ -160,6 +180,7 @@ impl Service {
     /// Flushes everything of a subtree that is dirty at the call.
     async fn flush_under(self: &Arc<Self>, root: InodeId) -> FsResult<FlushReport> {
         let mut report = FlushReport::default();
+        let term = self.voter.leading_term();
         let (mut walk, own) = self.voter.peek(|_, r| r.dirty_walk(root)).map_err(fs_error)??;
         let mut found: Vec<InodeId> = own.into_iter().map(|d| d.inode).collect();
         loop {
@@ -172,7 +193,7 @@ impl Service {
                 found.extend(dirty.into_iter().map(|d| d.inode));
             }
             if found.len() >= WALK_STEP || walk.is_done() {
-                self.flush_these(std::mem::take(&mut found), &mut report).await?;
+                self.flush_these(term, std::mem::take(&mut found), &mut report).await?;
             }
             if walk.is_done() && found.is_empty() {
                 return Ok(report);
@@ -183,13 +204,21 @@ impl Service {
     /// Flushes these until each was stored once, or failed often enough.
     async fn flush_these(
         self: &Arc<Self>,
+        term: Option<u64>,
         inodes: Vec<InodeId>,
         report: &mut FlushReport,
     ) -> FsResult<()> {
         let mut waiting: BTreeSet<InodeId> = inodes.into_iter().collect();
         let mut failures: HashMap<InodeId, Failing> = HashMap::new();
         let mut pause = PAUSE_MIN;
+        let begun = Instant::now();
         while !waiting.is_empty() {
+            self.still_leads(term)?;
+            if !self.may_store() && begun.elapsed() < TAKEN_OVER_MAX {
+                // A new leader takes the bucket first.
+                tokio::time::sleep(PAUSE_MIN).await;
+                continue;
+            }
             let ids: Vec<InodeId> = waiting.iter().copied().collect();
             let states = self
                 .voter
@@ -361,6 +390,11 @@ impl Service {
 
     /// Takes the cluster down as far as one call reaches. Zero remaining: the bucket alone is enough.
     async fn shut_down(self: &Arc<Self>, abandon: bool) -> FsResult<FlushReport> {
+        let term = self.voter.leading_term();
+        if !self.is_attached().await {
+            self.wakes.owner.notify_one();
+            return Err(ebb_namespace::again("the new leader has yet to take the bucket"));
+        }
         self.submit_internal(Command::SetShutdown(true)).await?;
         if abandon {
             self.put_to_sleep().await?;
@@ -375,6 +409,7 @@ impl Service {
         let bytes = self.counts.flushed_bytes.load(Ordering::Relaxed);
         let begun = Instant::now();
         let mut report = loop {
+            self.still_leads(term)?;
             let c = self.counts_now()?;
             let left = c.dirty_inodes + c.pending_keys + c.notices + c.moves;
             if left == 0 {

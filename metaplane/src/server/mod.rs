@@ -46,14 +46,24 @@ impl Port {
 impl Handler for Port {
     async fn handle(&self, peer: Peer, frame: Frame) -> Frame {
         match frame.header.opcode {
-            Opcode::Ping => Frame::new(frame.header.reply(Status::Ok), Bytes::new(), Bytes::new()),
+            // Says where all voters are: the list that a client was given grows old.
+            Opcode::Ping => {
+                let addresses = self.service.voter.addresses().join(",");
+                Frame::new(frame.header.reply(Status::Ok), Bytes::from(addresses), Bytes::new())
+            }
             Opcode::Raft if peer.hello.role == Role::Meta => {
                 self.service.voter.answer(&frame).await
             }
             Opcode::Meta if !self.ready.load(Ordering::Acquire) => {
                 Frame::refusal(&frame.header, Status::NotLeader, "")
             }
-            Opcode::Meta => self.meta(&peer, &frame).await,
+            Opcode::Meta => match self.service.voter.serves() {
+                Ok(()) => self.meta(&peer, &frame).await,
+                Err(hint) => {
+                    let hint = hint.unwrap_or_default();
+                    Frame::refusal(&frame.header, Status::NotLeader, &hint)
+                }
+            },
             _ => Frame::refusal(&frame.header, Status::Forbidden, "not served on this port"),
         }
     }

@@ -5,6 +5,10 @@ use crate::service::{Service, fs_error};
 use ebb_metaplane_protocol::admin::{CutOff, GroupStates, NodeStatus};
 use ebb_metaplane_protocol::{ClusterStatus, FsResult};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// A leader has taken the bucket by then, unless something is wrong.
+const ATTACHED_WITHIN: Duration = Duration::from_secs(3);
 
 /// What a person has to know of a node that is cut off.
 fn cut_off_text(c: &CutOff, groups: usize) -> String {
@@ -54,7 +58,10 @@ impl Service {
                 )
             })
             .collect();
-        if !self.owns_bucket() {
+        // A new leader gets a moment to take it.
+        if !self.owns_bucket()
+            && (self.is_attached().await || self.liveness.leads_for() > ATTACHED_WITHIN)
+        {
             warnings.push("the bucket is asleep or not owned: nothing is written to it".into());
         }
         let cut_off = self.cut_offs(&map).await?;

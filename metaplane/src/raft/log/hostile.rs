@@ -73,7 +73,10 @@ fn id(index: u64) -> LogId {
 fn operations_of() -> Vec<u8> {
     let commands = vec![Command::KeyBegin(vec![("a/b".into(), 1)])];
     let normal = EntryPayload::Normal(Proposal::new(LogEntry { now: Time(4), commands }));
-    let nodes = std::collections::BTreeMap::from([(1, openraft::impls::BasicNode::new("h:1"))]);
+    let nodes = std::collections::BTreeMap::from([(
+        1,
+        crate::raft::VoterNode { addr: "h:1".into(), store: "5".into() },
+    )]);
     let voters = vec![std::collections::BTreeSet::from([1])];
     let membership = Membership::new(voters, nodes).expect("one voter with its address");
     let mut payload = Vec::new();

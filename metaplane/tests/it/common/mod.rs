@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 
 pub const BUCKET: &str = "shore";
 pub const PATIENCE: Duration = Duration::from_secs(20);
-const KEY: [u8; 32] = [0x5e; 32];
+pub const KEY: [u8; 32] = [0x5e; 32];
 
 /// Directories and the S3 server; outlives metadata servers.
 pub struct World {
@@ -369,6 +369,22 @@ impl Process {
             .expect("a process");
         let address = wait_ready(&ready, || false).await.expect("the process serves");
         Self { child, address }
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let kill = std::process::Command::new("kill").args([name, &pid]).status();
+        assert!(kill.expect("runs").success());
+    }
+
+    /// SIGSTOP.
+    pub fn pause(&self) {
+        self.signal("-STOP");
+    }
+
+    /// SIGCONT.
+    pub fn go_on(&self) {
+        self.signal("-CONT");
     }
 
     /// SIGKILL.
