@@ -159,6 +159,7 @@ impl TestCluster {
                 devices: Vec::new(),
                 capacity_bytes,
                 arena_bytes: 64 << 20,
+                dram_bytes: 8 << 20,
                 index_bytes: 144 << 20,
                 cluster: cluster.to_string(),
                 key_file: key_file.clone(),
