@@ -100,7 +100,7 @@ const fn index_default() -> u64 {
 
 /// What a node takes for copies unless `ebb up --dram` says otherwise.
 const fn dram_default() -> u64 {
-    64 << 20
+    32 << 20
 }
 
 fn one_copy() -> u8 {

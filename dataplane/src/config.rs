@@ -13,7 +13,7 @@ pub const INDEX_BYTES_MIN: u64 = 16 << 20;
 pub const ARENA_BYTES_MIN: u64 = 48 << 20;
 
 /// RAM for copies of blocks if nothing else is said.
-pub const DRAM_BYTES_DEFAULT: u64 = 64 << 20;
+pub const DRAM_BYTES_DEFAULT: u64 = 32 << 20;
 
 /// Bytes that a core scrubs per second if nothing else is said: 1 TiB in three days.
 pub const SCRUB_BYTES_PER_S: u64 = 4 << 20;

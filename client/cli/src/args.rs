@@ -113,7 +113,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "BYTES", default_value = "144MiB", value_parser = parse_bytes)]
     pub index: u64,
     /// RAM of each data node for copies of what is read again and again (the dram tier); it fills as it is used, 0: none
-    #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", default_value = "32MiB", value_parser = parse_bytes)]
     pub dram: u64,
     /// Dirty data goes to S3 after this many ms, or earlier when a node fills up
     #[arg(long, value_name = "MS", default_value_t = 5000)]
