@@ -13,7 +13,6 @@ use crate::connect::{Connect, ConnectLimit};
 use crate::event::Token;
 use crate::ring::Ring;
 use crate::segment::{Segments, gather};
-use crate::send::Message;
 use crate::slab::Key;
 
 /// Names an operation until its completion event.
@@ -62,10 +61,10 @@ pub(crate) struct Recv {
 
 pub(crate) struct Send {
     pub(crate) conn: Key,
+    /// The how-manieth of its connection.
+    pub(crate) number: u64,
     /// SENDMSG_ZC: a second completion says that the memory is free.
     pub(crate) zero_copy: bool,
-    /// Messages sent whole whose memory a zero-copy send may still read.
-    pub(crate) held: Vec<Message>,
     /// Result of the first of two completions, when the send must wait for the second.
     pub(crate) first: Option<i32>,
 }

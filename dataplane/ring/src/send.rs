@@ -3,6 +3,10 @@
 //! Messages queued while a send is in flight, or within one turn, leave in one system call.
 //! Delivery to the network is complete: a partial send is continued. A failed send breaks the
 //! connection: every queued message comes back with the error and further sends are refused.
+//!
+//! A message comes back when no send that covered a part of it is alive, and messages come back in
+//! order. With zero-copy sends several are alive at once, and the kernel lets go of their memory in
+//! any order: a plain send, or a later one that copied after all, is done before those ahead of it.
 
 use std::collections::VecDeque;
 
@@ -23,8 +27,7 @@ const IOV_MAX: usize = 1024;
 /// Bytes in one sendmsg. The kernel copies them while the turn waits, a MiB in a quarter of a millisecond: with
 /// more, the device runs out of requests meanwhile (reads of 1 MiB were a third slower with 8 MiB).
 const BYTES_MAX: usize = 1 << 20;
-/// The same for a zero-copy send, which takes no such time. A message has to fit: its memory is given back when the
-/// kernel lets go of the send that it ended in.
+/// The same for a zero-copy send, which takes no such time.
 const ZC_BYTES_MAX: usize = 8 << 20;
 /// Below this a zero-copy send costs more than the copy it saves.
 const ZC_MIN: usize = 64 << 10;
@@ -36,6 +39,20 @@ pub(crate) struct Message {
     token: Token,
     segments: Segments,
     total: usize,
+}
+
+/// A send operation that had not its last completion yet.
+struct Alive {
+    number: u64,
+    ended: bool,
+}
+
+/// A message that is done but for memory that a send may still read.
+struct Held {
+    message: Message,
+    result: Result<(), NetError>,
+    /// The last send that may have covered a part of it.
+    last: u64,
 }
 
 /// The sending side of a connection.
@@ -50,6 +67,12 @@ pub(crate) struct Sending {
     covered: usize,
     /// Zero-copy sends alive: in flight, or waiting for the kernel to let go of their memory.
     pub(crate) zc_alive: u32,
+    /// The number of the last send begun; they count up from 1.
+    last: u64,
+    /// Sends from the oldest that had not its last completion, in order.
+    alive: VecDeque<Alive>,
+    /// In order of sending.
+    held: VecDeque<Held>,
     /// In the reactor's list of connections to send on.
     listed: bool,
     broken: Option<Errno>,
@@ -59,7 +82,26 @@ pub(crate) struct Sending {
 impl Sending {
     /// Everything was sent and no memory is held for it.
     pub(crate) fn is_done(&self) -> bool {
-        self.queue.is_empty() && self.zc_alive == 0
+        self.queue.is_empty() && self.alive.is_empty()
+    }
+
+    fn begin(&mut self) -> u64 {
+        self.last += 1;
+        self.alive.push_back(Alive { number: self.last, ended: false });
+        self.last
+    }
+
+    /// A send had its last completion: says what may go back.
+    fn end(&mut self, number: u64) -> impl Iterator<Item = Held> {
+        if let Some(send) = self.alive.iter_mut().find(|a| a.number == number) {
+            send.ended = true;
+        }
+        while self.alive.front().is_some_and(|a| a.ended) {
+            self.alive.pop_front();
+        }
+        let oldest = self.alive.front().map_or(u64::MAX, |a| a.number);
+        let free = self.held.iter().take_while(|h| h.last < oldest).count();
+        self.held.drain(..free)
     }
 }
 
@@ -142,7 +184,8 @@ impl Reactor {
                 && self.ring.has_send_zc
                 && waiting >= ZC_MIN
                 && s.zc_alive < ZC_HELD_MAX;
-            let op = Send { conn: key, zero_copy, held: Vec::new(), first: None };
+            let number = s.last + 1;
+            let op = Send { conn: key, number, zero_copy, first: None };
             if self.start(Op::Send(op)).is_err() {
                 // The slab is sized for one send per connection; try again next turn all the same.
                 self.list_for_sending(key);
@@ -150,6 +193,8 @@ impl Reactor {
             }
             if let Some(c) = self.conns.get_mut(key) {
                 c.sending.in_flight = true;
+                let begun = c.sending.begin();
+                debug_assert_eq!(begun, number);
                 c.sending.zc_alive += u32::from(zero_copy);
                 c.in_flight += 1;
             }
@@ -182,14 +227,7 @@ impl Reactor {
         let key = op.conn;
         if notif {
             // The kernel let go of the memory of a zero-copy send.
-            for m in op.held.drain(..) {
-                let (conn, token, segments) = (ConnId(key), m.token, m.segments);
-                self.ready.push(Event::Sent { conn, token, segments, result: Ok(()) });
-            }
-            if let Some(first) = op.first {
-                self.advance(key, first, None);
-            }
-            self.end_send(key, true);
+            self.end_send(&op, op.first);
             return None;
         }
         if more {
@@ -198,31 +236,37 @@ impl Reactor {
             let whole =
                 self.conns.get(key).is_some_and(|c| res > 0 && res as usize == c.sending.covered);
             if whole {
-                self.advance(key, res, Some(&mut op.held));
+                self.advance(key, res);
             } else {
                 op.first = Some(res);
             }
             return Some(Op::Send(op));
         }
-        self.advance(key, res, None);
-        self.end_send(key, op.zero_copy);
+        self.end_send(&op, Some(res));
         None
     }
 
-    /// The last completion of a send.
-    fn end_send(&mut self, key: Key, zero_copy: bool) {
+    /// The last completion of a send; `res`: its result, unless that is booked already.
+    fn end_send(&mut self, op: &Send, res: Option<i32>) {
+        let key = op.conn;
         if let Some(c) = self.conns.get_mut(key) {
-            c.sending.zc_alive -= u32::from(zero_copy);
-            if c.close_when_sent && c.sending.is_done() {
-                self.begin_close(key, CloseReason::Finished);
+            c.sending.zc_alive -= u32::from(op.zero_copy);
+            for Held { message, result, .. } in c.sending.end(op.number) {
+                self.ready.push(message.sent(key, result));
             }
+        }
+        if let Some(res) = res {
+            self.advance(key, res);
+        }
+        if self.conns.get(key).is_some_and(|c| c.close_when_sent && c.sending.is_done()) {
+            self.begin_close(key, CloseReason::Finished);
         }
         self.end_conn_op(key);
     }
 
-    /// Books `res` sent bytes (or an error) against the front of the queue. Whole messages go to
-    /// `hold`, or out as events.
-    fn advance(&mut self, key: Key, res: i32, mut hold: Option<&mut Vec<Message>>) {
+    /// Books `res` sent bytes (or an error) against the front of the queue. Whole messages go out as
+    /// events, or are held.
+    fn advance(&mut self, key: Key, res: i32) {
         let closing = self.is_closing(key);
         let Some(c) = self.conns.get_mut(key) else { return };
         let s = &mut c.sending;
@@ -239,13 +283,7 @@ impl Reactor {
             left -= rest;
             s.front_sent = 0;
             let Some(m) = s.queue.pop_front() else { break };
-            match &mut hold {
-                Some(held) => held.push(m),
-                None => {
-                    let (conn, token, segments) = (ConnId(key), m.token, m.segments);
-                    self.ready.push(Event::Sent { conn, token, segments, result: Ok(()) });
-                }
-            }
+            give_back(key, s, m, Ok(()), &mut self.ready);
         }
         let retry = matches!(Errno::from_raw(-res), Errno::EAGAIN | Errno::EINTR);
         if closing {
@@ -270,10 +308,30 @@ impl Reactor {
         let Some(c) = self.conns.get_mut(key) else { return };
         debug_assert!(!c.sending.in_flight);
         c.sending.front_sent = 0;
-        for m in c.sending.queue.drain(..) {
-            let (conn, token, segments) = (ConnId(key), m.token, m.segments);
-            self.ready.push(Event::Sent { conn, token, segments, result: Err(error) });
+        while let Some(m) = c.sending.queue.pop_front() {
+            give_back(key, &mut c.sending, m, Err(error), &mut self.ready);
         }
+    }
+}
+
+impl Message {
+    fn sent(self, key: Key, result: Result<(), NetError>) -> Event {
+        Event::Sent { conn: ConnId(key), token: self.token, segments: self.segments, result }
+    }
+}
+
+/// A message off the queue: out, or held while a send is alive that may read it or one before it.
+fn give_back(
+    key: Key,
+    s: &mut Sending,
+    message: Message,
+    result: Result<(), NetError>,
+    ready: &mut Vec<Event>,
+) {
+    if s.alive.is_empty() {
+        ready.push(message.sent(key, result));
+    } else {
+        s.held.push_back(Held { message, result, last: s.last });
     }
 }
 
@@ -313,5 +371,40 @@ pub(crate) fn send_entry(
         opcode::SendMsgZc::new(fd, header).flags(flags).build()
     } else {
         opcode::SendMsg::new(fd, header).flags(flags).build()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every order in which the kernel may let go of four sends, each with a message that ends in
+    /// it and one that goes on in the next.
+    #[test]
+    fn messages_come_back_in_order_and_not_before_every_send_that_read_them() {
+        let key = Key { index: 0, generation: 0 };
+        let orders = (0..256u32).map(|n| [n & 3, n >> 2 & 3, n >> 4 & 3, n >> 6 & 3]);
+        let all = |order: &[u32; 4]| (0..4).all(|n| order.contains(&n));
+        for order in orders.filter(all) {
+            let (mut s, mut ready, mut ended) = (Sending::default(), Vec::new(), Vec::new());
+            for n in 0..4u64 {
+                assert_eq!(s.begin(), n + 1);
+                for token in [10 * n, 10 * n + 1] {
+                    let message =
+                        Message { token: Token(token), segments: vec![1u8].into(), total: 1 };
+                    give_back(key, &mut s, message, Ok(()), &mut ready);
+                }
+            }
+            assert!(ready.is_empty());
+            let mut back = Vec::new();
+            for send in order.map(u64::from) {
+                ended.push(send);
+                back.extend(s.end(send + 1).map(|h| h.message.token.0));
+                let whole = (0..4).take_while(|n| ended.contains(n));
+                let want: Vec<u64> = whole.flat_map(|n| [10 * n, 10 * n + 1]).collect();
+                assert_eq!(back, want, "{order:?}, {ended:?}");
+            }
+            assert!(s.is_done());
+        }
     }
 }
