@@ -121,6 +121,23 @@ impl Drop for Baseline {
     }
 }
 
+/// A port of loopback that nobody listens on.
+fn free_port() -> std::io::Result<String> {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+    Ok(listener.local_addr()?.port().to_string())
+}
+
+/// Starts a tool's server; it is killed when dropped.
+fn server(program: &str, args: &[&str]) -> std::io::Result<tokio::process::Child> {
+    Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+}
+
 async fn installed(program: &str) -> bool {
     let status =
         Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -199,19 +216,10 @@ impl Baseline {
     /// `iperf3`, one stream over loopback, client and server on this machine.
     pub async fn iperf3(&self, seconds: u64) -> Result<Sample, BenchError> {
         let failed = |why: String| BenchError::Program { program: "iperf3", why };
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0))
-            .and_then(|l| l.local_addr())
-            .map_err(|e| failed(format!("no free port: {e}")))?
-            .port()
-            .to_string();
-        let mut server = Command::new("iperf3")
-            .args(["--server", "--one-off", "--bind", "127.0.0.1", "--port", &port])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|e| failed(e.to_string()))?;
+        let port = free_port().map_err(|e| failed(format!("no free port: {e}")))?;
+        let mut server =
+            server("iperf3", &["--server", "--one-off", "--bind", "127.0.0.1", "--port", &port])
+                .map_err(|e| failed(e.to_string()))?;
         // The server says nowhere that it listens; a refused client is asked again.
         let mut last = None;
         for _ in 0..50 {
@@ -246,19 +254,12 @@ impl Baseline {
     /// `depth` requests in flight in all, by its own benchmark.
     pub async fn redis(&self, size: u64, depth: u32, seconds: u64) -> Result<Sample, BenchError> {
         let failed = |why: String| BenchError::Program { program: "redis-server", why };
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0))
-            .and_then(|l| l.local_addr())
-            .map_err(|e| failed(format!("no free port: {e}")))?
-            .port()
-            .to_string();
-        let mut server = Command::new("redis-server")
-            .args(["--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|e| failed(e.to_string()))?;
+        let port = free_port().map_err(|e| failed(format!("no free port: {e}")))?;
+        let mut server = server(
+            "redis-server",
+            &["--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
+        )
+        .map_err(|e| failed(e.to_string()))?;
         let connections = depth.min(8);
         let benchmark = |test: &str, requests: u64| {
             let mut command = Command::new("redis-benchmark");

@@ -211,7 +211,7 @@ impl Service {
                 Ok(conditions) => return note(self, conditions),
                 Err(error) => tracing::error!(%error, "S3 can't be used yet"),
             }
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            let _ = stop.run_until_cancelled(tokio::time::sleep(Duration::from_secs(1))).await;
         }
     }
 }

@@ -228,7 +228,12 @@ impl<B: Buffer> ShardCore<B> {
                     let copied = a.buf.as_mut().is_some_and(|target| {
                         let bytes = &mut target.bytes_mut()[piece.range()];
                         let crcs = &mut a.crcs[relative as usize..][..piece.crcs.len()];
-                        copy_all(&mut self.dram, &piece, bytes) && check_piece(&piece, bytes, crcs)
+                        let copied =
+                            copy_all(&mut self.dram, &piece, bytes) && is_sound(&piece, bytes);
+                        if copied {
+                            finish_piece(&piece, bytes, crcs);
+                        }
+                        copied
                     });
                     if !copied {
                         a.todo.push_back(piece);
@@ -482,12 +487,13 @@ impl<B: Buffer> ShardCore<B> {
     }
 }
 
-/// Checks a piece against the index; zeroes what does not count.
-fn check_piece(piece: &DevicePiece, bytes: &mut [u8], crcs: &mut [u32]) -> bool {
-    let matches = |(block, crc): (&[u8], &u32)| crc32c(block) == *crc;
-    if !bytes.chunks(BLOCK).zip(&piece.crcs).all(matches) {
-        return false;
-    }
+/// Whether each block is what the index says.
+fn is_sound(piece: &DevicePiece, bytes: &[u8]) -> bool {
+    bytes.chunks(BLOCK).zip(&piece.crcs).all(|(block, crc)| crc32c(block) == *crc)
+}
+
+/// Zeroes what does not count, and says the checksums of what is there then.
+fn finish_piece(piece: &DevicePiece, bytes: &mut [u8], crcs: &mut [u32]) {
     crcs.copy_from_slice(&piece.crcs);
     let valid = piece.tail_valid as usize;
     if valid < BLOCK
@@ -498,10 +504,9 @@ fn check_piece(piece: &DevicePiece, bytes: &mut [u8], crcs: &mut [u32]) -> bool 
             *crc = crc32c(&bytes[last..]);
         }
     }
-    true
 }
 
-/// The same for one that was read from the device, which may be read again.
+/// Takes a piece that was read from the device. `dram`: what may be read again.
 fn take_piece<B: Buffer>(
     piece: &DevicePiece,
     bytes: &mut [u8],
@@ -509,18 +514,16 @@ fn take_piece<B: Buffer>(
     dram: Option<&mut Dram<B>>,
     buffers: &mut dyn Buffers<B>,
 ) -> bool {
-    let valid = piece.tail_valid as usize;
-    // What does not count is zeroed below, and the copy has to be what the device has.
-    let last = (valid < BLOCK).then(|| bytes[bytes.len() - BLOCK..].to_vec());
-    if !check_piece(piece, bytes, crcs) {
+    if !is_sound(piece, bytes) {
         return false;
     }
-    let Some(dram) = dram else { return true };
-    let whole = bytes.chunks(BLOCK).zip(&piece.crcs).enumerate();
-    for (n, (block, crc)) in whole {
-        let tail = last.as_deref().filter(|_| n + 1 == piece.crcs.len());
-        dram.read(piece.offset + (n * BLOCK) as u64, *crc, tail.unwrap_or(block), buffers);
+    if let Some(dram) = dram {
+        let offsets = (piece.offset..).step_by(BLOCK);
+        for ((block, crc), offset) in bytes.chunks(BLOCK).zip(&piece.crcs).zip(offsets) {
+            dram.read(offset, *crc, block, buffers);
+        }
     }
+    finish_piece(piece, bytes, crcs);
     true
 }
 

@@ -104,8 +104,10 @@ impl<B: Buffer> Dram<B> {
         let first = number(offset);
         !self.index.is_empty()
             && (first..).zip(crcs).all(|(block, crc)| {
-                let at = self.index.get(&block);
-                at.is_some_and(|at| self.entries[*at as usize].crc == *crc)
+                let Some(at) = self.index.get(&block) else { return false };
+                let same = self.entries[*at as usize].crc == *crc;
+                debug_assert!(same, "a copy outlived its block");
+                same
             })
     }
 
