@@ -248,49 +248,101 @@ impl Baseline {
 const REDIS_KEYS: u64 = 10_000;
 /// Requests that are made in a second, about: how long a turn takes follows from it.
 const REDIS_REQUESTS_PER_S: u64 = 150_000;
+/// Synced writes of many connections: a second or a few.
+const REDIS_SYNCED_WRITES: u64 = 100_000;
+
+/// A Redis server of its own.
+struct Redis {
+    _server: tokio::process::Child,
+    port: String,
+}
+
+fn redis_failed(why: impl std::fmt::Display) -> BenchError {
+    BenchError::Program { program: "redis-server", why: why.to_string() }
+}
+
+impl Redis {
+    async fn start(args: &[&str]) -> Result<Self, BenchError> {
+        let port = free_port().map_err(|e| redis_failed(format!("no free port: {e}")))?;
+        let mut all = vec!["--port", &port, "--bind", "127.0.0.1", "--save", ""];
+        all.extend(args);
+        let server = server("redis-server", &all).map_err(redis_failed)?;
+        // Its benchmark tries for ever to reach a server that doesn't listen yet.
+        for _ in 0..100 {
+            if redis_answers(&port).await {
+                return Ok(Self { _server: server, port });
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Err(redis_failed("it does not answer"))
+    }
+
+    /// Its own benchmark: so many requests by so many connections.
+    fn benchmark(&self, requests: u64, connections: u32, args: &[&str]) -> Command {
+        let mut command = Command::new("redis-benchmark");
+        command
+            .args(["-h", "127.0.0.1", "-p", &self.port, "--csv"])
+            .args(["-r", &REDIS_KEYS.to_string(), "-n", &requests.to_string()])
+            .args(["-c", &connections.to_string()])
+            .args(args)
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        command
+    }
+}
 
 impl Baseline {
     /// GETs of values of `size` bytes from a Redis server of its own, which writes nothing to disk: 8 connections with
     /// `depth` requests in flight in all, by its own benchmark.
     pub async fn redis(&self, size: u64, depth: u32, seconds: u64) -> Result<Sample, BenchError> {
-        let failed = |why: String| BenchError::Program { program: "redis-server", why };
-        let port = free_port().map_err(|e| failed(format!("no free port: {e}")))?;
-        let mut server = server(
-            "redis-server",
-            &["--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
-        )
-        .map_err(|e| failed(e.to_string()))?;
+        let redis = Redis::start(&["--appendonly", "no"]).await?;
         let connections = depth.min(8);
-        let benchmark = |test: &str, requests: u64| {
-            let mut command = Command::new("redis-benchmark");
-            command
-                .args(["-h", "127.0.0.1", "-p", &port, "-t", test, "--csv"])
-                .args(["-d", &size.to_string(), "-r", &REDIS_KEYS.to_string()])
-                .args(["-c", &connections.to_string()])
-                .args(["-P", &(depth / connections).to_string()])
-                .args(["-n", &requests.to_string()])
-                .stdin(Stdio::null())
-                .kill_on_drop(true);
-            command
+        let (bytes, pipeline) = (size.to_string(), (depth / connections).to_string());
+        let benchmark = |test, requests| {
+            redis.benchmark(requests, connections, &["-t", test, "-d", &bytes, "-P", &pipeline])
         };
-        // Its benchmark tries for ever to reach a server that doesn't listen yet.
-        let mut answers = false;
-        for _ in 0..100 {
-            answers = redis_answers(&port).await;
-            if answers {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        if !answers {
-            return Err(failed("it does not answer".into()));
-        }
         // So many random keys leave none without a value, but for one in e^20.
         redis_sample(benchmark("set", 20 * REDIS_KEYS), size).await?;
-        let got = redis_sample(benchmark("get", seconds * REDIS_REQUESTS_PER_S), size).await;
-        let _ = server.kill().await;
-        got
+        redis_sample(benchmark("get", seconds * REDIS_REQUESTS_PER_S), size).await
     }
+}
+
+/// Whether Redis is installed; if not, a note says so.
+pub async fn has_redis(notes: &mut Vec<String>) -> bool {
+    let has = installed("redis-server").await;
+    if !has {
+        notes.push(
+            "redis-server is not installed, so it is not compared with: apt-get install redis-server"
+                .into(),
+        );
+    }
+    has
+}
+
+/// HSETs and HGETs of a Redis server that keeps its log in `dir` and syncs it before it answers, by so many connections
+/// with one request in flight each.
+pub async fn redis_hash(dir: &Path, connections: u32) -> Result<(Sample, Sample), BenchError> {
+    let log = dir.join(format!(".ebb-bench-redis-{}", std::process::id()));
+    std::fs::create_dir(&log).map_err(BenchError::file("create", &log))?;
+    let result = async {
+        let place = log.to_string_lossy();
+        let redis =
+            Redis::start(&["--appendonly", "yes", "--appendfsync", "always", "--dir", &place])
+                .await?;
+        // A lone connection waits for every sync by itself.
+        let (writes, reads) = match connections {
+            1 => (REDIS_SYNCED_WRITES / 20, REDIS_SYNCED_WRITES / 5),
+            _ => (REDIS_SYNCED_WRITES, 2 * REDIS_SYNCED_WRITES),
+        };
+        let hash = |requests, command: &[&str]| redis.benchmark(requests, connections, command);
+        let field = "field:__rand_int__";
+        let set = redis_sample(hash(writes, &["HSET", "names", field, "an inode"]), 0).await?;
+        let get = redis_sample(hash(reads, &["HGET", "names", field]), 0).await?;
+        Ok((set, get))
+    }
+    .await;
+    let _ = std::fs::remove_dir_all(&log);
+    result
 }
 
 async fn redis_answers(port: &str) -> bool {

@@ -12,6 +12,7 @@ mod fill;
 pub mod index;
 pub mod journal;
 pub mod memory;
+pub mod meta;
 pub mod mount;
 pub mod recovery;
 pub mod report;

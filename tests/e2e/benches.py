@@ -60,3 +60,28 @@ def test_a_recovery_bench_opens_what_it_filled_and_leaves_nothing():
             check(len(r["seconds_runs"]) == 2 and r["seconds"] > 0 and r["bar"] is None, p.stdout)
             check(r["seconds_in_proportion"] > r["seconds"] and r["index_per_cached_byte"] > 0, p.stdout)
         check(not list(c.dir.glob(".ebb-bench-*")), "the shard is removed")
+
+
+def test_a_meta_bench_compares_and_leaves_nothing():
+    """Every operation has its row, beside the local file system and Redis where it is installed; nothing is left."""
+    with cluster(nodes=1) as c:
+        p = c.ebb("--json", "bench", "meta", "--clients", 4, "--files", 50, "--runs", 1, "--entries", 300, "--baseline")
+        out = json.loads(p.stdout)["meta"]
+        operations = ["create", "stat", "readdir", "rename", "unlink"]
+        rows = {(r["operation"], r["side"], r["clients"]): r for r in out["rows"]}
+        check(out["voters"] == 1, p.stdout)
+        for clients in (4, 1):
+            for side in ("ours", "local"):
+                check(all(rows[o, side, clients]["per_s"] > 0 for o in operations), p.stdout)
+            if shutil.which("redis-server"):
+                check(rows["create", "redis", clients]["per_s"] > 0, p.stdout)
+        alone = rows["create", "ours", 1]
+        # One after the other: the latency says how many there are in a second.
+        check(0.3 < alone["per_s"] * alone["p50_us"] / 1e6 < 3, p.stdout)
+        check(rows["unlink", "library", 4]["per_s"] > 0, p.stdout)
+        check(out["large"]["entries"] == 300 and out["large"]["list_s"] > 0, p.stdout)
+        check(c.ebb("ls", "/").stdout.strip() == "", "its directories are gone")
+        check(not list(c.dir.glob(".ebb-bench-*")), "and the other ones")
+        status = json.loads(c.ebb("--json", "status").stdout)
+        check(not [s for s in status.get("sessions", []) if "bench" in str(s)], "its sessions are closed")
+        return f"{alone['per_s']:.0f} creates/s by one client"

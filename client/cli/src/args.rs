@@ -363,6 +363,8 @@ pub(crate) enum BenchWhat {
     Chunk(BenchChunk),
     /// Whole jobs through a mount point, and on a plain directory
     Mount(BenchMount),
+    /// Creates, stats, listings, renames and unlinks by many clients of the metadata servers
+    Meta(BenchMeta),
     /// Resident memory of servers and mounts, and of an index of a large cache
     Memory(BenchMemory),
     /// How long opening a full shard takes; needs no cluster
@@ -427,6 +429,26 @@ pub(crate) struct BenchMount {
     /// Seconds of random reads
     #[arg(long, value_name = "S", default_value_t = 3)]
     pub seconds: u64,
+}
+
+/// `ebb bench meta`
+#[derive(Args, Debug)]
+pub(crate) struct BenchMeta {
+    /// Clients at once, each with a session, a connection and a directory of its own
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub clients: u32,
+    /// Files of each client
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub files: u32,
+    /// Runs; figures are their medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub runs: u32,
+    /// Also fill one directory with so many entries, and list it
+    #[arg(long, value_name = "ENTRIES", default_value_t = 0)]
+    pub entries: u32,
+    /// Do the same with system calls in the cluster's directory, and run Redis there, turn by turn
+    #[arg(long)]
+    pub baseline: bool,
 }
 
 /// `ebb bench engines`

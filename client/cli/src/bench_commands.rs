@@ -1,15 +1,18 @@
 //! `ebb bench`: finds what to measure, prints what came out. The measuring is in `ebb-bench`.
 
-use crate::args::{Bench, BenchChunk, BenchMemory, BenchMount, BenchRecovery, BenchWhat, Cli};
+use crate::args::{
+    Bench, BenchChunk, BenchMemory, BenchMeta, BenchMount, BenchRecovery, BenchWhat, Cli,
+};
 use crate::exit::CliError;
 use crate::{bench_engines, find, output};
 use ebb_bench::memory::{Kind, Subject};
-use ebb_bench::{BenchError, chunk, engines, index, memory, mount, recovery};
+use ebb_bench::{BenchError, chunk, engines, index, memory, meta, mount, recovery};
 use ebb_client::{Cluster, Config, FileSystem, InodeId};
 use ebb_controller::Layout;
+use ebb_dataplane_protocol::auth::Role;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, Request, Response};
-use ebb_rpc::MetaClient;
-use std::path::Path;
+use ebb_rpc::{Identity, MetaClient};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A flush between jobs may take this long.
@@ -35,6 +38,12 @@ pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
         BenchWhat::Mount(a) => {
             let outcome = run_mount(cli, a).await?;
             print(cli, &outcome, || mount::table(&outcome))
+        }
+        BenchWhat::Meta(a) => {
+            let machine = machine();
+            let outcome = run_meta(cli, a).await?;
+            let document = serde_json::json!({ "machine": machine, "meta": outcome });
+            print(cli, &document, || format!("{machine}\n\n{}", meta::table(&outcome)))
         }
         BenchWhat::Memory(a) => {
             let (processes, index) = run_memory(cli, a).await?;
@@ -79,15 +88,7 @@ fn say(cli: &Cli) -> impl Fn(&str) + Send + 'static {
 fn plan(cli: &Cli, args: &BenchChunk) -> Result<chunk::Plan, CliError> {
     let baseline = match args.baseline {
         false => None,
-        true => {
-            let layout = find::layout(cli)?;
-            if !layout.exists() {
-                return Err(CliError::usage(
-                    "--baseline runs fio beside the cluster's own files: it needs a cluster of this machine (--dir)",
-                ));
-            }
-            Some(layout.dir().to_owned())
-        }
+        true => Some(own_directory(cli, "--baseline runs fio beside the cluster's own files")?),
     };
     Ok(chunk::Plan {
         sizes: args.size.clone(),
@@ -158,6 +159,33 @@ async fn run_mount(cli: &Cli, args: &BenchMount) -> Result<mount::Outcome, CliEr
     let settle = move || runtime.block_on(flush(&meta));
     let work = tokio::task::spawn_blocking(move || mount::run(&plan, settle, say));
     Ok(work.await.map_err(|e| CliError::new(format!("the measurement ended abruptly: {e}")))??)
+}
+
+async fn run_meta(cli: &Cli, args: &BenchMeta) -> Result<meta::Outcome, CliError> {
+    let (addresses, key) = find::cluster(cli)?;
+    let plain = match args.baseline {
+        false => None,
+        true => Some(own_directory(cli, "--baseline works beside the cluster's own files")?),
+    };
+    let plan = meta::Plan {
+        clients: args.clients,
+        files: args.files,
+        runs: args.runs,
+        entries: args.entries,
+        plain,
+        addresses,
+        identity: Identity::new(key, Role::Client),
+    };
+    Ok(meta::run(&plan, say(cli)).await?)
+}
+
+/// Where the cluster's files are, if it is one of this machine.
+fn own_directory(cli: &Cli, why: &str) -> Result<PathBuf, CliError> {
+    let layout = find::layout(cli)?;
+    match layout.exists() {
+        true => Ok(layout.dir().to_owned()),
+        false => Err(CliError::usage(format!("{why}: it needs a cluster of this machine (--dir)"))),
+    }
 }
 
 /// Whether a directory is on one of our mounts: else the figures would be those of something else.

@@ -22,6 +22,9 @@ use args::{Cli, Command};
 use clap::Parser;
 use exit::CliError;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
     init_logging(&cli);

@@ -48,7 +48,7 @@ pub use directory::{LookupState, Origin};
 pub use kv::{Kv, KvRead, MemKv};
 pub use moves::Walk;
 pub use query::again;
-pub use reader::{DirtyInode, FlushStage, MachineCounts, Reader, Revalidation};
+pub use reader::{DirtyInode, FlushStage, Left, MachineCounts, Reader, Revalidation};
 
 /// Reasons of `FsError::Again` that the leader acts on before it proposes the operation again.
 pub mod why {

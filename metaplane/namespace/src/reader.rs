@@ -90,6 +90,17 @@ pub struct MachineCounts {
     pub lost_files: u64,
 }
 
+/// See [`Reader::left`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// As in [`MachineCounts`].
+    pub pending_keys: u64,
+    /// As there.
+    pub notices: u64,
+    /// As there.
+    pub moves: u64,
+}
+
 impl<K: KvRead> Reader<'_, K> {
     /// The machine's sequence: `Ingest::listed_at` is its value when the S3 call began.
     pub fn sequence(&self) -> FsResult<u64> {
@@ -156,12 +167,17 @@ impl<K: KvRead> Reader<'_, K> {
             Some((t, i)) => after(&key(DIRTY, &[&be_time(t), &be(i.0)])),
             None => vec![DIRTY],
         };
+        // Younger ones aren't looked at: there may be many, and many that were removed between them.
+        let end = match older_than.0.checked_add(1) {
+            Some(t) => key(DIRTY, &[&be_time(Time(t))]),
+            None => prefix_end(&[DIRTY]),
+        };
         while found.len() < limit {
-            let page = self.scan_prefix(&[DIRTY], Some(&from), 1000);
+            let page = self.0.scan(&from, &end, 1000, false);
             let Some((last, _)) = page.last() else { break };
             from = after(last);
             for (k, v) in page {
-                if time_at(&k, 1)? > older_than || found.len() == limit {
+                if found.len() == limit {
                     return Ok(found);
                 }
                 if v.first().copied().is_some_and(&wanted)
@@ -233,6 +249,15 @@ impl<K: KvRead> Reader<'_, K> {
             validated: n.validated,
             lineage: n.view.lineage,
         }))
+    }
+
+    /// What commands left behind for the leader's loops to do.
+    pub fn left(&self) -> FsResult<Left> {
+        Ok(Left {
+            pending_keys: self.counter(Counter::PendingKeys)?,
+            notices: self.counter(Counter::Notices)?,
+            moves: self.counter(Counter::Moves)?,
+        })
     }
 
     /// Counts for the status.

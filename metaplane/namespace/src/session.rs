@@ -15,6 +15,9 @@ use ebb_metaplane_protocol::{FsError, FsResult, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 use std::collections::BTreeSet;
 
+/// So many sequences are looked at one by one.
+const FORGET_SINGLY_MAX: u64 = 8;
+
 /// A client's lease.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub(crate) struct Session {
@@ -147,20 +150,16 @@ impl<K: Kv> Ctx<'_, K> {
             return Err(FsError::SessionExpired);
         };
         if answered_below > s.answered_below {
-            let prefix = key(REPLY, &[&be(session.0)]);
-            let end = key(REPLY, &[&be(session.0), &be(answered_below.0)]);
-            let forgotten = self.kv.scan(&prefix, &end, REPLIES_PER_SESSION_MAX as usize, false);
-            for (k, _) in &forgotten {
-                self.kv.delete(k);
-            }
-            s.replies = s.replies.saturating_sub(forgotten.len() as u64);
+            s.replies -= self.forget_replies(session, &s, answered_below);
             s.answered_below = answered_below;
             self.put_session(session, &s);
         }
         if sequence < s.answered_below {
             return Err(FsError::TooOld);
         }
-        if let Some(reply) = self.read().remembered(session, sequence)? {
+        if s.replies > 0
+            && let Some(reply) = self.read().remembered(session, sequence)?
+        {
             return reply;
         }
         if s.replies >= REPLIES_PER_SESSION_MAX {
@@ -172,6 +171,28 @@ impl<K: Kv> Ctx<'_, K> {
             self.update_session(session, |s| s.replies += 1)?;
         }
         reply
+    }
+
+    /// Forgets remembered replies below `answered_below`; how many there were.
+    fn forget_replies(&mut self, id: SessionId, s: &Session, answered_below: Sequence) -> u64 {
+        if s.replies == 0 {
+            return 0;
+        }
+        let place = |sequence: Sequence| key(REPLY, &[&be(id.0), &be(sequence.0)]);
+        // Mostly it is the last one, or a few: no range has to be walked for them.
+        let forgotten: Vec<Vec<u8>> = if answered_below.0 - s.answered_below.0 <= FORGET_SINGLY_MAX
+        {
+            let few = (s.answered_below.0..answered_below.0).map(|n| place(Sequence(n)));
+            few.filter(|k| self.kv.get(k).is_some()).collect()
+        } else {
+            let (start, end) = (place(s.answered_below), place(answered_below));
+            let page = self.kv.scan(&start, &end, REPLIES_PER_SESSION_MAX as usize, false);
+            page.into_iter().map(|(k, _)| k).collect()
+        };
+        for k in &forgotten {
+            self.kv.delete(k);
+        }
+        (forgotten.len() as u64).min(s.replies)
     }
 
     pub(crate) fn end_sessions(&mut self, ids: &[SessionId]) -> FsResult<()> {

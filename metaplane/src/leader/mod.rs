@@ -177,7 +177,7 @@ impl Service {
             if stop.sleep(GATHER).await {
                 return;
             }
-            let Ok(Ok(left)) = self.voter.peek(|_, r| r.counts()) else { continue };
+            let Ok(Ok(left)) = self.voter.peek(|_, r| r.left()) else { continue };
             let wakes = &self.wakes;
             for (left, wake) in [
                 (left.notices, &wakes.notices),

@@ -5,6 +5,8 @@
 //! the newest to the table. A removed key is a change too, until the table has lost it.
 
 use super::kv::Base;
+use super::rows::Rows;
+use super::skips::Skips;
 use redb::StorageError;
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -19,51 +21,100 @@ pub(super) type Changes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 #[derive(Default)]
 pub(super) struct Layers {
     recent: Changes,
-    /// Bytes of keys and values in `recent`, counting every change.
+    /// Bytes of keys and values in `recent`.
     recent_bytes: usize,
+    /// The same of every change since it began, those that others replaced included: what a replay of
+    /// the log would do again.
+    changed_bytes: usize,
     /// On its way into the table.
     frozen: Option<Arc<Changes>>,
     /// `None`: closed.
-    base: Option<Base>,
+    table: Option<Table>,
+    skips: Skips,
 }
 
-/// Changes of a range, in the direction of a scan.
-type Range<'a> = Box<dyn Iterator<Item = (&'a Vec<u8>, &'a Option<Vec<u8>>)> + 'a>;
+/// The table, and what is often asked of it.
+struct Table {
+    base: Base,
+    rows: Rows,
+}
 
-fn range<'a>(changes: &'a Changes, (start, end): (&[u8], &[u8]), reverse: bool) -> Range<'a> {
-    let range = changes.range::<[u8], _>((Bound::Included(start), Bound::Excluded(end)));
-    if reverse { Box::new(range.rev()) } else { Box::new(range) }
+impl Table {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
+        self.rows.get(key, || Ok(self.base.get(key)?.map(|v| v.value().to_vec())))
+    }
+}
+
+/// The changes of a range, in the direction of a scan.
+struct Walk<'a> {
+    range: std::collections::btree_map::Range<'a, Vec<u8>, Option<Vec<u8>>>,
+    reverse: bool,
+    head: Option<(&'a Vec<u8>, &'a Option<Vec<u8>>)>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(changes: Option<&'a Changes>, (start, end): (&[u8], &[u8]), reverse: bool) -> Self {
+        let range = match changes {
+            Some(c) => c.range::<[u8], _>((Bound::Included(start), Bound::Excluded(end))),
+            None => Default::default(),
+        };
+        let mut walk = Self { range, reverse, head: None };
+        walk.step();
+        walk
+    }
+
+    fn step(&mut self) {
+        self.head = if self.reverse { self.range.next_back() } else { self.range.next() };
+    }
+
+    /// Steps past `key`; what became of it, if it is the next.
+    fn take(&mut self, key: &[u8]) -> Option<&'a Option<Vec<u8>>> {
+        let (_, change) = self.head.filter(|(k, _)| k.as_slice() == key)?;
+        self.step();
+        Some(change)
+    }
+}
+
+fn weight(key: &[u8], value: Option<&[u8]>) -> usize {
+    key.len() + value.map_or(0, <[u8]>::len)
 }
 
 impl Layers {
     pub(super) fn new(base: Base) -> Self {
-        Self { base: Some(base), ..Self::default() }
+        Self { table: Some(Table { base, rows: Rows::default() }), ..Self::default() }
     }
 
     /// Whether there is still a table below.
     pub(super) fn is_open(&self) -> bool {
-        self.base.is_some()
+        self.table.is_some()
     }
 
-    pub(super) fn recent_bytes(&self) -> usize {
-        self.recent_bytes
+    /// Bytes of the recent changes: now, and with all that others replaced.
+    pub(super) fn recent_bytes(&self) -> (usize, usize) {
+        (self.recent_bytes, self.changed_bytes)
     }
 
     /// Sets or removes a key. What came and went between two transactions leaves nothing behind, so
     /// that a scan over a queue does not walk over all that was ever in it.
     pub(super) fn change(&mut self, key: &[u8], value: Option<&[u8]>) -> Result<(), StorageError> {
-        if value.is_none() && self.get_below(key)?.is_none() {
-            self.recent.remove(key);
-            return Ok(());
+        self.changed_bytes += weight(key, value);
+        if value.is_some() {
+            self.skips.set(key);
         }
-        self.recent_bytes += key.len() + value.map_or(0, <[u8]>::len);
-        self.recent.insert(key.to_vec(), value.map(<[u8]>::to_vec));
+        let old = match value {
+            None if self.get_below(key)?.is_none() => self.recent.remove(key),
+            _ => {
+                self.recent_bytes += weight(key, value);
+                self.recent.insert(key.to_vec(), value.map(<[u8]>::to_vec))
+            }
+        };
+        self.recent_bytes -= old.map_or(0, |old| weight(key, old.as_deref()));
         Ok(())
     }
 
     /// Ends the recent layer and begins a new one. What was frozen before must have been replaced.
     pub(super) fn freeze(&mut self) -> Arc<Changes> {
-        self.recent_bytes = 0;
+        (self.recent_bytes, self.changed_bytes) = (0, 0);
         let frozen = Arc::new(std::mem::take(&mut self.recent));
         self.frozen = Some(Arc::clone(&frozen));
         frozen
@@ -71,7 +122,7 @@ impl Layers {
 
     /// The table has taken over the frozen changes.
     pub(super) fn replace(&mut self, base: Base) {
-        self.base = Some(base);
+        self.table = Some(Table { base, rows: Rows::default() });
         self.frozen = None;
     }
 
@@ -84,9 +135,9 @@ impl Layers {
 
     /// What the layers under the recent one say.
     fn get_below(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
-        match (self.frozen.as_ref().and_then(|f| f.get(key)), &self.base) {
+        match (self.frozen.as_ref().and_then(|f| f.get(key)), &self.table) {
             (Some(change), _) => Ok(change.clone()),
-            (None, Some(base)) => Ok(base.get(key)?.map(|v| v.value().to_vec())),
+            (None, Some(table)) => table.get(key),
             (None, None) => Ok(None),
         }
     }
@@ -99,42 +150,44 @@ impl Layers {
         reverse: bool,
     ) -> Result<Vec<Pair>, StorageError> {
         let mut out = Vec::new();
-        let Some(base) = self.base.as_ref().filter(|_| start < end) else { return Ok(out) };
-        let none = Changes::new();
-        let frozen = self.frozen.as_deref().unwrap_or(&none);
-        let mut newer = range(&self.recent, (start, end), reverse).peekable();
-        let mut older = range(frozen, (start, end), reverse).peekable();
-        let table = base.range::<&[u8]>(start..end)?;
-        let table: Box<dyn Iterator<Item = _>> =
-            if reverse { Box::new(table.rev()) } else { Box::new(table) };
-        let own = |(k, v): (redb::AccessGuard<'_, _>, redb::AccessGuard<'_, _>)| {
-            let (k, v): (&[u8], &[u8]) = (k.value(), v.value());
-            (k.to_vec(), v.to_vec())
-        };
-        let mut table = table.map(|pair| pair.map(own)).peekable();
+        let asked = start;
+        let jumped = (!reverse).then(|| self.skips.jump(start)).flatten();
+        let start = jumped.as_deref().unwrap_or(start);
+        let Some(table) = self.table.as_ref().filter(|_| start < end) else { return Ok(out) };
+        let mut newer = Walk::new(Some(&self.recent), (start, end), reverse);
+        let mut older = Walk::new(self.frozen.as_deref(), (start, end), reverse);
+        let mut range = table.base.range::<&[u8]>(start..end)?;
+        let mut step = || if reverse { range.next_back() } else { range.next() }.transpose();
+        let mut stored = step()?;
+        let mut dead = 0;
         while out.len() < limit {
-            let stored = match table.peek() {
-                Some(Ok((key, _))) => Some(key),
-                Some(Err(_)) => match table.next() {
-                    Some(Err(e)) => return Err(e),
-                    _ => break,
-                },
-                None => None,
+            let heads = [newer.head.map(|c| c.0.as_slice()), older.head.map(|c| c.0.as_slice())];
+            let heads = heads.into_iter().chain([stored.as_ref().map(|(k, _)| k.value())]);
+            let first = if reverse { heads.flatten().max() } else { heads.flatten().min() };
+            let Some(first) = first else {
+                if out.is_empty() && !reverse {
+                    self.skips.walked(asked, jumped.as_deref(), dead, end);
+                }
+                break;
             };
-            let heads = [newer.peek().map(|c| c.0), older.peek().map(|c| c.0), stored];
-            let heads = heads.into_iter().flatten();
-            let first = if reverse { heads.max() } else { heads.min() };
-            let Some(first) = first.cloned() else { break };
             // Every layer steps past the key; the newest that has it decides.
-            let newest = newer.next_if(|c| *c.0 == first);
-            let second = older.next_if(|c| *c.0 == first);
-            let stored = table.next_if(|pair| pair.as_ref().is_ok_and(|(k, _)| *k == first));
-            let value = match (newest.or(second), stored) {
-                (Some((_, change)), _) => change.clone(),
-                (None, Some(Ok((_, value)))) => Some(value),
-                (None, _) => None,
+            let (newest, second) = (newer.take(first), older.take(first));
+            let in_table = stored.as_ref().is_some_and(|(k, _)| k.value() == first);
+            let value = match newest.or(second) {
+                Some(change) => change.as_deref(),
+                None => stored.as_ref().map(|(_, v)| v.value()),
             };
-            out.extend(value.map(|value| (first, value)));
+            match value {
+                Some(_) if out.is_empty() && !reverse => {
+                    self.skips.walked(asked, jumped.as_deref(), dead, first);
+                }
+                Some(_) => {}
+                None => dead += 1,
+            }
+            out.extend(value.map(|value| (first.to_vec(), value.to_vec())));
+            if in_table {
+                stored = step()?;
+            }
         }
         Ok(out)
     }

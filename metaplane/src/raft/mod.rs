@@ -11,6 +11,8 @@ mod layers;
 pub mod log;
 pub mod network;
 pub mod propose;
+mod rows;
+mod skips;
 pub mod snapshot;
 pub mod state;
 pub mod wire;

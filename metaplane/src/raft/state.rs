@@ -6,8 +6,8 @@
 //! an entry's boundary; always so before a snapshot is built, because the log up to a snapshot may
 //! go. After a crash redb is at its last transaction and openraft applies the log from there.
 //!
-//! Bounded (I9): past [`CHANGES_SOFT_BYTES`] or [`ENTRIES_SOFT`] the changes are written out in the
-//! background, past [`CHANGES_HARD_BYTES`] applying waits for it.
+//! Bounded (I9): past [`CHANGES_SOFT_BYTES`], [`REPLAY_SOFT_BYTES`] or [`ENTRIES_SOFT`] the changes are
+//! written out in the background, past [`CHANGES_HARD_BYTES`] applying waits for it.
 
 use super::kv::{Base, Reader, Writer};
 use super::layers::Layers;
@@ -40,7 +40,10 @@ const FORMAT_VERSION: u32 = 5;
 const BATCH_ENTRIES_MAX: usize = 512;
 /// Bytes of changes that are written out in the background.
 const CHANGES_SOFT_BYTES: usize = 8 << 20;
-/// Entries that are: bounds the replay after a crash.
+/// The same of all changes, also those that others replaced since: with the next one, bounds the replay
+/// after a crash.
+const REPLAY_SOFT_BYTES: usize = 64 << 20;
+/// Entries that are.
 const ENTRIES_SOFT: u64 = 10_000;
 /// Bytes of changes with which applying waits until they are written out.
 const CHANGES_HARD_BYTES: usize = 64 << 20;
@@ -292,7 +295,7 @@ impl StateStore {
     /// Applies a batch, then answers.
     fn apply_batch(&self, batch: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
         let mut answers = Vec::with_capacity(batch.len());
-        let (bytes, entries) = {
+        let ((bytes, replay), entries) = {
             let mut guard = self.shared.write();
             let state = &mut *guard;
             state.usable()?;
@@ -323,14 +326,15 @@ impl StateStore {
             }
         }
         self.shared.applied.notify_waiters();
-        self.persist_when_due(bytes, entries)
+        self.persist_when_due(bytes, replay, entries)
     }
 
-    fn persist_when_due(&self, bytes: usize, entries: u64) -> io::Result<()> {
+    fn persist_when_due(&self, bytes: usize, replay: usize, entries: u64) -> io::Result<()> {
         if bytes >= CHANGES_HARD_BYTES {
             return self.shared.persist();
         }
-        let due = bytes >= CHANGES_SOFT_BYTES || entries >= ENTRIES_SOFT;
+        let due =
+            bytes >= CHANGES_SOFT_BYTES || replay >= REPLAY_SOFT_BYTES || entries >= ENTRIES_SOFT;
         if due && !self.shared.writing_soon.swap(true, Ordering::AcqRel) {
             let shared = Arc::clone(&self.shared);
             tokio::task::spawn_blocking(move || {
