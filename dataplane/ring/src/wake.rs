@@ -128,3 +128,51 @@ pub fn mailbox<T>(capacity: usize, waker: Waker) -> (MailSender<T>, Mailbox<T>) 
     let (tx, rx) = bounded(capacity.max(1));
     (MailSender { queue: tx, waker }, Mailbox { queue: rx })
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    /// Sleeps as a reactor does, on the eventfd alone.
+    fn sleep(waker: &Waker) {
+        if waker.park() {
+            let mut word = [0u8; 8];
+            nix::unistd::read(&waker.shared.eventfd, &mut word).unwrap();
+            waker.unpark();
+        }
+    }
+
+    #[test]
+    fn messages_of_other_threads_come_through_a_small_mailbox() {
+        const SENDERS: usize = 2;
+        let each = if cfg!(miri) { 10 } else { 2_000 };
+        let waker = Waker::new().unwrap();
+        let (tx, rx) = mailbox::<Box<usize>>(2, waker.clone());
+        std::thread::scope(|s| {
+            for _ in 0..SENDERS {
+                let tx = tx.clone();
+                s.spawn(move || {
+                    for n in 0..each {
+                        let mut message = Box::new(n);
+                        while let Err(SendRefused::Full(back)) = tx.try_send(message) {
+                            message = back;
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+            }
+            let (mut taken, mut sum) = (0, 0);
+            while taken < SENDERS * each {
+                sleep(&waker);
+                if waker.take() {
+                    while let Some(message) = rx.try_recv() {
+                        (taken, sum) = (taken + 1, sum + *message);
+                    }
+                }
+            }
+            assert_eq!(sum, SENDERS * each * (each - 1) / 2);
+        });
+        drop(rx);
+        assert!(matches!(tx.try_send(Box::new(0)), Err(SendRefused::Gone(_))));
+    }
+}
