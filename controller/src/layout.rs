@@ -55,6 +55,12 @@ pub struct ClusterConfig {
     /// RAM for copies of what is read often, of each data node.
     #[serde(default = "dram_default")]
     pub dram_bytes: u64,
+    /// Data nodes send large answers without copying them.
+    #[serde(default)]
+    pub send_zc: bool,
+    /// A kernel thread takes each core's submissions, and sleeps after so many ms without one; 0: none.
+    #[serde(default)]
+    pub sqpoll_idle_ms: u32,
     /// Dirty data goes to S3 after this long, in ms.
     pub flush_after_ms: u64,
     /// Address the servers listen on.
@@ -305,6 +311,8 @@ mod tests {
             arena_bytes: 1 << 27,
             index_bytes: index_default(),
             dram_bytes: dram_default(),
+            send_zc: false,
+            sqpoll_idle_ms: 0,
             flush_after_ms: 5000,
             host: "127.0.0.1".into(),
             meta_port: 0,

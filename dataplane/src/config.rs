@@ -71,6 +71,13 @@ pub struct NodeConfig {
     /// Seconds between two passes over a device.
     #[serde(default = "scrub_rest_default")]
     pub scrub_rest_s: u64,
+    /// Large answers are sent without copying them (SENDMSG_ZC). Off unless measured on the machine: ADR 0009.
+    #[serde(default)]
+    pub send_zc: bool,
+    /// A kernel thread per core takes its submissions (SQPOLL): it spins, and sleeps after so many milliseconds without
+    /// one; 0: none. It takes a processor of its own, and with `cpus` it shares its core's. ADR 0009.
+    #[serde(default)]
+    pub sqpoll_idle_ms: u32,
     /// Written when the node serves: JSON with node, host, ports, pid.
     #[serde(default)]
     pub ready_file: Option<PathBuf>,
@@ -176,6 +183,9 @@ impl NodeConfig {
         if self.index_bytes < INDEX_BYTES_MIN {
             return bad("index_bytes", self.index_bytes.to_string(), "at least 16 MiB");
         }
+        if self.sqpoll_idle_ms > ebb_ring::SQPOLL_IDLE_MS_MAX {
+            return bad("sqpoll_idle_ms", self.sqpoll_idle_ms.to_string(), "at most 60000");
+        }
         if self.meta.is_empty() {
             return bad("meta", "empty".into(), "at least one host:port");
         }
@@ -234,12 +244,13 @@ mod tests {
     fn senseless_values_are_named() {
         let c: NodeConfig = toml::from_str(LEAST).expect("valid");
         let two = || vec!["/dev/a".into(), "/dev/a".into()];
-        let broken: [(&str, NodeConfig); 7] = [
+        let broken: [(&str, NodeConfig); 8] = [
             ("devices", NodeConfig { devices: two(), ..c.clone() }),
             ("devices", NodeConfig { devices: two(), cores: 2, ..c.clone() }),
             ("cores", NodeConfig { cores: 0, ..c.clone() }),
             ("arena_bytes", NodeConfig { arena_bytes: 1, ..c.clone() }),
             ("index_bytes", NodeConfig { index_bytes: 1 << 20, ..c.clone() }),
+            ("sqpoll_idle_ms", NodeConfig { sqpoll_idle_ms: 60_001, ..c.clone() }),
             ("meta", NodeConfig { meta: vec![], ..c.clone() }),
             ("cluster", NodeConfig { cluster: "x".into(), ..c }),
         ];

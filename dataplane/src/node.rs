@@ -190,7 +190,6 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
         let start = Start {
             core,
             cpu: config.cpus.get(i).copied(),
-            arena_bytes: config.arena_bytes,
             index_bytes: config.index_bytes,
             dram_bytes: config.dram_bytes,
             scrub_bytes_per_s: config.scrub_bytes_per_s,
@@ -198,6 +197,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
             cores: u64::from(config.cores),
             node,
         };
+        let ring = ring_config(&config);
         let (report, refresh) = (Arc::clone(report), Arc::clone(&refresh));
         let me = ShardRef { node, core: CoreId(core) };
         let caller = Caller { key: key.clone(), cluster, me, store, boot: who.boot };
@@ -206,7 +206,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
             shard.set_memory_limit((start.index_bytes / start.cores).max(SHARE_MIN));
             let setup = CoreSetup {
                 index: core,
-                ring: ring_config(start.arena_bytes),
+                ring,
                 listener,
                 device,
                 store: shard,
@@ -295,7 +295,6 @@ async fn serve_until(
 struct Start {
     core: u16,
     cpu: Option<usize>,
-    arena_bytes: u64,
     index_bytes: u64,
     dram_bytes: u64,
     scrub_bytes_per_s: u64,
@@ -376,12 +375,14 @@ fn pin(core: u16, cpu: Option<usize>) {
 /// What other members' primaries send, and what is copied to others, has slots of its own: the writes of
 /// clients that wait for another core's ack hold theirs meanwhile, and two cores would wait for each other.
 /// An eighth is enough to keep a device busy with a primary's writes; one slot of each class there is always.
-fn ring_config(arena_bytes: u64) -> ebb_ring::Config {
+fn ring_config(config: &NodeConfig) -> ebb_ring::Config {
     ebb_ring::Config {
-        arena_bytes: usize::try_from(arena_bytes).unwrap_or(usize::MAX),
+        arena_bytes: usize::try_from(config.arena_bytes).unwrap_or(usize::MAX),
         class_percent: [3, 15, 46, 36],
         pool_percent: [52, 12, 36],
         conns_max: CONNS_MAX,
+        send_zc: config.send_zc,
+        sqpoll_idle_ms: config.sqpoll_idle_ms,
         ..ebb_ring::Config::default()
     }
 }

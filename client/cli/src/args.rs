@@ -115,6 +115,12 @@ pub(crate) struct Up {
     /// RAM of each data node for copies of what is read again and again (the dram tier); it fills as it is used, 0: none
     #[arg(long, value_name = "BYTES", default_value = "32MiB", value_parser = parse_bytes)]
     pub dram: u64,
+    /// Data nodes send large answers without copying them (SENDMSG_ZC): slower on loopback, worth a measurement on a fast network
+    #[arg(long)]
+    pub send_zc: bool,
+    /// A kernel thread takes each core's submissions (SQPOLL) and sleeps after MS without one; it needs a processor of its own. 0: none
+    #[arg(long, value_name = "MS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=60_000))]
+    pub sqpoll: u32,
     /// Dirty data goes to S3 after this many ms, or earlier when a node fills up
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     pub flush_after: u64,

@@ -142,6 +142,8 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         arena_bytes: args.arena,
         index_bytes: args.index,
         dram_bytes: args.dram,
+        send_zc: args.send_zc,
+        sqpoll_idle_ms: args.sqpoll,
         flush_after_ms: args.flush_after,
         host: args.host.clone(),
         meta_port: args.meta_port,

@@ -160,6 +160,8 @@ impl TestCluster {
                 capacity_bytes,
                 arena_bytes: 64 << 20,
                 dram_bytes: 8 << 20,
+                send_zc: false,
+                sqpoll_idle_ms: 0,
                 index_bytes: 144 << 20,
                 cluster: cluster.to_string(),
                 key_file: key_file.clone(),

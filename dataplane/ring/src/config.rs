@@ -1,5 +1,8 @@
 //! What a reactor is built with. Validated once, in [`crate::Reactor::new`].
 
+/// The most of [`Config::sqpoll_idle_ms`]: longer than this an idle kernel thread need not spin.
+pub const SQPOLL_IDLE_MS_MAX: u32 = 60_000;
+
 /// Limits and sizes of one core's reactor.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -26,9 +29,11 @@ pub struct Config {
     pub disk_ops_max: u32,
     /// Messages that can wait in one connection's send queue.
     pub send_queue_max: usize,
-    /// Use SENDMSG_ZC for sends of 64 KiB and more. Off by default: it loses on loopback and its
-    /// threshold on a real NIC is unmeasured.
+    /// Use SENDMSG_ZC for sends of 64 KiB and more. Off by default (ADR 0009).
     pub send_zc: bool,
+    /// A kernel thread takes submissions (SQPOLL): it spins, and sleeps after so many milliseconds
+    /// without one; 0: there is none. Off by default (ADR 0009).
+    pub sqpoll_idle_ms: u32,
 }
 
 impl Default for Config {
@@ -45,6 +50,7 @@ impl Default for Config {
             disk_ops_max: 2048,
             send_queue_max: 256,
             send_zc: false,
+            sqpoll_idle_ms: 0,
         }
     }
 }
@@ -83,6 +89,9 @@ impl Config {
         }
         if self.send_queue_max == 0 || self.send_queue_max > 65_536 {
             return Err("send_queue_max must be between 1 and 65536");
+        }
+        if self.sqpoll_idle_ms > SQPOLL_IDLE_MS_MAX {
+            return Err("sqpoll_idle_ms must be at most 60000");
         }
         if self.arena_bytes > 1 << 40 {
             return Err("arena_bytes must be at most 1 TiB");

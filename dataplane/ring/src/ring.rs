@@ -38,6 +38,8 @@ pub(crate) struct Ring {
     pub(crate) has_writev_fixed: bool,
     /// The arena is registered.
     pub(crate) fixed_buffers: bool,
+    /// A kernel thread takes what is queued; an enter only waits, or wakes that thread.
+    pub(crate) sqpoll: bool,
 }
 
 impl Ring {
@@ -72,12 +74,26 @@ impl Ring {
     /// `timeout` (`None`: for ever). Skips the system call when it would do nothing.
     pub(crate) fn enter(&mut self, want: u32, timeout: Option<Duration>) -> Result<Entered, Errno> {
         let queued = self.queued();
-        if want == 0 && queued == 0 && !self.kernel_has_work() {
-            return Ok(Entered::Done);
-        }
         // GETEVENTS also with want == 0: deferred completions are only run by an enter that
         // carries it.
         let mut flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
+        let mut submit = queued > 0;
+        if self.sqpoll {
+            submit = false;
+            // `need_wakeup` orders its look at the flag behind the entries pushed before it.
+            if queued > 0 && self.uring.submission().need_wakeup() {
+                flags |= EnterFlags::SQ_WAKEUP;
+                submit = true;
+            }
+            if want == 0 && self.room() == 0 {
+                // The caller has more; without this it would spin until the thread has taken some.
+                flags |= EnterFlags::SQ_WAIT;
+                submit = true;
+            }
+        }
+        if want == 0 && !submit && !self.kernel_has_work() {
+            return Ok(Entered::Done);
+        }
         if self.no_iowait {
             flags |= EnterFlags::NO_IOWAIT;
         }

@@ -144,3 +144,90 @@ pub(crate) fn gather(
     }
     covered
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{BLOCK, Class, Pool};
+
+    /// A message of every kind of segment, and its bytes.
+    fn message(arena: &Arena) -> (Vec<Segment>, Vec<u8>) {
+        let mut own = arena.alloc(Class::Block4K, Pool::Clients).unwrap();
+        let mut shared = Buf::unpooled(BLOCK);
+        for n in 0..BLOCK {
+            (own[n], shared[n]) = (n as u8, (n / 256) as u8);
+        }
+        let shared = Arc::new(shared);
+        let want = [b"head", &own[10..20], &shared[250..260], b"tail", &shared[..3]].concat();
+        let segments = vec![
+            Segment::Bytes(b"head".to_vec()),
+            Segment::Buf(own, 10..20),
+            Segment::Shared(shared.clone(), 250..260),
+            Segment::Static(b"tail"),
+            Segment::Shared(shared, 0..3),
+        ];
+        (segments, want)
+    }
+
+    /// What the kernel finds at the addresses it was given.
+    fn copied(iov: &[libc::iovec]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for piece in iov {
+            // SAFETY: the pieces are those of segments that are alive in the calling test.
+            let bytes =
+                unsafe { std::slice::from_raw_parts(piece.iov_base.cast::<u8>(), piece.iov_len) };
+            out.extend_from_slice(bytes);
+        }
+        out
+    }
+
+    #[test]
+    fn a_message_can_be_gathered_from_and_up_to_any_byte() {
+        let arena = Arena::of_blocks(BLOCK).unwrap();
+        let (segments, want) = message(&arena);
+        let mut iov = Vec::new();
+        let step = if cfg!(miri) { 5 } else { 1 };
+        for skip in 0..=want.len() {
+            for room in (0..=want.len()).step_by(step) {
+                iov.clear();
+                let covered = gather(&segments, skip, 16, room, &mut iov);
+                assert_eq!(covered, room.min(want.len() - skip));
+                assert_eq!(copied(&iov), want[skip..skip + covered]);
+            }
+            iov.clear();
+            let covered = gather(&segments, skip, 2, usize::MAX, &mut iov);
+            assert!(iov.len() <= 2 && copied(&iov) == want[skip..skip + covered]);
+        }
+    }
+
+    /// A message is gathered where it lies in its operation, which then moves, and other holders of
+    /// its buffers read them meanwhile.
+    #[test]
+    fn what_was_gathered_stays_right_when_the_message_moves() {
+        let arena = Arena::of_blocks(BLOCK).unwrap();
+        let (segments, want) = message(&arena);
+        let segments = Segments::from(segments);
+        let mut iov = Vec::new();
+        gather(segments.as_slice(), 0, 16, usize::MAX, &mut iov);
+        let moved = Box::new((segments, iov));
+        let reader = match &moved.0.as_slice()[2] {
+            Segment::Shared(buf, range) => (buf.clone(), range.clone()),
+            other => panic!("{other:?}"),
+        };
+        drop(arena);
+        let other = std::thread::spawn(move || reader.0[reader.1].to_vec());
+        assert_eq!(moved.0.total(), want.len());
+        assert_eq!(copied(&moved.1), want);
+        assert_eq!(other.join().unwrap(), want[14..24]);
+        assert_eq!(moved.0.into_bufs().len(), 1);
+    }
+
+    #[test]
+    fn a_range_outside_its_buffer_has_no_bytes() {
+        let outside = Segment::Buf(Buf::unpooled(BLOCK), BLOCK - 1..BLOCK + 1);
+        assert!(outside.is_empty() && outside.bytes().is_empty());
+        let shared = Arc::new(Buf::unpooled(BLOCK));
+        let backwards = std::ops::Range { start: 9, end: 8 };
+        assert_eq!(Segment::Shared(shared, backwards).len(), 0);
+    }
+}

@@ -42,7 +42,21 @@ pub(crate) fn build(cfg: &Config, first: usize) -> Result<Built, SetupError> {
         .map_err(|need| SetupError::ArenaTooSmall { have: cfg.arena_bytes, need })?;
     let mut warnings = Vec::new();
 
-    let (uring, lost) = open_ring(cfg, &LADDER[first..])?;
+    let polled = match cfg.sqpoll_idle_ms {
+        0 => None,
+        // Before 5.11 it took a capability.
+        idle_ms => open_polled(cfg, idle_ms)
+            .map_err(|errno| {
+                let what = "polling submissions by a kernel thread (SQPOLL)";
+                warnings.push(SetupWarning::Optional { what, errno });
+            })
+            .ok(),
+    };
+    let sqpoll = polled.is_some();
+    let (uring, lost) = match polled {
+        Some(uring) => (uring, ""),
+        None => open_ring(cfg, &LADDER[first..])?,
+    };
     if !lost.is_empty() {
         warnings.push(SetupWarning::FewerFlags { lost });
     }
@@ -83,6 +97,7 @@ pub(crate) fn build(cfg: &Config, first: usize) -> Result<Built, SetupError> {
         has_send_zc: supports(opcode::SendMsgZc::CODE),
         has_writev_fixed: supports(opcode::WritevFixed::CODE),
         fixed_buffers,
+        sqpoll,
         uring,
     };
     Ok(Built { ring, arena, warnings })
@@ -91,13 +106,8 @@ pub(crate) fn build(cfg: &Config, first: usize) -> Result<Built, SetupError> {
 fn open_ring(cfg: &Config, ladder: &[Rung]) -> Result<(IoUring, &'static str), SetupError> {
     let mut last = Errno::EINVAL;
     for rung in ladder {
-        let mut builder = IoUring::builder();
-        builder
-            .dontfork()
-            .setup_clamp()
-            .setup_submit_all()
-            .setup_cqsize(cfg.entries * 4)
-            .setup_taskrun_flag();
+        let mut builder = builder(cfg);
+        builder.setup_taskrun_flag();
         if rung.defer {
             builder.setup_single_issuer().setup_defer_taskrun();
         } else {
@@ -106,20 +116,42 @@ fn open_ring(cfg: &Config, ladder: &[Rung]) -> Result<(IoUring, &'static str), S
         if rung.no_sqarray {
             builder.setup_no_sqarray();
         }
-        match builder.build(cfg.entries) {
-            // Without NODROP (5.5) completions could be lost; without EXT_ARG (5.11) a turn
-            // could not time out.
-            Ok(ring) if ring.params().is_feature_nodrop() && ring.params().is_feature_ext_arg() => {
-                return Ok((ring, rung.lost));
-            }
-            Ok(_) => last = Errno::EINVAL,
-            Err(e) => match errno_of(&e) {
-                Errno::EINVAL => last = Errno::EINVAL,
-                errno => return Err(explain("setting up the ring", errno, cfg)),
-            },
+        match finish(&builder, cfg) {
+            Ok(ring) => return Ok((ring, rung.lost)),
+            Err(Errno::EINVAL) => last = Errno::EINVAL,
+            Err(errno) => return Err(explain("setting up the ring", errno, cfg)),
         }
     }
     Err(explain("setting up the ring", last, cfg))
+}
+
+/// What every ring has.
+fn builder(cfg: &Config) -> io_uring::Builder {
+    let mut builder = IoUring::builder();
+    builder.dontfork().setup_clamp().setup_submit_all().setup_cqsize(cfg.entries * 4);
+    builder
+}
+
+fn finish(builder: &io_uring::Builder, cfg: &Config) -> Result<IoUring, Errno> {
+    match builder.build(cfg.entries) {
+        // Without NODROP (5.5) completions could be lost; without EXT_ARG (5.11) a turn
+        // could not time out.
+        Ok(ring) if ring.params().is_feature_nodrop() && ring.params().is_feature_ext_arg() => {
+            Ok(ring)
+        }
+        Ok(_) => Err(Errno::EINVAL),
+        Err(e) => Err(errno_of(&e)),
+    }
+}
+
+/// With a kernel thread that submits. It runs the completions as well, so the kernel refuses the
+/// flags that say when this thread does.
+fn open_polled(cfg: &Config, idle_ms: u32) -> Result<IoUring, Errno> {
+    let mut best = builder(cfg);
+    best.setup_sqpoll(idle_ms);
+    let plain = best.clone();
+    best.setup_no_sqarray();
+    finish(&best, cfg).or_else(|_| finish(&plain, cfg))
 }
 
 fn register_files(uring: &IoUring, cfg: &Config) -> Result<(), SetupError> {

@@ -103,4 +103,47 @@ mod tests {
         assert_eq!(slab.get(second), Some(&"c"));
         assert_eq!(Key::from_bits(second.to_bits()), second);
     }
+    #[test]
+    fn every_tenant_of_an_index_has_a_key_of_its_own() {
+        let mut slab = Slab::new(3);
+        let mut live: Vec<(Key, String)> = Vec::new();
+        let mut keys = std::collections::HashSet::new();
+        for n in 0..60usize {
+            if live.len() == 3 || n % 5 == 4 {
+                let (key, value) = live.swap_remove(n % live.len());
+                assert_eq!(slab.remove(key), Some(value));
+                assert_eq!(slab.remove(key), None);
+                assert_eq!(slab.get_mut(key), None);
+            }
+            let value = n.to_string();
+            let key = slab.insert(value.clone()).unwrap();
+            assert!(keys.insert(key.to_bits()), "a key was given out twice");
+            assert!(key.to_bits() != 0);
+            live.push((key, value));
+            assert_eq!(slab.len(), live.len());
+            assert!(live.iter().all(|(k, v)| slab.get(*k) == Some(v)));
+        }
+    }
+
+    #[test]
+    fn generations_go_round_without_zero() {
+        let mut slab = Slab::new(1);
+        slab.entries[0].generation = u32::MAX;
+        let last = slab.insert(1).unwrap();
+        assert_eq!((last.generation, slab.remove(last)), (u32::MAX, Some(1)));
+        let next = slab.insert(2).unwrap();
+        assert_eq!((next.generation, slab.get(last), slab.get(next)), (1, None, Some(&2)));
+    }
+
+    #[test]
+    fn each_value_is_dropped_once() {
+        let value = std::rc::Rc::new(());
+        let mut slab = Slab::new(4);
+        let keys: Vec<Key> = (0..4).map(|_| slab.insert(value.clone()).unwrap()).collect();
+        drop(slab.insert(value.clone()));
+        slab.remove(keys[1]);
+        assert_eq!(std::rc::Rc::strong_count(&value), 4);
+        drop(slab);
+        assert_eq!(std::rc::Rc::strong_count(&value), 1);
+    }
 }

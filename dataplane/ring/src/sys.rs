@@ -162,6 +162,7 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above; `&Mapping` gives out only addresses.
 unsafe impl Sync for Mapping {}
 
+#[cfg(not(miri))]
 impl Mapping {
     /// Maps `len` bytes rounded up to whole huge pages: reserved huge pages if there are enough,
     /// else transparent ones where the kernel grants them.
@@ -201,7 +202,45 @@ impl Mapping {
         let huge = reserved || advise(libc::MADV_HUGEPAGE);
         Ok(Mapping { base, len, raw, raw_len, huge })
     }
+}
 
+#[cfg(not(miri))]
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `raw`/`raw_len` are exactly what mmap gave, unmapped once. Every `Buf` keeps the
+        // arena alive, and an operation in flight owns its `Buf`, so nobody uses the memory now.
+        unsafe {
+            libc::munmap(self.raw, self.raw_len);
+        }
+    }
+}
+
+/// Miri knows no huge pages: the same bytes, zeroed and aligned alike, from the heap, where it sees
+/// every access and a leak.
+#[cfg(miri)]
+impl Mapping {
+    pub(crate) fn new(len: usize) -> Result<Mapping, Errno> {
+        let len = len.max(1).next_multiple_of(HUGE);
+        // SAFETY: the layout has a size of at least one huge page.
+        let raw = unsafe { std::alloc::alloc_zeroed(Mapping::layout(len)) };
+        let base = NonNull::new(raw).ok_or(Errno::ENOMEM)?;
+        Ok(Mapping { base, len, raw: raw.cast(), raw_len: len, huge: false })
+    }
+
+    fn layout(len: usize) -> std::alloc::Layout {
+        std::alloc::Layout::from_size_align(len, HUGE).expect("whole huge pages")
+    }
+}
+
+#[cfg(miri)]
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this very layout, freed once.
+        unsafe { std::alloc::dealloc(self.raw.cast(), Mapping::layout(self.raw_len)) }
+    }
+}
+
+impl Mapping {
     pub(crate) fn base(&self) -> NonNull<u8> {
         self.base
     }
@@ -212,15 +251,5 @@ impl Mapping {
 
     pub(crate) fn is_huge(&self) -> bool {
         self.huge
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: `raw`/`raw_len` are exactly what mmap gave, unmapped once. Every `Buf` keeps the
-        // arena alive, and an operation in flight owns its `Buf`, so nobody uses the memory now.
-        unsafe {
-            libc::munmap(self.raw, self.raw_len);
-        }
     }
 }

@@ -1,22 +1,21 @@
 //! Waking a sleeping core from another thread, and bounded mailboxes on top.
 //!
-//! The sleeping-flag protocol: a sender publishes its message, sets `pending`, and writes the
-//! eventfd only if it finds `sleeping` set. The core sets `sleeping`, *then* looks at `pending`, and
-//! sleeps only if it is clear. All four accesses are sequentially consistent, so in their one total
-//! order either the sender sees `sleeping` or the core sees `pending`: no wake-up is lost, and a
-//! busy core costs a sender no system call.
+//! A busy core costs a sender no system call: the eventfd is written only if the core sleeps. The
+//! protocol, and why no wake-up is lost, is in [`flags`]; the eventfd is its bell.
+
+mod flags;
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use flags::Flags;
+
 struct Shared {
-    pending: AtomicBool,
-    sleeping: AtomicBool,
+    flags: Flags,
     eventfd: EventFd,
 }
 
@@ -38,20 +37,13 @@ impl Waker {
         // Blocking on purpose: io_uring answers EAGAIN for a non-blocking descriptor where it
         // would otherwise wait. A write blocks only past 2^64 unread wake-ups.
         let eventfd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
-        Ok(Waker {
-            shared: Arc::new(Shared {
-                pending: AtomicBool::new(false),
-                sleeping: AtomicBool::new(false),
-                eventfd,
-            }),
-        })
+        Ok(Waker { shared: Arc::new(Shared { flags: Flags::new(), eventfd }) })
     }
 
     /// Makes the reactor come back from its sleep, or not fall asleep, with `Woken`. Cheap while
     /// it is awake. Does nothing once the reactor is gone.
     pub fn wake(&self) {
-        self.shared.pending.store(true, SeqCst);
-        if self.shared.sleeping.swap(false, SeqCst) {
+        if self.shared.flags.wake() {
             // The only failures are EINTR (retried) and a counter at its limit, which means that
             // a wake-up is already due.
             while let Err(Errno::EINTR) =
@@ -62,23 +54,17 @@ impl Waker {
 
     /// The core is about to sleep; `false` if it must not, because a wake-up is pending.
     pub(crate) fn park(&self) -> bool {
-        self.shared.sleeping.store(true, SeqCst);
-        if self.shared.pending.load(SeqCst) {
-            self.shared.sleeping.store(false, SeqCst);
-            return false;
-        }
-        true
+        self.shared.flags.park()
     }
 
     /// The core is awake again.
     pub(crate) fn unpark(&self) {
-        self.shared.sleeping.store(false, SeqCst);
+        self.shared.flags.unpark();
     }
 
     /// Takes the pending mark.
     pub(crate) fn take(&self) -> bool {
-        // A plain load first: the common case is "nothing", and it needs no exclusive cache line.
-        self.shared.pending.load(SeqCst) && self.shared.pending.swap(false, SeqCst)
+        self.shared.flags.take()
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -141,4 +127,52 @@ impl<T> Mailbox<T> {
 pub fn mailbox<T>(capacity: usize, waker: Waker) -> (MailSender<T>, Mailbox<T>) {
     let (tx, rx) = bounded(capacity.max(1));
     (MailSender { queue: tx, waker }, Mailbox { queue: rx })
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    /// Sleeps as a reactor does, on the eventfd alone.
+    fn sleep(waker: &Waker) {
+        if waker.park() {
+            let mut word = [0u8; 8];
+            nix::unistd::read(&waker.shared.eventfd, &mut word).unwrap();
+            waker.unpark();
+        }
+    }
+
+    #[test]
+    fn messages_of_other_threads_come_through_a_small_mailbox() {
+        const SENDERS: usize = 2;
+        let each = if cfg!(miri) { 10 } else { 2_000 };
+        let waker = Waker::new().unwrap();
+        let (tx, rx) = mailbox::<Box<usize>>(2, waker.clone());
+        std::thread::scope(|s| {
+            for _ in 0..SENDERS {
+                let tx = tx.clone();
+                s.spawn(move || {
+                    for n in 0..each {
+                        let mut message = Box::new(n);
+                        while let Err(SendRefused::Full(back)) = tx.try_send(message) {
+                            message = back;
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+            }
+            let (mut taken, mut sum) = (0, 0);
+            while taken < SENDERS * each {
+                sleep(&waker);
+                if waker.take() {
+                    while let Some(message) = rx.try_recv() {
+                        (taken, sum) = (taken + 1, sum + *message);
+                    }
+                }
+            }
+            assert_eq!(sum, SENDERS * each * (each - 1) / 2);
+        });
+        drop(rx);
+        assert!(matches!(tx.try_send(Box::new(0)), Err(SendRefused::Gone(_))));
+    }
 }

@@ -91,6 +91,43 @@ fn an_idle_core_uses_no_cpu() {
     assert!(turns <= 5 && used < 10_000, "{used} us of CPU, {turns} turns");
 }
 
+/// Of all threads: where a kernel thread submits, it must fall asleep too.
+#[test]
+fn an_idle_process_uses_no_cpu() {
+    if std::env::var_os("EBB_RING_CHILD").is_none() {
+        println!("{}", child("an_idle_process_uses_no_cpu", "idle"));
+        return;
+    }
+    let mut reactor = reactor();
+    let (conn, mut client) = pair(&mut reactor);
+    let cpu = || {
+        let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+        let us =
+            |t: nix::sys::time::TimeVal| t.tv_sec() * 1_000_000 + i64::from(t.tv_usec() as i32);
+        us(usage.user_time()) + us(usage.system_time())
+    };
+    // More than once: it must also wake up again, and have its thread woken.
+    for round in 0..3u64 {
+        reactor.recv_exact(conn, Token(round), Buf::unpooled(100), 0..100).unwrap();
+        client.write_all(&[1; 100]).unwrap();
+        assert!(matches!(next(&mut reactor), Event::Received { result: Ok(100), .. }));
+        let mut events = Vec::new();
+        let quiet = |reactor: &mut Reactor, events: &mut Vec<Event>, ms: u64| {
+            let end = Instant::now() + Duration::from_millis(ms);
+            while Instant::now() < end {
+                reactor.turn(Some(end - Instant::now()), events).unwrap();
+                assert!(events.is_empty(), "{events:?}");
+            }
+        };
+        quiet(&mut reactor, &mut events, 100);
+        let before = cpu();
+        quiet(&mut reactor, &mut events, 500);
+        let used = cpu() - before;
+        println!("half an idle second, all threads: {used} us of CPU");
+        assert!(used < 10_000, "{used} us of CPU");
+    }
+}
+
 #[test]
 fn a_timeout_is_kept() {
     let mut reactor = reactor();
@@ -190,8 +227,10 @@ fn many_wakers_survive_their_reactor() {
 
 /// Runs this test binary again for one test, as a child whose limits may be changed.
 fn child(test: &str, mode: &str) -> String {
+    // Within the binary `polled` this is a module.
+    let module = module_path!().split_once("::").map(|(_, m)| format!("{m}::")).unwrap_or_default();
     let out = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        .args([&format!("{module}{test}"), "--exact", "--nocapture", "--test-threads=1"])
         .env("EBB_RING_CHILD", mode)
         .output()
         .unwrap();

@@ -204,6 +204,8 @@ impl World {
             capacity_bytes,
             arena_bytes: 64 << 20,
             dram_bytes: 8 << 20,
+            send_zc: false,
+            sqpoll_idle_ms: 0,
             index_bytes: 144 << 20,
             cluster: format!("{CLUSTER}"),
             key_file,

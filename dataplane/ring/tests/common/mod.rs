@@ -7,8 +7,20 @@ use ebb_ring::{Buf, Config, ConnId, DeviceFile, Event, FileId, OpenMode, Reactor
 
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
+/// In the binary `polled` with a kernel thread that submits.
 pub fn small() -> Config {
-    Config { arena_bytes: 40 << 20, conns_max: 64, entries: 128, ..Config::default() }
+    let sqpoll_idle_ms = if is_polled() { 20 } else { 0 };
+    Config {
+        arena_bytes: 40 << 20,
+        conns_max: 64,
+        entries: 128,
+        sqpoll_idle_ms,
+        ..Config::default()
+    }
+}
+
+pub fn is_polled() -> bool {
+    module_path!().starts_with("polled::")
 }
 
 pub fn reactor() -> Reactor {
