@@ -1,5 +1,7 @@
 //! A client that speaks the protocol itself and waits for nobody: the same request, under the same sequence, goes to
-//! the next voter after a moment, while the one before may still work on it. Some it gives up without an answer.
+//! the next voter after a moment, while the one before may still work on it. Every other such client is eager: it asks
+//! all voters at once, over and over, so it is there when another one begins to lead. Some requests they give up
+//! without an answer.
 
 use super::dice::Dice;
 use super::record::{Recorder, listed, opened, refused, shows};
@@ -36,8 +38,9 @@ pub(super) struct Client {
     voters: Vec<String>,
     identity: Identity,
     connections: Vec<Option<Connection>>,
-    /// Whom it asks.
+    /// Whom it asks; an eager one asks all.
     at: usize,
+    is_eager: bool,
     session: SessionId,
     sequence: u64,
     handles: Vec<HandleId>,
@@ -135,6 +138,7 @@ impl Client {
             voters: plan.voters.clone(),
             identity,
             at: 0,
+            is_eager: n % 2 == 1,
             session,
             sequence: 0,
             handles: Vec::new(),
@@ -212,17 +216,15 @@ impl Client {
     ) -> Result<Response, String> {
         let deadline = Instant::now() + patience;
         loop {
-            match self.attempt(request).await {
-                Ok(
-                    Response::Op(Err(FsError::Again { .. }))
-                    | Response::Query(Err(FsError::Again { .. })),
-                ) => {}
-                Ok(response) => return Ok(response),
-                Err(RpcError::Status { status: Status::NotLeader, message, .. }) => {
-                    let hinted = self.voters.iter().position(|v| *v == message);
-                    self.at = hinted.unwrap_or(self.at + 1) % self.voters.len();
-                }
-                Err(_) => self.at = (self.at + 1) % self.voters.len(),
+            let attempted = match self.is_eager {
+                true => self.attempt_all(request, deadline).await,
+                false => self.attempt_next(request).await,
+            };
+            match attempted {
+                Some(Response::Op(Err(FsError::Again { .. })))
+                | Some(Response::Query(Err(FsError::Again { .. })))
+                | None => {}
+                Some(response) => return Ok(response),
             }
             if Instant::now() + PAUSE >= deadline {
                 return Err("a hasty client gave up".into());
@@ -232,16 +234,49 @@ impl Client {
         }
     }
 
-    async fn attempt(&mut self, request: &Request) -> Result<Response, RpcError> {
-        let slot = &mut self.connections[self.at];
-        let connection = match slot.as_ref().filter(|c| !c.is_closed()) {
-            Some(c) => c.clone(),
-            None => {
-                let c = Connection::connect(&self.voters[self.at], &self.identity, MOMENT).await?;
-                slot.insert(c).clone()
+    /// Asks one voter, and if it has no answer turns to another.
+    async fn attempt_next(&mut self, request: &Request) -> Option<Response> {
+        let at = self.at;
+        let slot = &mut self.connections[at];
+        match attempt(slot, &self.voters[at], &self.identity, request).await {
+            Ok(response) => return Some(response),
+            Err(RpcError::Status { status: Status::NotLeader, message, .. }) => {
+                let hinted = self.voters.iter().position(|v| *v == message);
+                self.at = hinted.unwrap_or(at + 1) % self.voters.len();
             }
-        };
-        // Its connection stays: what was sent there is there.
-        connection.meta(request, MOMENT).await
+            Err(_) => self.at = (at + 1) % self.voters.len(),
+        }
+        None
     }
+
+    /// Asks each voter until one answers. What the others do with it is theirs.
+    async fn attempt_all(&mut self, request: &Request, deadline: Instant) -> Option<Response> {
+        let identity = &self.identity;
+        let each = self.connections.iter_mut().zip(&self.voters).map(|(slot, voter)| {
+            Box::pin(async move {
+                loop {
+                    if let Ok(response) = attempt(slot, voter, identity, request).await {
+                        return response;
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+            })
+        });
+        let first = futures::future::select_all(each);
+        tokio::time::timeout_at(deadline, first).await.ok().map(|(response, _, _)| response)
+    }
+}
+
+/// Asks a voter. The connection stays whatever comes: what was sent there is there.
+async fn attempt(
+    slot: &mut Option<Connection>,
+    voter: &str,
+    identity: &Identity,
+    request: &Request,
+) -> Result<Response, RpcError> {
+    let connection = match slot.as_ref().filter(|c| !c.is_closed()) {
+        Some(c) => c.clone(),
+        None => slot.insert(Connection::connect(voter, identity, MOMENT).await?).clone(),
+    };
+    connection.meta(request, MOMENT).await
 }

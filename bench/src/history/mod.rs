@@ -65,8 +65,10 @@ pub struct Counts {
     pub read_at: BTreeMap<String, u64>,
     /// Reads that a voter refused, since it does not lead.
     pub refused: u64,
-    /// The most reads that one reader had asked and got no answer to.
-    pub unanswered_max: u64,
+    /// Of both, those that were asked half a second before, or more.
+    pub answered_late: u64,
+    /// The same.
+    pub refused_late: u64,
     /// Requests of hasty clients that were asked again, elsewhere or there.
     pub asked_again: u64,
     /// Creates that a client answered itself, in a directory whose names it had.
@@ -158,15 +160,16 @@ pub fn table(counts: &Counts) -> String {
     };
     format!(
         "answers: {}; {} creates without asking, {} requests asked again, the longest wait {} ms\n\
-         reads at one voter: {}; {} refused, {} unanswered at once\n\
+         reads at one voter: {}; {} of them late; {} refused, {} of them late\n\
          without an answer: {}",
         each(&counts.answered),
         counts.answered_alone,
         counts.asked_again,
         counts.longest_ms,
         each(&counts.read_at),
+        counts.answered_late,
         counts.refused,
-        counts.unanswered_max,
+        counts.refused_late,
         each(&counts.unclear),
     )
 }
