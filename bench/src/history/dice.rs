@@ -80,6 +80,17 @@ impl Dice {
 
     /// A read, in some tree.
     pub(super) fn read(&mut self, recorder: &Recorder, names: u16) -> (usize, Operation) {
+        if self.once_in(2)
+            && let Some((tree, inode)) = recorder.any_filling(self)
+        {
+            let name = self.name(names);
+            let looks_up = self.once_in(3);
+            let operation = match looks_up {
+                true => Operation::Lookup { parent: inode, name },
+                false => Operation::List { inode },
+            };
+            return (tree, operation);
+        }
         let tree = self.below(recorder.trees());
         let (parent, name) = (self.dir(recorder, tree, 3), self.name(names));
         let stat = recorder.any(self, tree, Kind::File).map(|inode| Operation::Stat { inode });

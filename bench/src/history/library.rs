@@ -67,7 +67,8 @@ impl Client {
     /// Makes files in a directory that it just made: its names are lent to this client, which soon answers creates
     /// itself, while others look.
     async fn fill(&mut self, recorder: &Recorder, tree: usize, parent: u64, names: u16) {
-        for _ in 0..self.dice.below(6) {
+        recorder.fills(tree, parent);
+        for _ in 0..self.dice.below(8) {
             let name = self.dice.name(names);
             let operation = Operation::Create { parent, name, exclusive: true };
             self.does(recorder, tree, operation).await;
@@ -75,6 +76,8 @@ impl Client {
                 self.close_all(recorder).await;
             }
         }
+        self.close_all(recorder).await;
+        recorder.filled(tree, parent);
     }
 
     async fn close_all(&mut self, recorder: &Recorder) {
@@ -109,7 +112,7 @@ impl Client {
             Came::Answer(answer) => Some(answer.clone()),
             Came::Unclear(_) => None,
         };
-        let is_alone = self.fs.unnamed_files() > 0;
+        let is_alone = self.fs.unnamed_files() > 0 || matches!(operation, Operation::Mkdir { .. });
         recorder.did_maybe_alone((KIND, &self.label), tree, called, operation, came, is_alone);
         answer
     }

@@ -26,6 +26,8 @@ struct State {
     counts: Counts,
     /// By tree: files, directories.
     heard: Vec<[VecDeque<u64>; 2]>,
+    /// Directories that one client is filling: others only look there.
+    filling: Vec<(usize, u64)>,
 }
 
 fn at(kind: Kind) -> usize {
@@ -74,6 +76,25 @@ impl Recorder {
         (!heard.is_empty()).then(|| heard[dice.below(heard.len())])
     }
 
+    /// A client fills a directory that it just made.
+    pub(super) fn fills(&self, tree: usize, dir: u64) {
+        self.state().filling.push((tree, dir));
+    }
+
+    /// It has done that: now the directory is everybody's.
+    pub(super) fn filled(&self, tree: usize, dir: u64) {
+        let mut state = self.state();
+        state.filling.retain(|f| *f != (tree, dir));
+        let seen = Seen { inode: dir, kind: Kind::Directory, size: 0, links: 2 };
+        state.hear(tree, &Answer::Seen(seen));
+    }
+
+    /// A directory that somebody is filling.
+    pub(super) fn any_filling(&self, dice: &mut Dice) -> Option<(usize, u64)> {
+        let filling = &self.state().filling;
+        (!filling.is_empty()).then(|| filling[dice.below(filling.len())])
+    }
+
     /// An operation ended.
     pub(super) fn did(
         &self,
@@ -86,8 +107,8 @@ impl Recorder {
         self.did_maybe_alone(who, tree, called, operation, came, false);
     }
 
-    /// The same. `is_alone`: the client answered itself. Whoever looks for the name finds the file, but nobody is
-    /// promised anything who guesses its number before.
+    /// The same. `is_alone`: nobody else uses the numbers that the answer shows. If the client answered itself, whoever
+    /// looks for the name finds the file, but nobody is promised anything who guesses its number before.
     pub(super) fn did_maybe_alone(
         &self,
         (kind, client): (&str, &str),
@@ -141,7 +162,11 @@ impl Recorder {
 
 impl State {
     fn hear(&mut self, tree: usize, answer: &Answer) {
+        let filling = &self.filling;
         let mut hear = |s: &Seen| {
+            if filling.contains(&(tree, s.inode)) {
+                return;
+            }
             let heard = &mut self.heard[tree][at(s.kind)];
             if !heard.contains(&s.inode) {
                 heard.push_back(s.inode);
