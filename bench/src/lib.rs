@@ -9,6 +9,7 @@ pub mod baseline;
 pub mod chunk;
 pub mod engines;
 mod fill;
+pub mod history;
 pub mod index;
 pub mod journal;
 pub mod memory;

@@ -29,6 +29,7 @@ MODULES = [
     "outside",
     "kills",
     "voters",
+    "histories",
     "lost_nodes",
     "replicas",
     "partitions",

@@ -267,7 +267,7 @@ def voter_elsewhere(c, net, number):
     try:
         wait_for(f"{name} to be ready", ready.exists, 30)
         c.ebb("meta", "add", "--id", number, "--address", address)
-        yield
+        yield server
     finally:
         server.kill()
         server.wait()

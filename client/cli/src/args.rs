@@ -380,6 +380,8 @@ pub(crate) enum BenchWhat {
     /// A minimal server of `engines`
     #[command(hide = true)]
     EngineServer(BenchEngineServer),
+    /// What concurrent clients saw, and whether there is an order that explains it: no figures, a test
+    History(BenchHistory),
     /// Everything that is promised, in one run: chunk --baseline, mount, memory, recovery
     All(BenchMount),
 }
@@ -478,6 +480,44 @@ pub(crate) struct BenchEngines {
     /// Leave out the minimal servers without checksums
     #[arg(long)]
     pub checksums_only: bool,
+}
+
+/// `ebb bench history`
+#[derive(Args, Debug)]
+pub(crate) struct BenchHistory {
+    /// Seconds that the clients work
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    pub seconds: u64,
+    /// Clients of the library, each with a session of its own
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub clients: u32,
+    /// Clients that send an unanswered request to the next metadata server after a moment
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub hasty: u32,
+    /// Readers at each metadata server, whoever leads
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub readers: u32,
+    /// Where hasty clients and readers find the metadata servers, if not where everybody does
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+    pub voters: Vec<String>,
+    /// Trees that are checked each for itself
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub trees: u32,
+    /// Names in a directory
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=100))]
+    pub names: u16,
+    /// What the clients' choices come from; they still meet as they happen to; default: random
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Where to write the history, a JSON document per line; it is there, and empty, when the clients begin
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Only check this one, which was recorded before; needs no cluster
+    #[arg(long, value_name = "FILE")]
+    pub check: Option<PathBuf>,
+    /// Configurations of a tree that the search enters at most
+    #[arg(long, value_name = "N", default_value_t = 4_000_000)]
+    pub limit: usize,
 }
 
 /// `ebb bench engine-server`

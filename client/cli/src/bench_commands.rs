@@ -4,7 +4,7 @@ use crate::args::{
     Bench, BenchChunk, BenchMemory, BenchMeta, BenchMount, BenchRecovery, BenchWhat, Cli,
 };
 use crate::exit::CliError;
-use crate::{bench_engines, find, output};
+use crate::{bench_engines, bench_history, find, output};
 use ebb_bench::memory::{Kind, Subject};
 use ebb_bench::{BenchError, chunk, engines, index, memory, meta, mount, recovery};
 use ebb_client::{Cluster, Config, FileSystem, InodeId};
@@ -63,6 +63,7 @@ pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
             print(cli, &document, || format!("{machine}\n\n{}", engines::table(&outcome)))
         }
         BenchWhat::EngineServer(a) => bench_engines::serve(a).await,
+        BenchWhat::History(a) => bench_history::run(cli, a).await,
         BenchWhat::All(a) => all(cli, a).await,
     }
 }

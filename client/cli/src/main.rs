@@ -4,6 +4,7 @@
 mod args;
 mod bench_commands;
 mod bench_engines;
+mod bench_history;
 mod cluster_commands;
 mod copy;
 mod exit;

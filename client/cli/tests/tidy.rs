@@ -24,6 +24,7 @@ const FOLDERS: &[&str] = &[
     "client/fuse",
     "client/cli",
     "bench/model",
+    "bench/history",
     "scripts",
     "docs/adr",
     "tests/e2e",
