@@ -219,16 +219,18 @@ impl Shared {
                 answered_below: self.meta_sequences.answered_below(),
                 op: op.clone(),
             };
-            let reply = match self.meta.call(&request, left(deadline)).await? {
-                Response::Op(reply) => reply,
-                other => return Err(unexpected(&other)),
-            };
+            let (response, doubt) = self.meta.call_in_doubt(&request, left(deadline)).await?;
+            let Response::Op(reply) = response else { return Err(unexpected(&response)) };
             match reply {
                 Err(FsError::Again { retry_after_ms, why }) => {
                     wait_again(deadline, retry_after_ms, why).await?;
                 }
                 Err(FsError::SessionExpired) => {
                     self.reopen_session(epoch, deadline).await?;
+                    // Nobody remembers any more whether it was carried out, and others may have built on it.
+                    if doubt && same_session.is_none() && !may_be_done_again(&op) {
+                        return Err(ClientError::OutcomeLost);
+                    }
                     if Instant::now() >= deadline {
                         return Err(FsError::SessionExpired.into());
                     }
@@ -258,6 +260,28 @@ impl Shared {
             lane,
             peer: None,
         }
+    }
+}
+
+/// Whether a mutation whose outcome nobody remembers can be done under another session without harm to what others did
+/// since: it belongs to the session alone, or changes nothing that they see.
+fn may_be_done_again(op: &Op) -> bool {
+    match op {
+        Op::Open { open, .. } => !open.truncate,
+        Op::Reserve { .. }
+        | Op::Regrant { .. }
+        | Op::Release { .. }
+        | Op::ReleaseMany { .. }
+        | Op::ReturnNames { .. } => true,
+        Op::Create { .. }
+        | Op::Commit(_)
+        | Op::SetAttr { .. }
+        | Op::Mkdir { .. }
+        | Op::Symlink { .. }
+        | Op::Unlink { .. }
+        | Op::Rmdir { .. }
+        | Op::Rename { .. }
+        | Op::Publish(_) => false,
     }
 }
 

@@ -37,6 +37,12 @@ pub enum ClientError {
         /// The file.
         inode: u64,
     },
+    /// The session expired while the outcome of a change to names or attributes was unknown: it is not repeated,
+    /// because another client may have changed the same since (I7).
+    #[error(
+        "the session expired while the answer to a change was lost: it may have happened or not"
+    )]
+    OutcomeLost,
     /// The nodes are full and nothing is being flushed.
     #[error("no space left on the data nodes")]
     NoSpace,
@@ -62,7 +68,9 @@ impl ClientError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Fs(e) => e.errno(),
-            Self::Metadata(_) | Self::Data { .. } | Self::WriteLost { .. } => libc::EIO,
+            Self::Metadata(_) | Self::Data { .. } | Self::WriteLost { .. } | Self::OutcomeLost => {
+                libc::EIO
+            }
             Self::WrongKey(_) => libc::EACCES,
             Self::NoSpace => libc::ENOSPC,
             Self::Stale => libc::ESTALE,

@@ -4,13 +4,16 @@
 mod common;
 
 use common::TestCluster;
-use ebb_client::{FileSystem, InodeId, OpenFlags, OpenedFile, Owner};
+use ebb_client::{ClientError, Cluster, FileSystem, InodeId, OpenFlags, OpenedFile, Owner};
+use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{ChunkIndex, PgId, ShardRef};
-use ebb_metaplane_protocol::AdminCall;
 use ebb_metaplane_protocol::attr::SetAttr;
+use ebb_metaplane_protocol::{AdminCall, Request, SessionCall};
+use ebb_rpc::{Identity, MetaClient};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const OWNER: Owner = Owner { uid: 0, gid: 0 };
 const WRITE: OpenFlags = OpenFlags { write: true, truncate: false, exclusive: false };
@@ -142,5 +145,98 @@ async fn two_writers_of_one_file_both_go_on_while_its_generation_does() {
     for (i, piece) in bytes.chunks(PIECE).enumerate() {
         assert!(piece.iter().all(|b| usize::from(*b) == i), "piece {i}");
     }
+    cluster.stop().await;
+}
+
+/// Before a metadata server: passes everything, but the answers only while told to.
+struct Relay {
+    address: String,
+    answers: tokio::sync::watch::Sender<bool>,
+}
+
+impl Relay {
+    async fn before(server: &str) -> Relay {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound").to_string();
+        let (answers, server) = (tokio::sync::watch::Sender::new(true), server.to_owned());
+        let passes = answers.subscribe();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(peer) = tokio::net::TcpStream::connect(&server).await else { continue };
+                let mut passes = passes.clone();
+                tokio::spawn(async move {
+                    let (mut from_client, mut to_client) = client.into_split();
+                    let (mut from_peer, mut to_peer) = peer.into_split();
+                    let answering = async {
+                        let mut some = vec![0; 64 << 10];
+                        while let Ok(n @ 1..) = from_peer.read(&mut some).await {
+                            if !*passes.borrow_and_update() {
+                                // What comes now is lost, and the connection with it when it passes again.
+                                let _ = passes.wait_for(|p| *p).await;
+                                return;
+                            }
+                            if to_client.write_all(&some[..n]).await.is_err() {
+                                return;
+                            }
+                        }
+                    };
+                    tokio::select! {
+                        _ = tokio::io::copy(&mut from_client, &mut to_peer) => {}
+                        () = answering => {}
+                    }
+                });
+            }
+        });
+        Relay { address, answers }
+    }
+}
+
+/// The answer to an unlink is lost, somebody else makes the file again, and the session ends: who
+/// doesn't know whether it was done must not do it to the other one's file.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_change_whose_answer_was_lost_with_its_session_is_not_made_again() {
+    let cluster = TestCluster::start(1).await;
+    let relay = Relay::before(&cluster.address).await;
+    let other = cluster.fs("other").await;
+    let cut_off = Cluster::connect(
+        vec![relay.address.clone()],
+        cluster.key.clone(),
+        "cut off",
+        ebb_client::Config::default(),
+    )
+    .await
+    .expect("a session");
+    let (session, fs) = (cut_off.session(), FileSystem::new(&cut_off));
+    let file = create(&other).await;
+    other.release(file.handle).await.expect("closed");
+    other.fsync_dir(InodeId::ROOT).await.expect("named");
+    fs.lookup(InodeId::ROOT, b"f").await.expect("it is there");
+
+    relay.answers.send_replace(false);
+    let asking = tokio::spawn({
+        let fs = fs.clone();
+        async move { fs.unlink(InodeId::ROOT, b"f").await }
+    });
+    common::until("the unlink is carried out", || async {
+        other.lookup(InodeId::ROOT, b"f").await.is_err().then_some(())
+    })
+    .await;
+    let theirs = create(&other).await;
+    other.release(theirs.handle).await.expect("closed");
+    other.fsync_dir(InodeId::ROOT).await.expect("named");
+    let operator = MetaClient::new(
+        vec![cluster.address.clone()],
+        Identity::new(cluster.key.clone(), Role::Controller),
+    );
+    let close = Request::Session(SessionCall::Close(session));
+    operator.call(&close, Duration::from_secs(10)).await.expect("closed");
+    relay.answers.send_replace(true);
+
+    let result = asking.await.expect("no panic");
+    assert!(matches!(result, Err(ClientError::OutcomeLost)), "{result:?}");
+    let found = other.lookup(InodeId::ROOT, b"f").await.expect("the other one's file is there");
+    assert_eq!(found.inode, theirs.attr.inode);
+    // What comes after is done under a new session.
+    fs.unlink(InodeId::ROOT, b"f").await.expect("removed");
     cluster.stop().await;
 }

@@ -111,12 +111,23 @@ impl MetaClient {
 
     /// The leader's answer. Tries for at most `patience`; a wrong key fails at once.
     pub async fn call(&self, request: &Request, patience: Duration) -> Result<Response, RpcError> {
+        self.call_in_doubt(request, patience).await.map(|(response, _)| response)
+    }
+
+    /// The same; also says whether an earlier try may have been carried out: it was sent, and nobody
+    /// said that it was not.
+    pub async fn call_in_doubt(
+        &self,
+        request: &Request,
+        patience: Duration,
+    ) -> Result<(Response, bool), RpcError> {
         let deadline = Instant::now() + patience;
         let mut backoff = BACKOFF_MIN;
         let mut hints = 0;
+        let mut doubt = false;
         loop {
-            let error = match self.attempt(request, deadline).await {
-                Ok(response) => return Ok(response),
+            let error = match self.attempt(request, deadline, &mut doubt).await {
+                Ok(response) => return Ok((response, doubt)),
                 Err(e @ (RpcError::WrongKey { .. } | RpcError::Malformed(_))) => return Err(e),
                 Err(e) => e,
             };
@@ -126,7 +137,8 @@ impl MetaClient {
                 return Err(error);
             }
             // Who was told where to go goes there at once; a hint that is wrong, once too often.
-            if let RpcError::Status { status: Status::NotLeader, message, .. } = &error
+            if let RpcError::Status { status, message, .. } = &error
+                && is_elsewhere(*status)
                 && !message.is_empty()
                 && hints < HINTS_MAX
                 && Instant::now() < deadline
@@ -147,13 +159,20 @@ impl MetaClient {
         }
     }
 
-    async fn attempt(&self, request: &Request, deadline: Instant) -> Result<Response, RpcError> {
+    async fn attempt(
+        &self,
+        request: &Request,
+        deadline: Instant,
+        doubt: &mut bool,
+    ) -> Result<Response, RpcError> {
         let connection = self.connection(deadline).await?;
         let left = deadline.saturating_duration_since(Instant::now()).max(BACKOFF_MIN);
         self.inner.learn_from(&connection);
         let result = connection.meta(request, left.min(ATTEMPT_TIMEOUT)).await;
+        let refused = |e: &RpcError| matches!(e, RpcError::Status { status, .. } if *status != Status::Superseded);
+        *doubt |= result.as_ref().is_err_and(|e| !refused(e));
         match &result {
-            Err(RpcError::Status { status: Status::NotLeader, message, .. }) => {
+            Err(RpcError::Status { status, message, .. }) if is_elsewhere(*status) => {
                 let mut current = self.inner.current.lock().await;
                 current.connection = None;
                 current.hint = (!message.is_empty()).then(|| message.clone());
@@ -198,6 +217,11 @@ impl MetaClient {
         tokio::spawn(watch(Arc::downgrade(&self.inner), c.downgrade()));
         Ok(c)
     }
+}
+
+/// Another one leads, whether this one did when it was asked or not.
+fn is_elsewhere(status: Status) -> bool {
+    matches!(status, Status::NotLeader | Status::Superseded)
 }
 
 /// Closes a connection whose peer keeps calls waiting and gives no sign of life. Ends with it, or with the

@@ -26,7 +26,7 @@ const BUCKET: &str = "tide";
 /// See the module.
 pub struct TestCluster {
     dir: tempfile::TempDir,
-    key: ClusterKey,
+    pub key: ClusterKey,
     pub address: String,
     pub s3: EmbeddedServer,
     stop: watch::Sender<bool>,

@@ -32,7 +32,8 @@ pub enum Status {
     BackingChanged = 12,
     /// S3 does not answer; retry later.
     S3Unavailable = 13,
-    /// A superseded connection of the session: reconnect.
+    /// A superseded connection of the session: reconnect. Of a metadata node: its lead ended while it worked on the
+    /// request, which may yet be carried out; the body names who leads.
     Superseded = 14,
     /// A bug or a condition nobody foresaw; the body says more.
     Internal = 15,

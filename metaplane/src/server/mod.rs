@@ -81,7 +81,7 @@ impl Port {
         let _busy = self.service.voter.busy();
         let response = self.service.respond(peer, request).await;
         if let Some(hint) = not_leader(&response) {
-            return Frame::refusal(&frame.header, Status::NotLeader, hint);
+            return Frame::refusal(&frame.header, Status::Superseded, hint);
         }
         let body = Bytes::from(codec::encode(&response));
         Frame::new(frame.header.reply(Status::Ok), body, Bytes::new())

@@ -46,8 +46,7 @@ impl Service {
                 Ok(QueryReply::Attr(self.attr(*inode).await?))
             }
             Query::ReadDir { inode, after, limit } => {
-                self.may_look(session, *inode).await?;
-                self.read_dir(*inode, after, *limit).await
+                self.read_dir(session, *inode, after, *limit).await
             }
             Query::ReadLink(inode) => {
                 self.attr(*inode).await?;
@@ -169,6 +168,7 @@ impl Service {
 
     async fn read_dir(
         self: &Arc<Self>,
+        session: SessionId,
         dir: InodeId,
         after: &[u8],
         limit: u32,
@@ -179,9 +179,11 @@ impl Service {
         }
         for _ in 0..PAGES_MAX {
             let query = Query::ReadDir { inode: dir, after: after.to_vec(), limit };
-            let (page, due, origin) = self
+            // One look at both: between two, somebody could get the names and add some that the page lacks.
+            let (page, due, origin, held) = self
                 .voter
                 .read(|kv, r| {
+                    let held = r.delegated_to_another(dir, session)?;
                     let page = Machine::query(kv, &query)?;
                     let mut due = Vec::new();
                     if let QueryReply::Page { entries, .. } = &page {
@@ -191,10 +193,14 @@ impl Service {
                             }
                         }
                     }
-                    Ok((page, due, r.directory_origin(dir)?))
+                    Ok((page, due, r.directory_origin(dir)?, held))
                 })
                 .await
                 .map_err(fs_error)??;
+            if held.is_some() {
+                self.may_look(session, dir).await?;
+                continue;
+            }
             let QueryReply::Page { mut entries, mut end } = page else {
                 return Err(FsError::Io("a page was asked for".into()));
             };
