@@ -96,8 +96,8 @@ def test_histories_have_an_order_while_leaders_are_killed():
                 old = c.kill9(name)
                 wait_for(f"{name} to be back", lambda: c.pid(name) not in (None, old), 30)
                 complete(c)
-            said = r.finish(5_000 * ROUNDS)
-        check(len(leaders) >= 3 * ROUNDS, f"only {leaders} led")
+            said = r.finish(2_000 * ROUNDS)
+        check(len(leaders) >= 2 * ROUNDS, f"only {leaders} led")
         check(said["recorded"]["asked_again"] > 0, "requests were asked again")
         return told(said, len(leaders))
 
@@ -115,9 +115,9 @@ def test_histories_have_an_order_while_leaders_stand_still():
                     time.sleep(1)
                 changes += 1
                 complete(c)
-            said = r.finish(5_000 * ROUNDS)
-        check(changes >= 3 * ROUNDS, f"only {changes} changes of leader")
-        check(said["recorded"]["refused_late"] >= 100, f"reads waited at the one that stood still: {said['recorded']}")
+            said = r.finish(2_000 * ROUNDS)
+        check(changes >= 2 * ROUNDS, f"only {changes} changes of leader")
+        check(said["recorded"]["refused_late"] >= 20, f"reads waited at the one that stood still: {said['recorded']}")
         check(len(said["recorded"]["read_at"]) >= 2, f"reads were answered by more than one: {said['recorded']}")
         return told(said, changes)
 
@@ -168,8 +168,8 @@ def test_histories_have_an_order_while_leaders_are_cut_off():
                 changes += 1
                 net.heal()
                 wait_for("all voters to be there", lambda: in_step(listed(c, addresses)), 60)
-            said = r.finish(5_000 * ROUNDS)
-        check(changes >= 3 * ROUNDS, f"only {changes} changes of leader")
-        check(said["recorded"]["refused_late"] >= 100, f"reads waited at the one that stood still: {said['recorded']}")
+            said = r.finish(2_000 * ROUNDS)
+        check(changes >= 2 * ROUNDS, f"only {changes} changes of leader")
+        check(said["recorded"]["refused_late"] >= 20, f"reads waited at the one that stood still: {said['recorded']}")
         check(len(said["recorded"]["read_at"]) >= 2, f"reads were answered by more than one: {said['recorded']}")
         return told(said, changes)

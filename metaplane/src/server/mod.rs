@@ -81,7 +81,12 @@ impl Port {
         let _busy = self.service.voter.busy();
         let response = self.service.respond(peer, request).await;
         if let Some(hint) = not_leader(&response) {
-            return Frame::refusal(&frame.header, Status::Superseded, hint);
+            // A command that was proposed may yet be carried out; a read is nothing but unanswered.
+            let status = match &response {
+                Response::Op(_) => Status::Superseded,
+                _ => Status::NotLeader,
+            };
+            return Frame::refusal(&frame.header, status, hint);
         }
         let body = Bytes::from(codec::encode(&response));
         Frame::new(frame.header.reply(Status::Ok), body, Bytes::new())
