@@ -336,7 +336,7 @@ pub fn table(outcome: &Outcome) -> String {
     text
 }
 
-/// Seconds since.
+/// Microseconds since.
 pub(crate) fn us(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }

@@ -318,3 +318,24 @@ fn a_file_counts_in_every_group_that_a_grant_reaches() {
     w.close(h.clone()).expect("close");
     assert_eq!(held(&w), []);
 }
+
+/// What was answered is forgotten, a few replies or many at once: the table stays as small as what is still open (I9).
+#[test]
+fn answered_replies_leave_nothing_behind() {
+    let mut w = World::new();
+    let s = w.session();
+    for (sequence, answered_below, left) in [
+        (1, 1, 1),
+        (2, 2, 1),
+        (3, 2, 2),
+        (4, 2, 3),
+        (5, 5, 1),
+        (30, 5, 2),
+        (40, 31, 1),
+        (41, 31, 2),
+    ] {
+        w.apply(client(s, sequence, answered_below, mkdir(&format!("d{sequence}"))));
+        let replies = w.kv.0.keys().filter(|k| k[0] == b'R').count();
+        assert_eq!(replies, left, "after sequence {sequence}");
+    }
+}
