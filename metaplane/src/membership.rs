@@ -126,12 +126,21 @@ impl Voter {
         Ok(())
     }
 
-    /// Addresses of the voters, as the membership has them.
-    pub(crate) fn addresses(&self) -> Vec<String> {
+    /// Addresses of the voters, as the membership has them, and which one that is.
+    pub(crate) fn addresses(&self) -> (u64, Vec<String>) {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
+        let index = metrics.membership_config.log_id().as_ref().map_or(0, |at| at.index);
         let members = metrics.membership_config.membership();
-        members.voter_ids().filter_map(|id| members.get_node(&id).map(|n| n.addr.clone())).collect()
+        let address = |id| members.get_node(&id).map(|n| n.addr.clone());
+        (index, members.voter_ids().filter_map(address).collect())
+    }
+
+    /// Where in the log the last change of the membership is; 0: there was none but the founding.
+    pub(crate) fn membership(&self) -> u64 {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.log_id().as_ref().map_or(0, |at| at.index)
     }
 
     /// Whether a majority acknowledged this leader lately. `since`: when it began to lead.
@@ -238,7 +247,7 @@ impl Voter {
             }
             Some(_) => {}
             None => {
-                if self.addresses().len() >= VOTERS_MAX {
+                if self.addresses().1.len() >= VOTERS_MAX {
                     return Err(FsError::Invalid(format!("there are {VOTERS_MAX} voters already")));
                 }
                 self.change(ChangeMembers::AddNodes(BTreeMap::from([(id, node)])), true).await?;

@@ -216,13 +216,12 @@ impl Connection {
     /// Asks for a sign of life; what a metadata server answers are the addresses of all voters, separated by
     /// commas (empty: of an earlier version). `None`: as many calls are in flight as there may be, and what
     /// the peer does not read it can't answer.
-    pub async fn ping(&self, timeout: Duration) -> Result<Option<String>, RpcError> {
+    pub async fn ping(&self, timeout: Duration) -> Result<Option<Frame>, RpcError> {
         if self.inner.in_flight.available_permits() == 0 {
             return Ok(None);
         }
         let header = Header::request(Opcode::Ping, 0);
-        let reply = self.call_ok(header, Bytes::new(), Bytes::new(), timeout).await?;
-        Ok(Some(String::from_utf8_lossy(&reply.body).into_owned()))
+        self.call_ok(header, Bytes::new(), Bytes::new(), timeout).await.map(Some)
     }
 
     /// A control request to a core (role `Meta`).
@@ -239,10 +238,19 @@ impl Connection {
 
     /// A metadata request to this very node.
     pub async fn meta(&self, request: &Request, timeout: Duration) -> Result<Response, RpcError> {
+        self.meta_of(request, timeout).await.map(|(response, _)| response)
+    }
+
+    /// The same, and which change of the voters the server knows last.
+    pub(crate) async fn meta_of(
+        &self,
+        request: &Request,
+        timeout: Duration,
+    ) -> Result<(Response, u64), RpcError> {
         let header = Header::request(Opcode::Meta, 0);
         let body = codec::encode(request).into();
         let reply = self.call_ok(header, body, Bytes::new(), timeout).await?;
-        Ok(codec::decode(&reply.body)?)
+        Ok((codec::decode(&reply.body)?, reply.header.membership()))
     }
 }
 

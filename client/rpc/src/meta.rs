@@ -6,12 +6,13 @@
 
 use crate::connection::{Connection, WeakConnection};
 use crate::error::RpcError;
+use crate::frame::Frame;
 use crate::handshake::Identity;
 use ebb_dataplane_protocol::Status;
 use ebb_metaplane_protocol::{Request, Response};
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::Instant;
 
 /// One attempt's limit to connect and prove.
@@ -25,8 +26,9 @@ const CONNECT_ONE_OF_TIMEOUT: Duration = Duration::from_secs(1);
 const PING_EVERY: Duration = Duration::from_millis(500);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 const PING_ONE_OF_TIMEOUT: Duration = Duration::from_secs(1);
-/// The voters' addresses are asked for again after this.
-const LEARN_EVERY: Duration = Duration::from_secs(5);
+/// A server that nobody waits for is asked, too, every so many times of that: where voters are is good to
+/// know before they are gone.
+const IDLE_TURNS: u32 = 10;
 /// Addresses remembered at most (I9).
 const KNOWN_MAX: usize = 16;
 /// Hints followed one after another without a pause.
@@ -46,13 +48,13 @@ struct Inner {
     identity: Identity,
     current: Mutex<Current>,
     known: std::sync::Mutex<Known>,
+    /// There is something to learn.
+    changed: Arc<Notify>,
 }
 
 #[derive(Default)]
 struct Current {
     connection: Option<Connection>,
-    /// Index of the address to try next.
-    next: usize,
     /// The leader's address, as a follower named it.
     hint: Option<String>,
 }
@@ -60,7 +62,10 @@ struct Current {
 /// Where voters are, or were.
 struct Known {
     addresses: Vec<String>,
-    asked: Option<Instant>,
+    /// The change of the voters that brought them.
+    membership: u64,
+    /// Index of the address to try next.
+    next: usize,
 }
 
 impl Inner {
@@ -68,45 +73,52 @@ impl Inner {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The voters of now come first, then what was known before.
-    fn learn(&self, voters: Vec<String>) {
+    /// A server knows of this change of the voters.
+    fn heard_of(&self, membership: u64) {
+        if membership > self.known().membership {
+            self.changed.notify_one();
+        }
+    }
+
+    /// The voters of now come first, then what was known before. What a server says that knows less than
+    /// another did is old.
+    fn learn(&self, there: &Frame) {
+        let text = String::from_utf8_lossy(&there.body);
+        let voters = text.split(',').filter(|a| !a.is_empty()).map(str::to_owned);
         let mut known = self.known();
+        if there.header.membership() < known.membership {
+            return;
+        }
+        if there.header.membership() > known.membership {
+            known.membership = there.header.membership();
+            known.next = 0;
+        }
         let before = std::mem::take(&mut known.addresses);
-        for address in voters.into_iter().chain(before).chain(self.addresses.iter().cloned()) {
+        for address in voters.chain(before).chain(self.addresses.iter().cloned()) {
             if !known.addresses.contains(&address) && known.addresses.len() < KNOWN_MAX {
                 known.addresses.push(address);
             }
         }
-    }
-
-    /// Asks a server for all voters, if that was not done lately.
-    fn learn_from(self: &Arc<Self>, connection: &Connection) {
-        let mut known = self.known();
-        if known.asked.is_some_and(|at| at.elapsed() < LEARN_EVERY) {
-            return;
-        }
-        known.asked = Some(Instant::now());
-        drop(known);
-        let (inner, connection) = (Arc::clone(self), connection.clone());
-        tokio::spawn(async move {
-            if let Ok(Some(list)) = connection.ping(PING_TIMEOUT).await {
-                inner.learn(list.split(',').filter(|a| !a.is_empty()).map(str::to_owned).collect());
-            }
-        });
     }
 }
 
 impl MetaClient {
     /// A client of the servers at `addresses` (host:port each; at least one). Connects when used.
     pub fn new(addresses: Vec<String>, identity: Identity) -> Self {
-        let known = Known { addresses: addresses.clone(), asked: None };
+        let known = Known { addresses: addresses.clone(), membership: 0, next: 0 };
         let (current, known) = (Mutex::default(), std::sync::Mutex::new(known));
-        Self { inner: Arc::new(Inner { addresses, identity, current, known }) }
+        let changed = Arc::default();
+        Self { inner: Arc::new(Inner { addresses, identity, current, known, changed }) }
     }
 
     /// The addresses it was made with.
     pub fn addresses(&self) -> &[String] {
         &self.inner.addresses
+    }
+
+    /// The addresses that it would try now: the voters, as far as it has heard, then what it knew before.
+    pub fn known_addresses(&self) -> Vec<String> {
+        self.inner.known().addresses.clone()
     }
 
     /// The leader's answer. Tries for at most `patience`; a wrong key fails at once.
@@ -149,7 +161,7 @@ impl MetaClient {
             hints = 0;
             if Instant::now() + backoff >= deadline {
                 return Err(RpcError::NoLeader {
-                    addresses: self.inner.addresses.join(","),
+                    addresses: self.known_addresses().join(","),
                     ms: patience.as_millis() as u64,
                     last: error.to_string(),
                 });
@@ -167,8 +179,11 @@ impl MetaClient {
     ) -> Result<Response, RpcError> {
         let connection = self.connection(deadline).await?;
         let left = deadline.saturating_duration_since(Instant::now()).max(BACKOFF_MIN);
-        self.inner.learn_from(&connection);
-        let result = connection.meta(request, left.min(ATTEMPT_TIMEOUT)).await;
+        let result = connection.meta_of(request, left.min(ATTEMPT_TIMEOUT)).await;
+        if let Ok((_, membership)) = &result {
+            self.inner.heard_of(*membership);
+        }
+        let result = result.map(|(response, _)| response);
         let refused = |e: &RpcError| matches!(e, RpcError::Status { status, .. } if *status != Status::Superseded);
         *doubt |= result.as_ref().is_err_and(|e| !refused(e));
         match &result {
@@ -178,7 +193,7 @@ impl MetaClient {
                 current.hint = (!message.is_empty()).then(|| message.clone());
                 if message.is_empty() {
                     // Where others are is worth a question then.
-                    self.inner.known().asked = None;
+                    self.inner.changed.notify_one();
                 }
             }
             // A timeout leaves the connection as it is: the server may just be busy with a long
@@ -193,7 +208,7 @@ impl MetaClient {
         let mut current = tokio::time::timeout_at(deadline, self.inner.current.lock())
             .await
             .map_err(|_| RpcError::Timeout {
-                address: self.inner.addresses.join(","),
+                address: self.known_addresses().join(","),
                 ms: CONNECT_TIMEOUT.as_millis() as u64,
             })?;
         if let Some(c) = &current.connection
@@ -202,10 +217,10 @@ impl MetaClient {
             return Ok(c.clone());
         }
         let (address, alone) = {
-            let known = self.inner.known();
+            let mut known = self.inner.known();
             let address = current.hint.take().or_else(|| {
-                let i = current.next % known.addresses.len().max(1);
-                current.next = i + 1;
+                let i = known.next % known.addresses.len().max(1);
+                known.next = i + 1;
                 known.addresses.get(i).cloned()
             });
             (address.unwrap_or_default(), known.addresses.len() <= 1)
@@ -214,7 +229,9 @@ impl MetaClient {
         let left = deadline.saturating_duration_since(Instant::now()).max(BACKOFF_MIN);
         let c = Connection::connect(&address, &self.inner.identity, left.min(limit)).await?;
         current.connection = Some(c.clone());
-        tokio::spawn(watch(Arc::downgrade(&self.inner), c.downgrade()));
+        let changed = Arc::clone(&self.inner.changed);
+        changed.notify_one();
+        tokio::spawn(watch(Arc::downgrade(&self.inner), c.downgrade(), changed));
         Ok(c)
     }
 }
@@ -224,26 +241,33 @@ fn is_elsewhere(status: Status) -> bool {
     matches!(status, Status::NotLeader | Status::Superseded)
 }
 
-/// Closes a connection whose peer keeps calls waiting and gives no sign of life. Ends with it, or with the
-/// client.
-async fn watch(inner: Weak<Inner>, connection: WeakConnection) {
-    loop {
-        tokio::time::sleep(PING_EVERY).await;
-        let (Some(inner), Some(connection)) = (inner.upgrade(), connection.upgrade()) else {
+/// Learns from a connection where voters are, at once and whenever they change, and closes it when its peer
+/// keeps calls waiting and gives no sign of life. Ends with it, or with the client.
+async fn watch(inner: Weak<Inner>, connection: WeakConnection, changed: Arc<Notify>) {
+    for turn in 0u32.. {
+        let changed_now = tokio::time::timeout(PING_EVERY, changed.notified()).await.is_ok();
+        let Some(connection) = connection.upgrade().filter(|c| !c.is_closed()) else {
+            if changed_now {
+                // For whom another connection has.
+                changed.notify_one();
+            }
             return;
         };
-        if connection.is_closed() {
-            return;
-        }
-        if !connection.is_waiting() {
+        if !changed_now && !connection.is_waiting() && turn % IDLE_TURNS != 0 {
             continue;
         }
-        let alone = inner.known().addresses.len() <= 1;
-        drop(inner);
+        let Some(alone) = inner.upgrade().map(|i| i.known().addresses.len() <= 1) else { return };
         let limit = if alone { PING_TIMEOUT } else { PING_ONE_OF_TIMEOUT };
-        if let Err(error) = connection.ping(limit).await {
-            tracing::debug!(%error, "a metadata server gives no sign of life");
-            connection.close();
+        match connection.ping(limit).await {
+            Ok(Some(there)) => {
+                let Some(inner) = inner.upgrade() else { return };
+                inner.learn(&there);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::debug!(%error, "a metadata server gives no sign of life");
+                connection.close();
+            }
         }
     }
 }

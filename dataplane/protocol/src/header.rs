@@ -9,6 +9,9 @@
 //! 48 u32 byte length      52 u32 retry-after ms (replies)
 //! 56 u32 CRC-32C of the body                           60 u32 CRC-32C of bytes 0..60
 //! ```
+//! A metadata port's replies have no inode; its field says which change of the voters the server knows last, as
+//! the change's index in the log (0: it does not say).
+//!
 //! The payload's checksums are in the body (per block piece), so that they can go into the index and
 //! back out to the reader (I10).
 
@@ -181,6 +184,17 @@ impl Header {
             body_crc: 0,
             ..*self
         }
+    }
+
+    /// Of a metadata server's reply: which change of the voters it knows last, as its index in the log.
+    pub const fn with_membership(mut self, index: u64) -> Self {
+        self.inode = InodeId(index);
+        self
+    }
+
+    /// What [`Header::with_membership`] has set; 0: nothing.
+    pub const fn membership(&self) -> u64 {
+        self.inode.0
     }
 
     /// Whether this frame answers a request.

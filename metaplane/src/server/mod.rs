@@ -48,8 +48,9 @@ impl Handler for Port {
         match frame.header.opcode {
             // Says where all voters are: the list that a client was given grows old.
             Opcode::Ping => {
-                let addresses = self.service.voter.addresses().join(",");
-                Frame::new(frame.header.reply(Status::Ok), Bytes::from(addresses), Bytes::new())
+                let (membership, addresses) = self.service.voter.addresses();
+                let header = frame.header.reply(Status::Ok).with_membership(membership);
+                Frame::new(header, Bytes::from(addresses.join(",")), Bytes::new())
             }
             Opcode::Raft if peer.hello.role == Role::Meta => {
                 self.service.voter.answer(&frame).await
@@ -89,7 +90,9 @@ impl Port {
             return Frame::refusal(&frame.header, status, hint);
         }
         let body = Bytes::from(codec::encode(&response));
-        Frame::new(frame.header.reply(Status::Ok), body, Bytes::new())
+        let header =
+            frame.header.reply(Status::Ok).with_membership(self.service.voter.membership());
+        Frame::new(header, body, Bytes::new())
     }
 }
 
