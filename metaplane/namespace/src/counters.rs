@@ -47,6 +47,16 @@ pub(crate) enum Counter {
     Replicas = 27,
     /// In-sync members of each group that writes need; 0 is 1.
     MinInSync = 28,
+    /// Repairs of counts that were made.
+    Repairs = 29,
+}
+
+impl Counter {
+    /// One that a check may speak of.
+    pub(crate) fn of(number: u8) -> Option<Self> {
+        let known = crate::check::COUNTED.into_iter().chain(crate::check::NUMBERS);
+        known.into_iter().find(|c| *c as u8 == number)
+    }
 }
 
 impl<K: KvRead> Reader<'_, K> {

@@ -74,6 +74,14 @@ impl<K: KvRead> Reader<'_, K> {
         }
     }
 
+    /// Groups whose table has an inode.
+    pub(crate) fn groups_of_held(&self, n: &Inode) -> FsResult<BTreeSet<PgId>> {
+        Ok(match self.pg_count()? {
+            0 => BTreeSet::new(),
+            count => groups(n.id, n.held(), count),
+        })
+    }
+
     /// Whether [`Reader::held_in`] names an inode.
     pub(crate) fn is_held(&self, pg: PgId, inode: InodeId, cut_off: u64) -> FsResult<bool> {
         match self.0.get(&place(pg, inode)) {

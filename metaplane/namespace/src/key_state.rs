@@ -83,7 +83,7 @@ pub(crate) struct KeyState {
 
 impl KeyState {
     /// Work the key still needs beside a flush in flight.
-    fn is_pending(&self) -> bool {
+    pub(crate) fn is_pending(&self) -> bool {
         self.delete
             || !self.dangling.is_empty()
             || self

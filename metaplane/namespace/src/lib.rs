@@ -15,6 +15,7 @@ pub mod limits;
 
 mod abandon;
 mod apply;
+mod check;
 mod conflict;
 mod counters;
 mod cut;
@@ -44,6 +45,7 @@ mod tables;
 mod windows;
 
 pub use abandon::GivenUp;
+pub use check::Check;
 pub use directory::{LookupState, Origin};
 pub use kv::{Kv, KvRead, MemKv};
 pub use moves::Walk;

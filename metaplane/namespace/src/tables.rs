@@ -66,6 +66,12 @@ pub(crate) fn be(v: u64) -> [u8; 8] {
     v.to_be_bytes()
 }
 
+/// The u16 at byte `at` of a key.
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> FsResult<u16> {
+    let two = bytes.get(at..at + 2).and_then(|s| s.try_into().ok());
+    two.map(u16::from_be_bytes).ok_or_else(|| corrupt("group"))
+}
+
 /// A time as ordered bytes (the sign bit flipped).
 pub(crate) fn be_time(t: Time) -> [u8; 8] {
     ((t.0 as u64) ^ (1 << 63)).to_be_bytes()

@@ -3,7 +3,7 @@
 //! once (I7). The log replayed gives the same bytes.
 
 mod common;
-use common::{is_again, seeds};
+use common::{check, is_again, seeds};
 use ebb_dataplane_protocol::*;
 use ebb_metaplane_protocol::attr::SetAttr;
 use ebb_metaplane_protocol::command::{Command, CommandReply, LogEntry, OpOutcome};
@@ -421,6 +421,7 @@ fn the_tree_is_posix() {
             r.step(&sessions);
             if step % 20 == 0 {
                 r.compare();
+                assert_eq!(check(&r.kv), [], "seed {seed}, step {step}");
             }
         }
         r.compare();

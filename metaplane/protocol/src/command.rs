@@ -2,6 +2,7 @@
 //! and randomness into the entry.
 
 use crate::attr::{Attr, Time};
+use crate::check::Repair;
 use crate::error::FsResult;
 use crate::flush::*;
 use crate::node::NodeCall;
@@ -230,6 +231,8 @@ pub enum Command {
         /// For so long after it was given up (the validity of its signature).
         valid_ms: u64,
     },
+    /// Mends what a check found, as far as it is still so.
+    Repair(Vec<Repair>),
 }
 
 /// Progress of a directory's listing.

@@ -7,6 +7,7 @@
 
 pub mod admin;
 pub mod attr;
+pub mod check;
 pub mod command;
 pub mod error;
 pub mod flush;

@@ -13,11 +13,12 @@ use node::Held;
 use ebb_dataplane_protocol::control::PutCondition;
 use ebb_dataplane_protocol::*;
 use ebb_metaplane_protocol::attr::SetAttr;
+use ebb_metaplane_protocol::check::Finding;
 use ebb_metaplane_protocol::command::{Command, CommandReply, LogEntry, OpOutcome};
 use ebb_metaplane_protocol::flush::*;
 use ebb_metaplane_protocol::op::{CommitWrite, Op, OpenMode};
 use ebb_metaplane_protocol::{Attr, FileKind, FsError, FsResult, Query, QueryReply, Time};
-use ebb_namespace::{FlushStage, Machine, MemKv, Reader, Walk};
+use ebb_namespace::{Check, FlushStage, Machine, MemKv, Reader, Walk};
 use std::collections::{BTreeMap, BTreeSet};
 
 pub const WRITE: OpenMode = OpenMode { write: true, truncate: false };
@@ -151,6 +152,12 @@ impl World {
         let entry = LogEntry { now: Time(self.now), commands: vec![command] };
         let reply = Machine::apply(&mut self.kv, &entry).pop().expect("one reply per command");
         self.log.push(entry);
+        // Whatever happens, the tables fit together; a large state isn't looked at each time.
+        let large = self.kv.0.len() > 1_000;
+        if !large || self.log.len().is_multiple_of(1_000) {
+            let findings = check(&self.kv);
+            assert!(findings.is_empty(), "after {:?}: {findings:#?}", self.log.last());
+        }
         reply
     }
     pub fn done(&mut self, command: Command) {
@@ -745,4 +752,11 @@ pub fn attrs_of(o: &Object) -> IngestAttrs {
 
 pub fn is_again<T>(r: &FsResult<T>) -> bool {
     matches!(r, Err(FsError::Again { .. }))
+}
+
+/// What a check of a state finds.
+pub fn check(kv: &MemKv) -> Vec<Finding> {
+    let (mut check, mut findings) = (Check::new(), Vec::new());
+    while check.step(Reader(kv), &mut |f| findings.push(f)).expect("readable") {}
+    findings
 }
