@@ -149,11 +149,11 @@ impl<K: Kv> Ctx<'_, K> {
         if self.read().entry(parent, &name)? == Some(id) {
             self.delete_entry(parent, &name);
         }
-        self.to_the_root(n)
+        self.put_in_root(n)
     }
 
     /// What can be reached no other way is found in the root.
-    fn to_the_root(&mut self, mut n: Loaded) -> FsResult<()> {
+    fn put_in_root(&mut self, mut n: Loaded) -> FsResult<()> {
         let (id, old) = (n.id, n.parent);
         let name = format!("lost+found-{:x}", id.0).into_bytes();
         if self.read().entry(InodeId::ROOT, &name)?.is_some_and(|other| other != id) {
