@@ -128,6 +128,8 @@ pub(crate) struct Service {
     pub(crate) movers: crate::leader::mover::MoveDesk,
     pub(crate) hand_overs: crate::leader::replicas::HandOvers,
     pub(crate) names: crate::server::names::Names,
+    pub(crate) checks: crate::server::check::Checks,
+    pub(crate) dumps: crate::server::dump::Dumps,
 }
 
 /// As a client sees it.

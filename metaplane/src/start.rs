@@ -111,6 +111,8 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
         movers: Default::default(),
         hand_overs: Default::default(),
         names: Default::default(),
+        checks: Default::default(),
+        dumps: Default::default(),
         config,
     });
 

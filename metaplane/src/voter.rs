@@ -4,7 +4,7 @@
 use crate::config::MetaConfig;
 use crate::error::MetaError;
 use crate::raft::identity::VoterIdentity;
-use crate::raft::kv::Reader as View;
+use crate::raft::kv::{Moment, Reader as View};
 use crate::raft::log::{LogOptions, LogStore};
 use crate::raft::network::Network;
 use crate::raft::propose::{ProposeError, Proposer, ReadIndex};
@@ -255,6 +255,14 @@ impl Voter {
         let result = read(&view, Reader(&view));
         view.check().map_err(failed)?;
         Ok(result)
+    }
+
+    /// The state as applied here, kept while others go on: for long looks at all of it.
+    pub(crate) async fn moment(&self) -> Result<Moment, ProposeError> {
+        let state = self.state.clone();
+        let opened = tokio::task::spawn_blocking(move || state.moment()).await;
+        let opened = opened.unwrap_or_else(|e| Err(io::Error::other(e)));
+        opened.map_err(|e| ProposeError::Stopped(e.to_string()))
     }
 
     /// Answers another voter.

@@ -148,6 +148,16 @@ class Cluster:
         return sizes
 
     # -- the end -------------------------------------------------------------
+    def check_sound(self):
+        """Whatever happened to a cluster that still serves, its namespace fits together, and nodes have nothing that it does not know of."""
+        pid = self.pid("controller")
+        with contextlib.suppress(OSError):
+            if pid and os.kill(pid, 0) is None:
+                p = self.ebb("--json", "fsck", ok=False)
+                said = json.loads(p.stdout) if p.stdout.startswith("{") else {"error": p.stderr}
+                sound = p.returncode == 0 or "no metadata server" in p.stderr
+                check(sound, f"not sound: {json.dumps(said, indent=1)[:3000]} {p.stderr}")
+
     def destroy(self):
         """At once, and first of all the mounts' daemons: a call that waits for servers ends with them."""
         kill_all("EBB_DIR", self.dir)
@@ -165,6 +175,7 @@ def cluster(start=True, kind=Cluster, **up):
         if start:
             c.up()
         yield c
+        c.check_sound()
     except BaseException as e:
         print(f"{e or type(e).__name__}\n{c.logs(12)}", flush=True)
         raise

@@ -30,6 +30,7 @@ MODULES = [
     "kills",
     "voters",
     "histories",
+    "disaster",
     "lost_nodes",
     "replicas",
     "partitions",

@@ -66,7 +66,13 @@ pub(crate) enum Command {
     Evict(OnePath),
     /// Bring a subtree's data into the cache
     Warm(OnePath),
-    /// Check devices offline: every structure, every block's checksum; changes nothing
+    /// Check the namespace of a running cluster, or, with --device, shard files offline
+    #[command(
+        long_about = "Checks the namespace while the cluster serves: every inode, name, key, handle and count \
+against the others, and what the data nodes have that is not in S3 against what the namespace knows of. With \
+--repair, mends what follows from something else; nothing that has a name, and no byte, is given up for it. With \
+--device, checks shard files of stopped nodes instead: every structure, every block's checksum; changes nothing."
+    )]
     Fsck(Fsck),
     /// Print the environment for other S3 tools (`eval "$(ebb env)"`)
     Env,
@@ -148,8 +154,11 @@ pub(crate) struct Up {
 #[derive(Args, Debug)]
 pub(crate) struct Fsck {
     /// Shard files or block devices (DIR/nodes/node-*/shard-*.ebb); their node must not run
-    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "repair")]
     pub device: Vec<PathBuf>,
+    /// Mend what is found
+    #[arg(long)]
+    pub repair: bool,
 }
 
 /// `ebb down`
@@ -201,7 +210,7 @@ pub(crate) struct Meta {
     pub what: MetaWhat,
 }
 
-/// What to do with voters.
+/// What to do with the metadata plane.
 #[derive(Subcommand, Debug)]
 pub(crate) enum MetaWhat {
     /// Every voter: number, address, role, and how far it is behind
@@ -212,6 +221,37 @@ pub(crate) enum MetaWhat {
     Remove(MetaId),
     /// Add a voter in the place of one that never comes back, e.g. because its disk is gone
     Replace(MetaId),
+    /// Write all names, attributes and where in the bucket the bytes are to a file, while the cluster serves
+    Dump(MetaDump),
+    /// Make the namespace of a dump in a new cluster over the same bucket, before anybody mounts it
+    #[command(
+        long_about = "Makes the namespace of a dump in a new cluster over the same bucket, before anybody mounts it: \
+for when all metadata servers are lost, or to start without listing a large bucket. Nothing in the bucket is \
+deleted or overwritten by it; what changed there since the dump is noticed when it is looked at. Bytes that \
+only data nodes had are not in a dump: files with such go back to their last object, or are lost, and with any of \
+them the load has to be told to --give-up-unstored. A load that was interrupted goes on when it is repeated."
+    )]
+    Load(MetaLoad),
+}
+
+/// `ebb meta dump`
+#[derive(Args, Debug)]
+pub(crate) struct MetaDump {
+    /// Where to: a new file, or `-` for standard output
+    pub file: PathBuf,
+    /// Replace a file that is there
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `ebb meta load`
+#[derive(Args, Debug)]
+pub(crate) struct MetaLoad {
+    /// What `ebb meta dump` wrote
+    pub file: PathBuf,
+    /// Files of which only data nodes had something go back to their last object; those without one are lost
+    #[arg(long)]
+    pub give_up_unstored: bool,
 }
 
 /// `ebb meta add`

@@ -1,19 +1,28 @@
-//! `ebb fsck`: what is on a device, without a cluster.
+//! `ebb fsck`: the namespace of a running cluster ([`crate::fsck_namespace`]), or what is on a device, without
+//! a cluster.
 
 use crate::args::{Cli, Fsck};
 use crate::exit::CliError;
-use crate::output;
+use crate::{fsck_namespace, output};
 use ebb_store::{BLOCK, Report};
 use serde_json::json;
 
 /// Damaged blocks that are named one by one.
 const NAMED_MAX: usize = 20;
 
-/// Checks every device, and fails if any has something to report.
+/// `ebb fsck`
 pub(crate) async fn fsck(cli: &Cli, args: &Fsck) -> Result<(), CliError> {
+    match args.device.as_slice() {
+        [] => fsck_namespace::fsck(cli, args.repair).await,
+        devices => fsck_devices(cli, devices).await,
+    }
+}
+
+/// Checks every device, and fails if any has something to report.
+async fn fsck_devices(cli: &Cli, devices: &[std::path::PathBuf]) -> Result<(), CliError> {
     let mut reports = Vec::new();
     let mut broken = Vec::new();
-    for path in &args.device {
+    for path in devices {
         let spinner = output::spinner(&format!("reading {}", path.display()), cli.json);
         let of = path.clone();
         let checked = tokio::task::spawn_blocking(move || ebb_dataplane::check(&of)).await;
@@ -48,7 +57,7 @@ pub(crate) async fn fsck(cli: &Cli, args: &Fsck) -> Result<(), CliError> {
             "{} of {} devices are damaged or cannot be read: {}. A node that finds a bad block serves \
              it from S3 where it can, and never wrong bytes",
             some.len(),
-            args.device.len(),
+            devices.len(),
             some.join(", ")
         ))),
     }

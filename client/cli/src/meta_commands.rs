@@ -5,7 +5,7 @@
 
 use crate::args::{Cli, Meta, MetaAdd, MetaId, MetaWhat};
 use crate::exit::CliError;
-use crate::{find, output};
+use crate::{dump, find, output};
 use ebb_controller::Layout;
 use ebb_controller::voters::{Voters, process_name};
 use ebb_metaplane_protocol::admin::{VoterRole, VoterStatus};
@@ -25,6 +25,8 @@ const CATCH_UP_PATIENCE: Duration = Duration::from_secs(3600);
 pub(crate) async fn meta(cli: &Cli, args: &Meta) -> Result<(), CliError> {
     match &args.what {
         MetaWhat::List => list(cli).await,
+        MetaWhat::Dump(to) => dump::dump(cli, to).await,
+        MetaWhat::Load(from) => dump::load(cli, from).await,
         MetaWhat::Add(MetaAdd { address: Some(address), id: Some(id) }) => {
             add(&find::meta(cli)?, *id, address).await?;
             said(cli, "added", *id)
@@ -57,7 +59,7 @@ fn said(cli: &Cli, what: &str, id: u64) -> Result<(), CliError> {
 }
 
 /// One call of an operator, repeated while the answer is `Again`.
-async fn call(
+pub(crate) async fn call(
     meta: &MetaClient,
     call: AdminCall,
     patience: Duration,

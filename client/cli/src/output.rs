@@ -55,6 +55,17 @@ pub(crate) fn bar(total: u64, quiet: bool) -> ProgressBar {
     ProgressBar::new(total).with_style(style)
 }
 
+/// A bar over things that are counted; invisible as [`bar`] is.
+pub(crate) fn counter(message: &str, quiet: bool) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template("{msg} {bar:30} {human_pos}/{human_len} {per_sec} {eta}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style).with_message(message.to_owned())
+}
+
 /// A spinner with a message.
 pub(crate) fn spinner(message: &str, quiet: bool) -> ProgressBar {
     if quiet {

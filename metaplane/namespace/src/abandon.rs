@@ -35,7 +35,7 @@ pub struct GivenUp {
 
 /// Why a lost file is not opened.
 pub(crate) fn lost() -> FsError {
-    FsError::Io("its data was lost with a node that was abandoned: remove or overwrite it".into())
+    FsError::Io("its data was lost with a data node: remove or overwrite it".into())
 }
 
 /// What a file goes back to.

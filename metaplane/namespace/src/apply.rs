@@ -136,6 +136,7 @@ impl<K: Kv> Ctx<'_, K> {
             }
             Command::Rescued(rescue) => done(self.rescued(rescue)),
             Command::MoveStep(limit) => done(self.move_step(*limit)),
+            Command::Load(step, records) => done(self.load(*step, records)),
             Command::Repair(repairs) => done(self.repair_all(repairs)),
         }
     }

@@ -49,6 +49,8 @@ pub(crate) enum Counter {
     MinInSync = 28,
     /// Repairs of counts that were made.
     Repairs = 29,
+    /// 1 while a dump comes back: nobody else does anything.
+    Loading = 30,
 }
 
 impl Counter {

@@ -90,6 +90,11 @@ impl<K: KvRead> Reader<'_, K> {
         }
     }
 
+    /// Whether the namespace knows that a group may have bytes of an inode that S3 doesn't have.
+    pub fn may_hold(&self, pg: PgId, inode: InodeId) -> FsResult<bool> {
+        self.is_held(pg, inode, u64::MAX)
+    }
+
     /// Whether a group may get a stand-in: S3 has every byte that its holder, cut off at `cut_off`, ever acknowledged.
     pub fn may_stand_in(&self, pg: PgId, cut_off: u64) -> FsResult<bool> {
         Ok(self.held_in(pg, cut_off, None, 1)?.is_empty())

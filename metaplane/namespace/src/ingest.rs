@@ -27,6 +27,7 @@ impl<K: Kv> Ctx<'_, K> {
         entries: &[IngestEntry],
         page: Option<&IngestPage>,
     ) -> FsResult<()> {
+        self.read().refuse_while_loading()?;
         if listed_at < self.read().counter(Counter::TombstoneFloor)? {
             return Err(FsError::Invalid("the listing is too old: list again".into()));
         }

@@ -23,6 +23,7 @@ mod dangling;
 mod delegation;
 mod directory;
 mod dirtiness;
+mod dump;
 mod flush;
 mod flush_commit;
 mod grant;

@@ -107,6 +107,7 @@ impl<K: Kv> Ctx<'_, K> {
         if self.read().counter(Counter::ShuttingDown)? != 0 {
             return Err(FsError::ShuttingDown);
         }
+        self.read().refuse_while_loading()?;
         if self.read().counter(Counter::Sessions)? >= SESSIONS_MAX {
             return Err(FsError::NotPermitted("too many sessions".into()));
         }

@@ -3,12 +3,13 @@
 //! (`common::World::apply`).
 
 mod common;
-use common::{World, check, seeds};
+use common::{World, check, dump, seeds};
 use ebb_dataplane_protocol::*;
 use ebb_metaplane_protocol::FileKind;
 use ebb_metaplane_protocol::check::{Finding, Repair, Rule};
 use ebb_metaplane_protocol::command::{Command, CommandReply, LogEntry};
-use ebb_metaplane_protocol::{Query, QueryReply, Time};
+use ebb_metaplane_protocol::dump::{LoadStep, Record};
+use ebb_metaplane_protocol::{FsError, Query, QueryReply, Time};
 use ebb_namespace::{Machine, MemKv, Reader};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -222,4 +223,51 @@ fn repairs_of_what_is_right_change_nothing() {
     assert!(kv.0.len() <= w.kv.0.len() + 1, "something was added");
     assert_eq!(check(&kv), []);
     assert!(Reader(&kv).is_formatted().expect("readable"));
+}
+
+/// While a dump comes back nobody else gets in, and what makes no sense in it changes nothing.
+#[test]
+fn a_load_is_for_an_empty_namespace_and_refuses_nonsense() {
+    let w = world();
+    let records = dump(&w.kv, 100);
+    let apply = |kv: &mut MemKv, command| {
+        Machine::apply(kv, &LogEntry { now: Time(9), commands: vec![command] }).remove(0)
+    };
+    let refused = |reply: CommandReply, words: &str| match reply {
+        CommandReply::Refused(why) => assert!(why.contains(words), "{why}"),
+        other => panic!("{other:?}"),
+    };
+    let mut kv = w.kv.clone();
+    let begin = || Command::Load(LoadStep::Begin, Vec::new());
+    refused(apply(&mut kv, begin()), "names already");
+    refused(apply(&mut kv, Command::Load(LoadStep::Records, records.clone())), "no load has begun");
+    let mut kv = World::new().kv;
+    assert_eq!(apply(&mut kv, begin()), CommandReply::Done);
+    let open = Command::OpenSession { client: 1, label: String::new() };
+    let reply = apply(&mut kv, open.clone());
+    assert!(matches!(&reply, CommandReply::Session(Err(FsError::NotPermitted(_)))), "{reply:?}");
+    let file = records.iter().find(|r| r.kind == FileKind::File).expect("a file").clone();
+    for (path, words) in [
+        ("no/such/dir", "not before it"),
+        ("..", "not a name"),
+        ("a\0b", "NUL"),
+        (".ebb", "reserved"),
+        (&"x".repeat(256), "too long"),
+        ("stays/below a file", "not in a directory"),
+    ] {
+        let mut stays = file.clone();
+        (stays.path, stays.object) = ("stays".into(), None);
+        let bad = Record { path: path.to_owned(), ..file.clone() };
+        let before = kv.clone();
+        assert_eq!(
+            apply(&mut kv, Command::Load(LoadStep::Records, vec![stays])),
+            CommandReply::Done
+        );
+        refused(apply(&mut kv, Command::Load(LoadStep::Records, vec![bad])), words);
+        assert_eq!(check(&kv), [], "{path}");
+        assert!(kv.0.len() >= before.0.len());
+    }
+    assert_eq!(apply(&mut kv, Command::Load(LoadStep::End, Vec::new())), CommandReply::Done);
+    assert!(matches!(apply(&mut kv, open), CommandReply::Session(Ok(_))));
+    refused(apply(&mut kv, begin()), "names already");
 }

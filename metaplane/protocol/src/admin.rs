@@ -1,5 +1,7 @@
 //! Traffic of the controller and of operators.
 
+use crate::check::{CheckProgress, Repair, Strays};
+use crate::dump::{DumpPage, LoadStep, Record};
 use crate::op::Name;
 use crate::placement::members_of;
 use ebb_dataplane_protocol::control::CoreStats;
@@ -75,6 +77,19 @@ pub enum AdminCall {
     },
     /// The path of an inode, for messages. Reply [`AdminReply::Path`].
     Path(InodeId),
+    /// Checks the namespace as it is now (`None`), or says how far a check is (its number), once there is news or
+    /// after a second. One at a time; one that nobody asks for ends. Reply [`AdminReply::Check`].
+    Check(Option<u64>),
+    /// Mends findings of a check; at most [`crate::check::BATCH_MAX`]. Reply `Done`.
+    Repair(Vec<Repair>),
+    /// Dirty data of data nodes that the namespace does not know of (I2). What is on its way out looks the same
+    /// for a moment. Reply [`AdminReply::Strays`].
+    Strays,
+    /// A page of the namespace as it is now (`None`), or of the moment of a former page and from where that said.
+    /// One at a time; a moment that nobody asks for is forgotten. Reply [`AdminReply::Dump`].
+    Dump(Option<(u64, Vec<u8>)>),
+    /// A part of a dump, in order; at most [`crate::dump::RECORDS_MAX`] records. Reply `Done`.
+    Load(LoadStep, Vec<Record>),
     /// Who votes, and how far each is. Reply [`AdminReply::Voters`].
     Voters,
     /// Makes the metadata server at `address` a voter once it has caught up. `Again` while it has not:
@@ -293,4 +308,10 @@ pub enum AdminReply {
     Path(Vec<Name>),
     /// Who votes.
     Voters(Vec<VoterStatus>),
+    /// How far a check is.
+    Check(CheckProgress),
+    /// A page of a dump.
+    Dump(DumpPage),
+    /// Data that nobody knows of, and nodes that did not say what they have.
+    Strays(Strays),
 }

@@ -17,11 +17,26 @@ use rkyv::{Archive, Deserialize, Serialize};
     Archive,
     Serialize,
     Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
 )]
 pub struct Time(pub i64);
 
 /// Kind of an inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Archive, Serialize, Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    Archive,
+    Serialize,
+    Deserialize,
+    serde::Serialize,
+    serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum FileKind {
     /// A regular file.
     File,

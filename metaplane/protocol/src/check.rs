@@ -5,8 +5,11 @@
 //! drops a name or a byte that something else still needs, and repeated does nothing more.
 
 use crate::op::Name;
-use ebb_dataplane_protocol::{HandleId, InodeId, SessionId};
+use ebb_dataplane_protocol::{HandleId, InodeId, PgId, SessionId, ShardRef};
 use rkyv::{Archive, Deserialize, Serialize};
+
+/// Repairs of one call, and findings of one answer, at most.
+pub const BATCH_MAX: usize = 1_000;
 
 /// A rule of the namespace's state.
 #[derive(
@@ -138,6 +141,34 @@ pub struct Checked {
     pub dirty: u64,
 }
 
+/// Dirty data of an inode on a core that the namespace does not know of.
+#[derive(
+    Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Archive, Serialize, Deserialize, serde::Serialize,
+)]
+pub struct Stray {
+    /// The core.
+    pub core: ShardRef,
+    /// The group.
+    pub pg: PgId,
+    /// The inode.
+    pub inode: InodeId,
+    /// There is such an inode, but S3 is said to have all of it.
+    pub known: bool,
+}
+
+/// What data nodes have.
+#[derive(
+    Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize, serde::Serialize,
+)]
+pub struct Strays {
+    /// Dirty inodes that were compared.
+    pub compared: u64,
+    /// Those that the namespace does not know of, in order.
+    pub strays: Vec<Stray>,
+    /// Cores that did not answer, and why.
+    pub silent: Vec<String>,
+}
+
 /// How far a check is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct CheckProgress {
@@ -153,4 +184,12 @@ pub struct CheckProgress {
     pub unnamed: u64,
     /// It is over.
     pub done: bool,
+}
+
+impl CheckProgress {
+    /// The same without its findings.
+    pub fn clone_without_findings(&self) -> Self {
+        let Self { check, checked, records, unnamed, done, .. } = *self;
+        Self { check, checked, records, findings: Vec::new(), unnamed, done }
+    }
 }

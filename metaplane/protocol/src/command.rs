@@ -3,6 +3,7 @@
 
 use crate::attr::{Attr, Time};
 use crate::check::Repair;
+use crate::dump::{LoadStep, Record};
 use crate::error::FsResult;
 use crate::flush::*;
 use crate::node::NodeCall;
@@ -233,6 +234,8 @@ pub enum Command {
     },
     /// Mends what a check found, as far as it is still so.
     Repair(Vec<Repair>),
+    /// A part of a dump comes back.
+    Load(LoadStep, Vec<Record>),
 }
 
 /// Progress of a directory's listing.

@@ -9,6 +9,7 @@ pub mod admin;
 pub mod attr;
 pub mod check;
 pub mod command;
+pub mod dump;
 pub mod error;
 pub mod flush;
 pub mod hostile;

@@ -49,6 +49,21 @@ impl<'s> Reader<'s> {
     }
 }
 
+/// The state of one moment, which goes on meanwhile: for looks at all of it. While it lives the pages of
+/// that moment are kept, so the file grows with what changes.
+pub struct Moment(Layers);
+
+impl Moment {
+    pub(super) fn new(base: Base) -> Self {
+        Self(Layers::new(base))
+    }
+
+    /// A view of it.
+    pub fn view(&self) -> Reader<'_> {
+        Reader::new(&self.0)
+    }
+}
+
 impl KvRead for Reader<'_> {
     fn get(&self, key: &[u8]) -> Option<Vec<u8>> {
         self.error.ok(self.layers.get(key))

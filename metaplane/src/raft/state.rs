@@ -9,7 +9,7 @@
 //! Bounded (I9): past [`CHANGES_SOFT_BYTES`], [`REPLAY_SOFT_BYTES`] or [`ENTRIES_SOFT`] the changes are
 //! written out in the background, past [`CHANGES_HARD_BYTES`] applying waits for it.
 
-use super::kv::{Base, Reader, Writer};
+use super::kv::{Base, Moment, Reader, Writer};
 use super::layers::Layers;
 use super::snapshot::{self, SnapshotFile, SnapshotWriter};
 use super::{Applied, Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
@@ -210,6 +210,14 @@ impl StateReader {
         let state = self.shared.read();
         state.usable()?;
         Ok(Reader::new(Held(state)))
+    }
+
+    /// The state as last applied, kept while others go on. Blocks on disk.
+    pub fn moment(&self) -> io::Result<Moment> {
+        let database = self.shared.database();
+        let database = database.as_ref().ok_or_else(closed)?;
+        self.shared.persist_into(database)?;
+        base(database).map(Moment::new)
     }
 
     /// Wakes when entries were applied.

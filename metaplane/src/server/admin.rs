@@ -8,6 +8,8 @@ use ebb_dataplane_protocol::{
     ByteRange, InodeId, NodeId, NodeState, RUN_BYTES, RunIndex, ShardRef, SignedGrant,
 };
 use ebb_metaplane_protocol::admin::FlushReport;
+use ebb_metaplane_protocol::check;
+use ebb_metaplane_protocol::dump::RECORDS_MAX;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, Command, FileKind, FsError, FsResult};
 use ebb_namespace::FlushStage;
 use futures::StreamExt;
@@ -128,6 +130,21 @@ impl Service {
                 let path = self.voter.read(|_, r| r.path_of(inode)).await.map_err(fs_error)??;
                 Ok(AdminReply::Path(path))
             }
+            AdminCall::Check(check) => Ok(AdminReply::Check(self.check(check).await?)),
+            AdminCall::Repair(repairs) if repairs.len() > check::BATCH_MAX => {
+                Err(FsError::Invalid(format!("more than {} repairs in one call", check::BATCH_MAX)))
+            }
+            AdminCall::Repair(repairs) => {
+                self.submit_internal(Command::Repair(repairs)).await.map(done)
+            }
+            AdminCall::Dump(from) => Ok(AdminReply::Dump(self.dump(from).await?)),
+            AdminCall::Load(_, records) if records.len() > RECORDS_MAX => {
+                Err(FsError::Invalid(format!("more than {RECORDS_MAX} records in one call")))
+            }
+            AdminCall::Load(step, records) => {
+                self.submit_internal(Command::Load(step, records)).await.map(done)
+            }
+            AdminCall::Strays => Ok(AdminReply::Strays(self.strays().await?)),
             AdminCall::Voters => {
                 self.voter.read(|_, _| ()).await.map_err(fs_error)?;
                 Ok(AdminReply::Voters(self.voter.voters()))

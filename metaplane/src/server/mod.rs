@@ -6,6 +6,8 @@
 //! (ebb-rpc) and in all (here).
 
 mod admin;
+pub(crate) mod check;
+pub(crate) mod dump;
 mod mutate;
 pub(crate) mod names;
 mod nodes;
