@@ -157,4 +157,3 @@ def test_a_load_that_is_killed_goes_on():
         m = c.mount()
         check(len(os.listdir(m)) == 3000, "all names")
         return f"{had} inodes were loaded before"
-

@@ -1,6 +1,8 @@
 //! The metadata plane's payloads under attack (`ebb_dataplane_protocol::hostile`): requests, answers, and
 //! what is in the Raft log. Nothing here is used by a server.
 
+use crate::check::Repair;
+use crate::dump::{LoadStep, Object, Record};
 use crate::*;
 use ebb_dataplane_protocol::hostile::{Decoder, archive};
 use ebb_dataplane_protocol::{Generation, HandleId, InodeId, codec};
@@ -61,6 +63,28 @@ fn commit() -> Op {
     }
 }
 
+fn record() -> Record {
+    let object = Object { key: "a/b".into(), etag: "e".into(), length: 5, valid: 4 };
+    Record {
+        path: "a/b".into(),
+        kind: FileKind::File,
+        mode: 0o644,
+        uid: 1,
+        gid: 2,
+        size: 4,
+        atime: Time(1),
+        mtime: Time(2),
+        ctime: Time(3),
+        target: Vec::new(),
+        object: Some(object),
+        unseen: false,
+        dirty: true,
+        unstored: false,
+        lost: false,
+        listed: false,
+    }
+}
+
 fn requests() -> Vec<Vec<u8>> {
     let mutate = |op| Request::Mutate {
         session: SessionId(1),
@@ -78,6 +102,13 @@ fn requests() -> Vec<Vec<u8>> {
         mutate(Op::ReturnNames { dirs: vec![(InodeId(1), 2)] }),
         query,
         Request::Session(open),
+        Request::Admin(AdminCall::Repair(vec![
+            Repair::Name(InodeId(2), b"n".to_vec()),
+            Repair::Key("a/b".into()),
+            Repair::Record(b"Habc".to_vec()),
+        ])),
+        Request::Admin(AdminCall::Load(LoadStep::Records, vec![record()])),
+        Request::Admin(AdminCall::Dump(Some((1, vec![7; 9])))),
     ]
     .iter()
     .map(codec::encode)
