@@ -118,8 +118,7 @@ impl Shared {
             (state.layers.freeze(), state.position.clone())
         };
         let written = (|| {
-            let mut txn = database.begin_write().map_err(failed)?;
-            txn.set_durability(Durability::Immediate).map_err(failed)?;
+            let txn = begin(database)?;
             {
                 let mut pairs = txn.open_table(PAIRS).map_err(failed)?;
                 for (key, value) in changes.iter() {
@@ -148,6 +147,15 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// A durable transaction. It leaves behind what opening the file after a crash needs: without that all of the file
+/// would be read then, minutes for ten million inodes.
+fn begin(database: &Database) -> io::Result<WriteTransaction> {
+    let mut txn = database.begin_write().map_err(failed)?;
+    txn.set_durability(Durability::Immediate).map_err(failed)?;
+    txn.set_quick_repair(true);
+    Ok(txn)
 }
 
 fn base(database: &Database) -> io::Result<Base> {
@@ -259,7 +267,7 @@ impl StateStore {
             .set_cache_size(cache_bytes)
             .create(dir.join("state.redb"))
             .map_err(failed)?;
-        let txn = database.begin_write().map_err(failed)?;
+        let txn = begin(&database)?;
         let position = {
             txn.open_table(PAIRS).map_err(failed)?;
             let mut raft = txn.open_table(RAFT).map_err(failed)?;
@@ -361,8 +369,7 @@ impl StateStore {
             Position { last: meta.last_log_id, membership: meta.last_membership.clone() };
         let guard = self.shared.database();
         let database = guard.as_ref().ok_or_else(closed)?;
-        let mut txn = database.begin_write().map_err(failed)?;
-        txn.set_durability(Durability::Immediate).map_err(failed)?;
+        let txn = begin(database)?;
         txn.delete_table(PAIRS).map_err(failed)?;
         {
             let mut pairs = txn.open_table(PAIRS).map_err(failed)?;
