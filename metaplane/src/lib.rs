@@ -14,6 +14,7 @@ pub mod error;
 pub mod raft;
 
 mod bucket;
+mod ground;
 mod leader;
 mod membership;
 mod s3_health;

@@ -5,6 +5,8 @@
 //! storage of a quorum and applied; a restart replays it. Decides nothing about files: that is
 //! `ebb-namespace`, which is applied here entry by entry.
 
+pub mod dial;
+pub mod disk;
 pub mod identity;
 pub mod kv;
 mod layers;
