@@ -9,7 +9,7 @@
 //! Bounded (I9): past [`CHANGES_SOFT_BYTES`], [`REPLAY_SOFT_BYTES`] or [`ENTRIES_SOFT`] the changes are
 //! written out in the background, past [`CHANGES_HARD_BYTES`] applying waits for it.
 
-use super::disk::{self, Disk};
+use super::disk::{self, Disk, Open};
 use super::kv::{Base, Reader, Writer};
 use super::layers::Layers;
 use super::snapshot::{self, SnapshotFile, SnapshotWriter};
@@ -152,6 +152,18 @@ impl Shared {
     }
 }
 
+/// Makes an empty database. It gets its name when it is whole: a half-made one can't be opened.
+fn make(disk: &dyn Disk, dir: &Path, path: &Path) -> io::Result<()> {
+    let temporary = dir.join("state.tmp");
+    match disk.remove(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    drop(disk.database(&temporary, 1 << 20).map_err(failed)?);
+    disk.rename(&temporary, path)?;
+    disk.sync_dir(dir)
+}
+
 fn base(database: &Database) -> io::Result<Base> {
     database.begin_read().map_err(failed)?.open_table(PAIRS).map_err(failed)
 }
@@ -249,7 +261,11 @@ impl StateStore {
     pub fn open(disk: &Arc<dyn Disk>, dir: &Path, cache_bytes: usize) -> io::Result<Self> {
         let snapshots = dir.join("snapshots");
         disk.create_dirs(&snapshots)?;
-        let database = disk.database(&dir.join("state.redb"), cache_bytes).map_err(failed)?;
+        let path = dir.join("state.redb");
+        if disk.open(&path, Open::Read).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
+            make(&**disk, dir, &path)?;
+        }
+        let database = disk.database(&path, cache_bytes).map_err(failed)?;
         let txn = database.begin_write().map_err(failed)?;
         let position = {
             txn.open_table(PAIRS).map_err(failed)?;
