@@ -88,9 +88,13 @@ impl Voter {
                 return Ok(!config.join);
             }
             if founds && missing.is_empty() {
-                self.take_part().await?;
                 return match self.raft.initialize(founders).await {
-                    Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(true),
+                    Ok(()) => {
+                        self.log.flush().await.map_err(raft_error)?;
+                        self.take_part().await?;
+                        Ok(true)
+                    }
+                    Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(true),
                     Err(e) => Err(raft_error(e)),
                 };
             }

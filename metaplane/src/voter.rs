@@ -49,7 +49,7 @@ pub(crate) struct Voter {
     proposer: Proposer,
     reads: ReadIndex,
     state: StateReader,
-    log: LogStore,
+    pub(crate) log: LogStore,
     snapshots: PathBuf,
     incoming: Mutex<Option<(Vote, Incoming)>>,
     load: Arc<AtomicUsize>,
@@ -146,7 +146,8 @@ impl Voter {
         Ok(voter)
     }
 
-    /// From here on the directory must not be lost. Durable before the first word that counts.
+    /// From here on the directory must not be lost. Durable before the first word that counts, and after the log or
+    /// the vote that the word is about: who has taken part and has neither has lost them.
     pub(crate) async fn take_part(&self) -> Result<(), MetaError> {
         if self.taken_part.load(Ordering::Acquire) {
             return Ok(());
@@ -277,9 +278,6 @@ impl Voter {
         let bad = |e: String| (Status::BadRequest, e);
         let failed = |e: String| (Status::Internal, e);
         let (message, entries) = wire::decode(&request.body).map_err(|e| bad(e.to_string()))?;
-        if !matches!(message, Message::Greet { .. }) {
-            self.take_part().await.map_err(|e| failed(e.to_string()))?;
-        }
         let json = match message {
             Message::Greet { id, store } => {
                 tracing::debug!(id, store, "a voter greets");
@@ -322,6 +320,11 @@ impl Voter {
                 serde_json::to_vec(&answer)
             }
         };
+        // Before anybody hears what it promised, and after that is on its disk: a voter that is gone in between still
+        // starts. Who has no vote there has neither granted one nor acknowledged an entry.
+        if self.log.has_voted() {
+            self.take_part().await.map_err(|e| failed(e.to_string()))?;
+        }
         json.map_err(|e| failed(e.to_string()))
     }
 

@@ -172,6 +172,11 @@ impl LogStore {
         self.wait(|done| Job::Barrier { done }).await
     }
 
+    /// Whether a vote is stable: for whom it voted, or by whom it was led.
+    pub fn has_voted(&self) -> bool {
+        self.vote.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Ends the log's threads; nothing touches its files after this returns.
     pub async fn close(&self) -> io::Result<()> {
         self.wait(|done| Job::Close { done }).await
