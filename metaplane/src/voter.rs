@@ -106,6 +106,9 @@ impl Voter {
             snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_entries.max(1)),
             max_in_snapshot_log_to_keep: ground.pace.entries_behind_snapshot,
             enable_pre_vote: Some(true),
+            // A leader that starts again leads in a new term. In its old one it would not know what it has committed
+            // (only a leader's first entry tells), and its reads would miss that.
+            enable_leader_restore: Some(false),
             ..Config::default()
         };
         let settings = Arc::new(settings.validate().map_err(|e| MetaError::Config(e.to_string()))?);
@@ -142,8 +145,20 @@ impl Voter {
         if initialized {
             // Of a version that kept no identity, or stopped before it was written.
             voter.take_part().await?;
+            if voter.is_alone() {
+                // Nobody else could lead.
+                let elected = voter.raft.trigger().elect(false).await;
+                elected.map_err(|e| MetaError::Raft(e.to_string()))?;
+            }
         }
         Ok(voter)
+    }
+
+    /// Whether it is the only voter, as far as it knows.
+    fn is_alone(&self) -> bool {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().voter_ids().eq([self.own.id])
     }
 
     /// From here on the directory must not be lost. Durable before the first word that counts, and after the log or
