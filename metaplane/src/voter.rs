@@ -87,6 +87,7 @@ impl Voter {
             let log =
                 LogStore::open(&disk, &log_dir, options).map_err(|e| MetaError::io(&log_dir, e))?;
             let state = StateStore::open(&disk, &dir, cache).map_err(|e| MetaError::io(&dir, e))?;
+            state.cover(log.last()).map_err(|e| MetaError::io(&dir, e))?;
             Ok((own, log, state))
         };
         let (own, log, store) =

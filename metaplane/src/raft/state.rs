@@ -303,6 +303,22 @@ impl StateStore {
         StateReader { shared: Arc::clone(&self.shared) }
     }
 
+    /// Has a snapshot of what the log lacks, and builds one if the state is ahead of both. Before Raft starts, which
+    /// has the log begin behind the state then. (What a majority has is applied, and may be durable here as state,
+    /// before this voter's own log is; and a snapshot that arrives is the state's first.) Blocks on disk.
+    pub fn cover(&self, log: Option<LogId>) -> io::Result<()> {
+        let applied = self.shared.read().position.last;
+        if log >= applied {
+            return Ok(());
+        }
+        let current = snapshot::current(&self.shared.disk, &self.shared.snapshots)?;
+        let covered = current.map(|file| file.meta()).transpose()?.and_then(|m| m.last_log_id);
+        if covered < applied {
+            SnapshotBuilder { shared: Arc::clone(&self.shared) }.build()?;
+        }
+        Ok(())
+    }
+
     /// Where snapshots live, arriving ones too.
     pub fn snapshot_dir(&self) -> PathBuf {
         self.shared.snapshots.clone()

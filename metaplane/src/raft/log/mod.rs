@@ -172,6 +172,11 @@ impl LogStore {
         self.wait(|done| Job::Barrier { done }).await
     }
 
+    /// Its last entry, or the last that was purged.
+    pub fn last(&self) -> Option<LogId> {
+        self.index().last()
+    }
+
     /// Whether a vote is stable: for whom it voted, or by whom it was led.
     pub fn has_voted(&self) -> bool {
         self.vote.lock().unwrap_or_else(PoisonError::into_inner).is_some()
