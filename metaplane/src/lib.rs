@@ -20,6 +20,8 @@ mod membership;
 mod s3_health;
 mod server;
 mod service;
+#[cfg(test)]
+mod sim;
 mod start;
 mod voter;
 

@@ -134,7 +134,11 @@ impl openraft::RaftTypeConfig for TypeConfig {
         = openraft::impls::InlineBatch<T>
     where
         T: openraft::OptionalSend + 'static;
+    #[cfg(not(test))]
     type AsyncRuntime = openraft::impls::TokioRuntime;
+    // The same, but for its chance: a simulated run can be replayed.
+    #[cfg(test)]
+    type AsyncRuntime = crate::sim::runtime::Seeded;
     type ErrorSource = openraft::impls::BoxedErrorSource;
 }
 
