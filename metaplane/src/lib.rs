@@ -14,11 +14,14 @@ pub mod error;
 pub mod raft;
 
 mod bucket;
+mod ground;
 mod leader;
 mod membership;
 mod s3_health;
 mod server;
 mod service;
+#[cfg(test)]
+mod sim;
 mod start;
 mod voter;
 

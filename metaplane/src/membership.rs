@@ -18,7 +18,8 @@ use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
 use openraft::{ChangeMembers, ReadPolicy};
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Pause between two looks at who is there.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -87,9 +88,13 @@ impl Voter {
                 return Ok(!config.join);
             }
             if founds && missing.is_empty() {
-                self.take_part().await?;
                 return match self.raft.initialize(founders).await {
-                    Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(true),
+                    Ok(()) => {
+                        self.log.flush().await.map_err(raft_error)?;
+                        self.take_part().await?;
+                        Ok(true)
+                    }
+                    Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(true),
                     Err(e) => Err(raft_error(e)),
                 };
             }

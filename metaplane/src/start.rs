@@ -9,6 +9,7 @@
 use crate::bucket::owner::down;
 use crate::config::MetaConfig;
 use crate::error::MetaError;
+use crate::ground::Ground;
 use crate::leader::cores::Cores;
 use crate::leader::flusher::FlushDesk;
 use crate::server::Port;
@@ -83,7 +84,7 @@ async fn serve(config: MetaConfig, shutdown: Boxed<()>) -> Result<(), MetaError>
     let bucket = Bucket::connect(config.bucket.clone()).await;
     let bucket_json =
         serde_json::to_string(&config.bucket).map_err(|e| MetaError::Config(e.to_string()))?;
-    let voter = Voter::start(&config, &address, identity.clone()).await?;
+    let voter = Voter::start(&config, &address, Ground::machine(identity.clone())).await?;
     let port = Arc::new(ebb_rpc::server::Counters::default());
     let service = Arc::new(Service {
         cluster,

@@ -3,6 +3,8 @@
 
 use crate::config::MetaConfig;
 use crate::error::MetaError;
+use crate::ground::Ground;
+use crate::raft::disk::{self, Disk};
 use crate::raft::identity::VoterIdentity;
 use crate::raft::kv::{Moment, Reader as View};
 use crate::raft::log::{LogOptions, LogStore};
@@ -16,7 +18,7 @@ use bytes::Bytes;
 use ebb_dataplane_protocol::Status;
 use ebb_metaplane_protocol::{Command, CommandReply};
 use ebb_namespace::Reader;
-use ebb_rpc::{Frame, Identity};
+use ebb_rpc::Frame;
 use openraft::async_runtime::WatchReceiver;
 use openraft::raft::{AppendEntriesRequest, SnapshotResponse, TransferLeaderRequest};
 use openraft::storage::Snapshot;
@@ -28,8 +30,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{Mutex, watch};
 
-/// Log entries kept behind a snapshot, so that a voter that lags a little needs none.
-const ENTRIES_BEHIND_SNAPSHOT: u64 = 1_000;
 /// The state is made durable at least this often while it changes.
 const PERSIST_EVERY: Duration = Duration::from_secs(5);
 
@@ -41,6 +41,7 @@ pub(crate) struct Voter {
     /// host:port at which others reach it.
     pub(crate) address: String,
     pub(crate) network: Network,
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     /// It has said or heard something that counts: the identity on disk says so.
     taken_part: AtomicBool,
@@ -48,7 +49,7 @@ pub(crate) struct Voter {
     proposer: Proposer,
     reads: ReadIndex,
     state: StateReader,
-    log: LogStore,
+    pub(crate) log: LogStore,
     snapshots: PathBuf,
     incoming: Mutex<Option<(Vote, Incoming)>>,
     load: Arc<AtomicUsize>,
@@ -64,7 +65,7 @@ impl Voter {
     pub(crate) async fn start(
         config: &MetaConfig,
         address: &str,
-        identity: Identity,
+        ground: Ground,
     ) -> Result<Self, MetaError> {
         let (log_dir, dir, cache) =
             (config.dir.join("log"), config.dir.clone(), config.cache_bytes);
@@ -72,22 +73,25 @@ impl Voter {
         let load = Arc::new(AtomicUsize::new(0));
         // Followers should not wait for the leader's own disk.
         let sole = (config.members.len() <= 1 && !config.join).then(|| Arc::clone(&load));
-        let options = LogOptions { load: sole, ..LogOptions::default() };
+        let segment_bytes = ground.pace.segment_bytes;
+        let options = LogOptions { load: sole, segment_bytes, ..LogOptions::default() };
+        let disk = Arc::clone(&ground.disk);
         let open = move || -> Result<(VoterIdentity, LogStore, StateStore), MetaError> {
-            let own = VoterIdentity::open(&dir, id, crate::service::random())
+            let own = VoterIdentity::open(&*disk, &dir, id, crate::service::random())
                 .map_err(|e| MetaError::io(&dir, e))?;
-            let is_empty =
-                |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut d| d.next().is_none());
-            if own.joined && (!log_dir.exists() || is_empty(&log_dir)) {
+            // A directory that isn't there holds nothing either.
+            let is_empty = |dir: &Path| disk.list(dir).map_or_else(is_absent, |l| l.is_empty());
+            if own.joined && is_empty(&log_dir) {
                 return Err(MetaError::LostDirectory { id, dir });
             }
-            let log = LogStore::open(&log_dir, options).map_err(|e| MetaError::io(&log_dir, e))?;
-            let state = StateStore::open(&dir, cache).map_err(|e| MetaError::io(&dir, e))?;
+            let log =
+                LogStore::open(&disk, &log_dir, options).map_err(|e| MetaError::io(&log_dir, e))?;
+            let state = StateStore::open(&disk, &dir, cache).map_err(|e| MetaError::io(&dir, e))?;
+            state.cover(log.last()).map_err(|e| MetaError::io(&dir, e))?;
             Ok((own, log, state))
         };
-        let (own, log, store) = tokio::task::spawn_blocking(open)
-            .await
-            .map_err(|e| MetaError::Raft(e.to_string()))??;
+        let (own, log, store) =
+            disk::work(&*ground.disk, open).await.map_err(|e| MetaError::Raft(e.to_string()))??;
         if own.id != id {
             let (dir, found) = (config.dir.clone(), own.id);
             return Err(MetaError::OtherVoter { dir, found, wanted: id });
@@ -96,17 +100,20 @@ impl Voter {
         let snapshots = store.snapshot_dir();
         let settings = Config {
             cluster_name: config.cluster.clone(),
-            heartbeat_interval: 100,
-            election_timeout_min: 400,
-            election_timeout_max: 800,
+            heartbeat_interval: ground.pace.heartbeat_ms,
+            election_timeout_min: ground.pace.election_ms.0,
+            election_timeout_max: ground.pace.election_ms.1,
             max_payload_entries: 512,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_entries.max(1)),
-            max_in_snapshot_log_to_keep: ENTRIES_BEHIND_SNAPSHOT,
+            max_in_snapshot_log_to_keep: ground.pace.entries_behind_snapshot,
             enable_pre_vote: Some(true),
+            // A leader that starts again leads in a new term. In its old one it would not know what it has committed
+            // (only a leader's first entry tells), and its reads would miss that.
+            enable_leader_restore: Some(false),
             ..Config::default()
         };
         let settings = Arc::new(settings.validate().map_err(|e| MetaError::Config(e.to_string()))?);
-        let network = Network::new(identity, own.clone());
+        let network = Network::new(ground.dial, own.clone());
         let raft = Raft::new(id, settings, network.clone(), log.clone(), store)
             .await
             .map_err(|e| MetaError::Raft(e.to_string()))?;
@@ -116,15 +123,16 @@ impl Voter {
             let dir = config.dir.clone();
             return Err(MetaError::LostDirectory { id, dir });
         }
-        tokio::spawn(persist(state.clone()));
+        tokio::spawn(persist(Arc::clone(&ground.disk), state.clone()));
         let voter = Self {
-            proposer: Proposer::start(raft.clone()),
+            proposer: Proposer::start(raft.clone(), ground.clock),
             reads: ReadIndex::new(raft.clone()),
             raft,
             taken_part: AtomicBool::new(own.joined),
             own,
             address: address.to_owned(),
             network,
+            disk: ground.disk,
             dir: config.dir.clone(),
             taking_part: Mutex::default(),
             state,
@@ -138,18 +146,32 @@ impl Voter {
         if initialized {
             // Of a version that kept no identity, or stopped before it was written.
             voter.take_part().await?;
+            if voter.is_alone() {
+                // Nobody else could lead.
+                let elected = voter.raft.trigger().elect(false).await;
+                elected.map_err(|e| MetaError::Raft(e.to_string()))?;
+            }
         }
         Ok(voter)
     }
 
-    /// From here on the directory must not be lost. Durable before the first word that counts.
+    /// Whether it is the only voter, as far as it knows.
+    fn is_alone(&self) -> bool {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().voter_ids().eq([self.own.id])
+    }
+
+    /// From here on the directory must not be lost. Durable before the first word that counts, and after the log or
+    /// the vote that the word is about: who has taken part and has neither has lost them.
     pub(crate) async fn take_part(&self) -> Result<(), MetaError> {
         if self.taken_part.load(Ordering::Acquire) {
             return Ok(());
         }
         let _one = self.taking_part.lock().await;
         let (own, dir) = (VoterIdentity { joined: true, ..self.own.clone() }, self.dir.clone());
-        let saved = tokio::task::spawn_blocking(move || own.save(&dir)).await;
+        let disk = Arc::clone(&self.disk);
+        let saved = disk::work(&*self.disk, move || own.save(&*disk, &dir)).await;
         saved
             .map_err(|e| MetaError::Raft(e.to_string()))?
             .map_err(|e| MetaError::io(&self.dir, e))?;
@@ -280,9 +302,6 @@ impl Voter {
         let bad = |e: String| (Status::BadRequest, e);
         let failed = |e: String| (Status::Internal, e);
         let (message, entries) = wire::decode(&request.body).map_err(|e| bad(e.to_string()))?;
-        if !matches!(message, Message::Greet { .. }) {
-            self.take_part().await.map_err(|e| failed(e.to_string()))?;
-        }
         let json = match message {
             Message::Greet { id, store } => {
                 tracing::debug!(id, store, "a voter greets");
@@ -325,6 +344,11 @@ impl Voter {
                 serde_json::to_vec(&answer)
             }
         };
+        // Before anybody hears what it promised, and after that is on its disk: a voter that is gone in between still
+        // starts. Who has no vote there has neither granted one nor acknowledged an entry.
+        if self.log.has_voted() {
+            self.take_part().await.map_err(|e| failed(e.to_string()))?;
+        }
         json.map_err(|e| failed(e.to_string()))
     }
 
@@ -344,7 +368,7 @@ impl Voter {
     ) -> Result<Option<SnapshotResponse<TypeConfig>>, String> {
         let mut incoming = self.incoming.lock().await;
         if offset == 0 {
-            let begun = Incoming::begin(&self.snapshots, meta.clone(), total);
+            let begun = Incoming::begin(&self.disk, &self.snapshots, meta.clone(), total);
             *incoming = Some((vote, begun.map_err(|e| e.to_string())?));
         }
         let Some((from, current)) = incoming.as_mut() else {
@@ -372,13 +396,17 @@ impl Voter {
             tracing::warn!(error = %e, "the Raft log did not close in order");
         }
         let state = self.state.clone();
-        match tokio::task::spawn_blocking(move || state.close()).await {
+        match disk::work(&*self.disk, move || state.close()).await {
             Ok(Ok(())) => {}
             // Not a loss: the log holds it, the next start replays it.
             Ok(Err(e)) => tracing::warn!(error = %e, "the state was not made durable at the end"),
             Err(e) => tracing::warn!(error = %e, "the state was not made durable at the end"),
         }
     }
+}
+
+fn is_absent(e: io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound
 }
 
 /// A request in progress.
@@ -389,7 +417,7 @@ impl Drop for Busy {
     }
 }
 
-async fn persist(state: StateReader) {
+async fn persist(disk: Arc<dyn Disk>, state: StateReader) {
     loop {
         state.applied().notified().await;
         tokio::time::sleep(PERSIST_EVERY).await;
@@ -397,7 +425,7 @@ async fn persist(state: StateReader) {
             return;
         }
         let own = state.clone();
-        if let Ok(Err(e)) = tokio::task::spawn_blocking(move || own.persist()).await {
+        if let Ok(Err(e)) = disk::work(&*disk, move || own.persist()).await {
             tracing::error!(error = %e, "the metadata store failed");
         }
     }

@@ -6,11 +6,10 @@
 //! membership, peers compare it whenever they connect (`network`), and such a voter is refused until
 //! somebody replaces it by one with another id. The file is written before the first word to others.
 
-use super::log::sync_dir;
+use super::disk::{self, Disk};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 
 /// What the file says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,18 +22,17 @@ pub struct VoterIdentity {
     pub joined: bool,
 }
 
-fn path(dir: &Path) -> PathBuf {
-    dir.join("voter.json")
-}
+const NAME: &str = "voter.json";
+const TEMPORARY: &str = "voter.tmp";
 
 impl VoterIdentity {
     /// Reads the identity of a directory, or makes one. `random`: the name of a new one. Blocks on disk.
-    pub fn open(dir: &Path, id: u64, random: u128) -> io::Result<Self> {
-        match std::fs::read(path(dir)) {
+    pub fn open(disk: &dyn Disk, dir: &Path, id: u64, random: u128) -> io::Result<Self> {
+        match disk::read(disk, &dir.join(NAME)) {
             Ok(json) => serde_json::from_slice(&json).map_err(io::Error::other),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let new = Self { id, store: format!("{random:032x}"), joined: false };
-                new.save(dir)?;
+                new.save(disk, dir)?;
                 Ok(new)
             }
             Err(e) => Err(e),
@@ -42,12 +40,8 @@ impl VoterIdentity {
     }
 
     /// Makes it durable. Blocks on disk.
-    pub fn save(&self, dir: &Path) -> io::Result<()> {
-        let temporary = dir.join("voter.tmp");
-        let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(self).map_err(io::Error::other)?)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path(dir))?;
-        sync_dir(dir)
+    pub fn save(&self, disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+        let json = serde_json::to_vec(self).map_err(io::Error::other)?;
+        disk::replace(disk, dir, (TEMPORARY, NAME), &json)
     }
 }

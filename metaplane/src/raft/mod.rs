@@ -5,6 +5,8 @@
 //! storage of a quorum and applied; a restart replays it. Decides nothing about files: that is
 //! `ebb-namespace`, which is applied here entry by entry.
 
+pub mod dial;
+pub mod disk;
 pub mod identity;
 pub mod kv;
 mod layers;
@@ -132,7 +134,11 @@ impl openraft::RaftTypeConfig for TypeConfig {
         = openraft::impls::InlineBatch<T>
     where
         T: openraft::OptionalSend + 'static;
+    #[cfg(not(test))]
     type AsyncRuntime = openraft::impls::TokioRuntime;
+    // The same, but for its chance: a simulated run can be replayed.
+    #[cfg(test)]
+    type AsyncRuntime = crate::sim::runtime::Seeded;
     type ErrorSource = openraft::impls::BoxedErrorSource;
 }
 

@@ -5,13 +5,14 @@
 //! who answers at a voter's address with another id or another directory than the membership names is
 //! sent nothing and counts for nothing.
 
+use super::dial::{Dial, Line};
 use super::identity::VoterIdentity;
 use super::snapshot::SnapshotFile;
 use super::wire::{self, Greeting, Message};
 use super::{LogId, TypeConfig, Vote, VoterNode};
 use bytes::Bytes;
 use ebb_dataplane_protocol::{Header, Opcode};
-use ebb_rpc::{Connection, Identity, RpcError};
+use ebb_rpc::RpcError;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::RPCOption;
 use openraft::raft::{
@@ -22,6 +23,7 @@ use openraft::type_config::alias::SnapshotOf;
 use openraft::{OptionalSend, RaftNetworkFactory, RaftNetworkV2};
 use serde::de::DeserializeOwned;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes of a snapshot in one frame.
@@ -34,30 +36,30 @@ const INSTALL_BYTES_PER_S: u64 = 8 << 20;
 const GREET_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Makes connections to voters.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Network {
-    identity: Identity,
+    dial: Arc<dyn Dial>,
     own: VoterIdentity,
 }
 
 impl Network {
-    /// Connections prove themselves with this identity, and greet as this voter.
-    pub fn new(identity: Identity, own: VoterIdentity) -> Self {
-        Self { identity, own }
+    /// Connections greet as this voter.
+    pub fn new(dial: Arc<dyn Dial>, own: VoterIdentity) -> Self {
+        Self { dial, own }
     }
 
     /// Asks who is at an address.
     pub async fn greet(&self, address: &str) -> Result<Greeting, String> {
-        let connection = Connection::connect(address, &self.identity, GREET_TIMEOUT).await;
+        let connection = self.dial.connect(address, GREET_TIMEOUT).await;
         let connection = connection.map_err(|e| e.to_string())?;
-        self.greet_on(&connection, GREET_TIMEOUT).await
+        self.greet_on(&*connection, GREET_TIMEOUT).await
     }
 
-    async fn greet_on(&self, on: &Connection, timeout: Duration) -> Result<Greeting, String> {
+    async fn greet_on(&self, on: &dyn Line, timeout: Duration) -> Result<Greeting, String> {
         let hello = Message::Greet { id: self.own.id, store: self.own.store.clone() };
         let body = Bytes::from(wire::encode(&hello, &[]));
         let header = Header::request(Opcode::Raft, 0);
-        let reply = on.call_ok(header, body, Bytes::new(), timeout).await;
+        let reply = on.call(header, body, Bytes::new(), timeout).await;
         let reply = reply.map_err(|e| e.to_string())?;
         serde_json::from_slice(&reply.body).map_err(|e| e.to_string())
     }
@@ -68,7 +70,7 @@ pub struct Peer {
     target: u64,
     node: VoterNode,
     network: Network,
-    connection: Option<Connection>,
+    connection: Option<Arc<dyn Line>>,
 }
 
 impl RaftNetworkFactory<TypeConfig> for Network {
@@ -92,13 +94,12 @@ fn refused(e: &RpcError) -> Refused {
 
 impl Peer {
     /// Connects, and makes sure that it is the voter which the membership means.
-    async fn connect(&self, timeout: Duration) -> Result<Connection, Refused> {
+    async fn connect(&self, timeout: Duration) -> Result<Arc<dyn Line>, Refused> {
         let other = |why: String| RPCError::Unreachable(Unreachable::from_string(why));
         let address = &self.node.addr;
-        let connection = Connection::connect(address, &self.network.identity, timeout)
-            .await
-            .map_err(|e| refused(&e))?;
-        let there = self.network.greet_on(&connection, timeout).await.map_err(other)?;
+        let connection = self.network.dial.connect(address, timeout).await;
+        let connection = connection.map_err(|e| refused(&e))?;
+        let there = self.network.greet_on(&*connection, timeout).await.map_err(other)?;
         if there.id != self.target {
             return Err(other(format!("voter {} is at {address}, not {}", there.id, self.target)));
         }
@@ -122,7 +123,7 @@ impl Peer {
         };
         let header = Header::request(Opcode::Raft, 0);
         let reply = connection
-            .call_ok(header, Bytes::from(body), payload, timeout)
+            .call(header, Bytes::from(body), payload, timeout)
             .await
             .map_err(|e| refused(&e))?;
         self.connection = Some(connection);

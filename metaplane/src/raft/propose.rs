@@ -42,6 +42,9 @@ pub fn now() -> Time {
     Time(i64::try_from(since.as_nanos()).unwrap_or(i64::MAX))
 }
 
+/// Tells the time that goes into entries.
+pub type Clock = Arc<dyn Fn() -> Time + Send + Sync>;
+
 type Answer = oneshot::Sender<Result<CommandReply, ProposeError>>;
 
 /// What Raft calls with an entry's outcome, on the task that applied it: one hop less than a channel.
@@ -57,17 +60,19 @@ impl<T: Send + 'static> Responder<TypeConfig, T> for Callback<T> {
 #[derive(Clone)]
 pub struct Proposer {
     raft: Raft,
+    clock: Clock,
     slots: Arc<Semaphore>,
     queue: mpsc::Sender<(Command, Answer)>,
 }
 
 impl Proposer {
     /// Starts the task that makes entries of what waits.
-    pub fn start(raft: Raft) -> Self {
+    pub fn start(raft: Raft, clock: Clock) -> Self {
         let (queue, waiting) = mpsc::channel(QUEUE_MAX);
         let slots = Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX));
-        tokio::spawn(propose(raft.clone(), Arc::clone(&slots), waiting));
-        Self { raft, slots, queue }
+        let proposing = propose(raft.clone(), Arc::clone(&clock), Arc::clone(&slots), waiting);
+        tokio::spawn(proposing);
+        Self { raft, clock, slots, queue }
     }
 
     /// Carries out a command; the reply comes after it is committed and applied. Dropping the future
@@ -80,7 +85,9 @@ impl Proposer {
             .then(|| Arc::clone(&self.slots).try_acquire_owned().ok())
             .flatten();
         match slot {
-            Some(slot) => send(&self.raft, slot, vec![command], vec![answer]).await,
+            Some(slot) => {
+                send(&self.raft, &self.clock, slot, vec![command], vec![answer]).await;
+            }
             None => self.queue.send((command, answer)).await.map_err(|_| stopped())?,
         }
         reply.await.map_err(|_| stopped())?
@@ -89,6 +96,7 @@ impl Proposer {
 
 async fn propose(
     raft: Raft,
+    clock: Clock,
     slots: Arc<Semaphore>,
     mut waiting: mpsc::Receiver<(Command, Answer)>,
 ) {
@@ -105,7 +113,7 @@ async fn propose(
                 next = waiting.try_recv().ok();
             }
         }
-        send(&raft, slot, commands, answers).await;
+        send(&raft, &clock, slot, commands, answers).await;
     }
 }
 
@@ -113,11 +121,12 @@ async fn propose(
 /// they see their channels closed.
 async fn send(
     raft: &Raft,
+    clock: &Clock,
     slot: OwnedSemaphorePermit,
     commands: Vec<Command>,
     answers: Vec<Answer>,
 ) {
-    let proposal = Proposal::new(LogEntry { now: now(), commands });
+    let proposal = Proposal::new(LogEntry { now: clock(), commands });
     let done = Callback(Box::new(move |result: ClientWriteResult<TypeConfig>| {
         drop(slot);
         match result {

@@ -8,12 +8,10 @@
 //! ```
 
 use super::SnapshotMeta;
-use super::log::sync_dir;
+use super::disk::{self, Disk, DiskFile, Open};
 use bytes::Bytes;
 use ebb_dataplane_protocol::crc32c;
-use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,8 +23,9 @@ const FIELD_BYTES_MAX: u32 = 64 << 20;
 /// A complete snapshot file. Stays readable while it is held, also after a newer one replaced it.
 #[derive(Clone, Debug)]
 pub struct SnapshotFile {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
-    file: Arc<File>,
+    file: Arc<dyn DiskFile>,
     bytes: u64,
 }
 
@@ -36,10 +35,10 @@ fn damaged(what: impl std::fmt::Display) -> io::Error {
 
 impl SnapshotFile {
     /// Opens a file; its content is checked when it is read.
-    pub fn open(path: PathBuf) -> io::Result<Self> {
-        let file = Arc::new(File::open(&path)?);
-        let bytes = file.metadata()?.len();
-        Ok(Self { path, file, bytes })
+    pub fn open(disk: &Arc<dyn Disk>, path: PathBuf) -> io::Result<Self> {
+        let file = disk.open(&path, Open::Read)?;
+        let bytes = file.bytes()?;
+        Ok(Self { disk: Arc::clone(disk), path, file, bytes })
     }
     /// Its length.
     pub fn bytes(&self) -> u64 {
@@ -54,14 +53,14 @@ impl SnapshotFile {
         let file = Arc::clone(&self.file);
         let read = move || {
             let mut piece = vec![0; bytes];
-            file.read_exact_at(&mut piece, offset).map(|()| Bytes::from(piece))
+            file.read_at(&mut piece, offset).map(|()| Bytes::from(piece))
         };
-        tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?
+        disk::work(&*self.disk, read).await?
     }
     /// What it covers.
     pub fn meta(&self) -> io::Result<SnapshotMeta> {
         let mut head = [0u8; 16];
-        self.file.read_exact_at(&mut head, 0)?;
+        self.file.read_at(&mut head, 0)?;
         if &head[..8] != MAGIC {
             return Err(damaged("not a snapshot"));
         }
@@ -71,7 +70,7 @@ impl SnapshotFile {
             return Err(damaged("its description is cut off"));
         }
         let mut json = vec![0; length as usize];
-        self.file.read_exact_at(&mut json, 16)?;
+        self.file.read_at(&mut json, 16)?;
         if crc32c(&json) != crc {
             return Err(damaged("its description does not match its checksum"));
         }
@@ -83,7 +82,8 @@ impl SnapshotFile {
         &self,
         mut take: impl FnMut(&[u8], &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        let mut from = BufReader::with_capacity(1 << 20, At { file: &self.file, offset: 0 });
+        let at = At { file: &*self.file, offset: 0, bytes: self.bytes };
+        let mut from = BufReader::with_capacity(self.bytes.min(1 << 20) as usize, at);
         let mut head = [0u8; 16];
         from.read_exact(&mut head)?;
         let length = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
@@ -124,15 +124,34 @@ impl SnapshotFile {
 
 /// Sequential reading of a shared file.
 struct At<'a> {
-    file: &'a File,
+    file: &'a dyn DiskFile,
     offset: u64,
+    bytes: u64,
 }
 
 impl Read for At<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let n = self.file.read_at(into, self.offset)?;
+        let n = (self.bytes - self.offset).min(into.len() as u64) as usize;
+        self.file.read_at(&mut into[..n], self.offset)?;
         self.offset += n as u64;
         Ok(n)
+    }
+}
+
+/// Sequential writing of a file.
+struct End {
+    file: Arc<dyn DiskFile>,
+    offset: u64,
+}
+
+impl Write for End {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write_at(bytes, self.offset)?;
+        self.offset += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -153,9 +172,10 @@ impl Checksum {
 
 /// A snapshot being written.
 pub(super) struct SnapshotWriter {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     name: String,
-    out: BufWriter<File>,
+    out: BufWriter<End>,
     crc: Checksum,
     count: u64,
 }
@@ -165,14 +185,20 @@ fn temporary(dir: &Path) -> PathBuf {
 }
 
 impl SnapshotWriter {
-    pub(super) fn create(dir: &Path, meta: &SnapshotMeta) -> io::Result<Self> {
+    pub(super) fn create(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        meta: &SnapshotMeta,
+    ) -> io::Result<Self> {
         let json = serde_json::to_vec(meta).map_err(io::Error::other)?;
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(temporary(dir))?);
+        let file = disk.open(&temporary(dir), Open::Create)?;
+        let mut out = BufWriter::with_capacity(1 << 20, End { file, offset: 0 });
         out.write_all(MAGIC)?;
         out.write_all(&(json.len() as u32).to_le_bytes())?;
         out.write_all(&crc32c(&json).to_le_bytes())?;
         out.write_all(&json)?;
-        Ok(Self { dir: dir.to_owned(), name: name(meta), out, crc: Checksum::new(), count: 0 })
+        let (disk, dir, name) = (Arc::clone(disk), dir.to_owned(), name(meta));
+        Ok(Self { disk, dir, name, out, crc: Checksum::new(), count: 0 })
     }
 
     pub(super) fn pair(&mut self, key: &[u8], value: &[u8]) -> io::Result<()> {
@@ -193,8 +219,8 @@ impl SnapshotWriter {
         self.out.write_all(&self.crc.value().to_le_bytes())?;
         self.out.write_all(&self.count.to_le_bytes())?;
         let file = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.sync_all()?;
-        publish(&self.dir, &temporary(&self.dir), &self.name)
+        file.file.sync()?;
+        publish(&self.disk, &self.dir, &temporary(&self.dir), &self.name)
     }
 }
 
@@ -203,16 +229,16 @@ fn name(meta: &SnapshotMeta) -> String {
     format!("{index:016x}-{term:016x}.snapshot")
 }
 
-fn publish(dir: &Path, from: &Path, name: &str) -> io::Result<SnapshotFile> {
+fn publish(disk: &Arc<dyn Disk>, dir: &Path, from: &Path, name: &str) -> io::Result<SnapshotFile> {
     let path = dir.join(name);
-    std::fs::rename(from, &path)?;
-    sync_dir(dir)?;
-    for old in list(dir)? {
+    disk.rename(from, &path)?;
+    disk.sync_dir(dir)?;
+    for old in list(&**disk, dir)? {
         if old != path {
-            std::fs::remove_file(&old)?;
+            disk.remove(&old)?;
         }
     }
-    SnapshotFile::open(path)
+    SnapshotFile::open(disk, path)
 }
 
 /// Makes a received and synced file the current snapshot.
@@ -221,31 +247,27 @@ pub(super) fn adopt(dir: &Path, from: &SnapshotFile, meta: &SnapshotMeta) -> io:
     if from.path() == target {
         return Ok(());
     }
-    from.file.sync_all()?;
-    publish(dir, from.path(), &name(meta)).map(drop)
+    from.file.sync()?;
+    publish(&from.disk, dir, from.path(), &name(meta)).map(drop)
 }
 
-fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "snapshot") {
-            found.push(path);
-        }
-    }
-    found.sort();
+/// The snapshots of a directory, the newest last.
+fn list(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = disk.list(dir)?;
+    found.retain(|path| path.extension().is_some_and(|e| e == "snapshot"));
     Ok(found)
 }
 
 /// The newest snapshot of a directory.
-pub(super) fn current(dir: &Path) -> io::Result<Option<SnapshotFile>> {
-    list(dir)?.pop().map(SnapshotFile::open).transpose()
+pub(super) fn current(disk: &Arc<dyn Disk>, dir: &Path) -> io::Result<Option<SnapshotFile>> {
+    list(&**disk, dir)?.pop().map(|path| SnapshotFile::open(disk, path)).transpose()
 }
 
 /// A snapshot arriving from a leader, piece by piece, under a temporary name.
 pub struct Incoming {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
-    file: File,
+    file: Arc<dyn DiskFile>,
     /// What it covers.
     pub meta: SnapshotMeta,
     received: u64,
@@ -254,22 +276,28 @@ pub struct Incoming {
 
 impl Incoming {
     /// Begins one; a half received older one is overwritten.
-    pub fn begin(dir: &Path, meta: SnapshotMeta, total: u64) -> io::Result<Self> {
+    pub fn begin(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        meta: SnapshotMeta,
+        total: u64,
+    ) -> io::Result<Self> {
         let path = dir.join("incoming.tmp");
-        Ok(Self { file: File::create(&path)?, path, meta, received: 0, total })
+        let file = disk.open(&path, Open::Create)?;
+        Ok(Self { disk: Arc::clone(disk), path, file, meta, received: 0, total })
     }
     /// Takes the next piece; `true` when it was the last.
     pub fn piece(&mut self, offset: u64, bytes: &[u8]) -> io::Result<bool> {
         if offset != self.received || bytes.len() as u64 > self.total - self.received {
             return Err(damaged(format!("a piece at {offset}, expected {}", self.received)));
         }
-        self.file.write_all_at(bytes, offset)?;
+        self.file.write_at(bytes, offset)?;
         self.received += bytes.len() as u64;
         Ok(self.received == self.total)
     }
     /// The whole file, synced.
     pub fn finish(self) -> io::Result<SnapshotFile> {
-        self.file.sync_all()?;
-        SnapshotFile::open(self.path)
+        self.file.sync()?;
+        SnapshotFile::open(&self.disk, self.path)
     }
 }

@@ -9,6 +9,7 @@
 //! Bounded (I9): past [`CHANGES_SOFT_BYTES`], [`REPLAY_SOFT_BYTES`] or [`ENTRIES_SOFT`] the changes are
 //! written out in the background, past [`CHANGES_HARD_BYTES`] applying waits for it.
 
+use super::disk::{self, Disk, Open};
 use super::kv::{Base, Moment, Reader, Writer};
 use super::layers::Layers;
 use super::snapshot::{self, SnapshotFile, SnapshotWriter};
@@ -81,6 +82,7 @@ impl State {
 }
 
 struct Shared {
+    disk: Arc<dyn Disk>,
     state: RwLock<State>,
     /// `None` once closed. Held while changes are written out, which only one may do.
     database: Mutex<Option<Database>>,
@@ -156,6 +158,18 @@ fn begin(database: &Database) -> io::Result<WriteTransaction> {
     txn.set_durability(Durability::Immediate).map_err(failed)?;
     txn.set_quick_repair(true);
     Ok(txn)
+}
+
+/// Makes an empty database. It gets its name when it is whole: a half-made one can't be opened.
+fn make(disk: &dyn Disk, dir: &Path, path: &Path) -> io::Result<()> {
+    let temporary = dir.join("state.tmp");
+    match disk.remove(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    drop(disk.database(&temporary, 1 << 20).map_err(failed)?);
+    disk.rename(&temporary, path)?;
+    disk.sync_dir(dir)
 }
 
 fn base(database: &Database) -> io::Result<Base> {
@@ -260,13 +274,14 @@ impl StateReader {
 
 impl StateStore {
     /// Opens or creates the store of a directory. Blocks on disk.
-    pub fn open(dir: &Path, cache_bytes: usize) -> io::Result<Self> {
+    pub fn open(disk: &Arc<dyn Disk>, dir: &Path, cache_bytes: usize) -> io::Result<Self> {
         let snapshots = dir.join("snapshots");
-        std::fs::create_dir_all(&snapshots)?;
-        let database = Database::builder()
-            .set_cache_size(cache_bytes)
-            .create(dir.join("state.redb"))
-            .map_err(failed)?;
+        disk.create_dirs(&snapshots)?;
+        let path = dir.join("state.redb");
+        if disk.open(&path, Open::Read).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
+            make(&**disk, dir, &path)?;
+        }
+        let database = disk.database(&path, cache_bytes).map_err(failed)?;
         let txn = begin(&database)?;
         let position = {
             txn.open_table(PAIRS).map_err(failed)?;
@@ -289,6 +304,7 @@ impl StateStore {
         let layers = Layers::new(base(&database)?);
         let state = State { layers, position, entries: 0, broken: None };
         let shared = Shared {
+            disk: Arc::clone(disk),
             state: RwLock::new(state),
             database: Mutex::new(Some(database)),
             writing_soon: AtomicBool::new(false),
@@ -301,6 +317,22 @@ impl StateStore {
     /// A handle for reading.
     pub fn reader(&self) -> StateReader {
         StateReader { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Has a snapshot of what the log lacks, and builds one if the state is ahead of both. Before Raft starts, which
+    /// has the log begin behind the state then. (What a majority has is applied, and may be durable here as state,
+    /// before this voter's own log is; and a snapshot that arrives is the state's first.) Blocks on disk.
+    pub fn cover(&self, log: Option<LogId>) -> io::Result<()> {
+        let applied = self.shared.read().position.last;
+        if log >= applied {
+            return Ok(());
+        }
+        let current = snapshot::current(&self.shared.disk, &self.shared.snapshots)?;
+        let covered = current.map(|file| file.meta()).transpose()?.and_then(|m| m.last_log_id);
+        if covered < applied {
+            SnapshotBuilder { shared: Arc::clone(&self.shared) }.build()?;
+        }
+        Ok(())
     }
 
     /// Where snapshots live, arriving ones too.
@@ -408,7 +440,7 @@ impl SnapshotBuilder {
         };
         let meta =
             SnapshotMeta { last_log_id: position.last, last_membership: position.membership };
-        let mut out = SnapshotWriter::create(&self.shared.snapshots, &meta)?;
+        let mut out = SnapshotWriter::create(&self.shared.disk, &self.shared.snapshots, &meta)?;
         let pairs = txn.open_table(PAIRS).map_err(failed)?;
         for pair in pairs.iter().map_err(failed)? {
             let (key, value) = pair.map_err(failed)?;
@@ -426,7 +458,7 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         &mut self,
     ) -> Result<Snapshot<super::LeaderId, u64, super::VoterNode, SnapshotFile>, io::Error> {
         let builder = Self { shared: Arc::clone(&self.shared) };
-        tokio::task::spawn_blocking(move || builder.build()).await.map_err(io::Error::other)?
+        disk::work(&*self.shared.disk, move || builder.build()).await?
     }
 }
 
@@ -464,16 +496,16 @@ impl RaftStateMachine<TypeConfig> for StateStore {
     ) -> Result<(), io::Error> {
         // Long for a large state, and heartbeats are answered meanwhile.
         let (store, meta) = (Self { shared: Arc::clone(&self.shared) }, meta.clone());
-        tokio::task::spawn_blocking(move || store.install(&meta, &snapshot))
-            .await
-            .map_err(io::Error::other)?
+        disk::work(&*self.shared.disk, move || store.install(&meta, &snapshot)).await?
     }
 
     async fn get_current_snapshot(
         &mut self,
     ) -> Result<Option<Snapshot<super::LeaderId, u64, super::VoterNode, SnapshotFile>>, io::Error>
     {
-        let Some(file) = snapshot::current(&self.shared.snapshots)? else { return Ok(None) };
+        let Some(file) = snapshot::current(&self.shared.disk, &self.shared.snapshots)? else {
+            return Ok(None);
+        };
         Ok(Some(Snapshot { meta: file.meta()?, snapshot: file }))
     }
 }
@@ -485,9 +517,10 @@ mod tests {
     #[test]
     fn a_directory_of_another_format_is_refused_with_the_reason() {
         let dir = tempfile::tempdir().expect("directory");
+        let disk: Arc<dyn Disk> = Arc::new(disk::Machine);
         let cache = 4 << 20;
-        drop(StateStore::open(dir.path(), cache).expect("new"));
-        drop(StateStore::open(dir.path(), cache).expect("its own"));
+        drop(StateStore::open(&disk, dir.path(), cache).expect("new"));
+        drop(StateStore::open(&disk, dir.path(), cache).expect("its own"));
         let database = Database::create(dir.path().join("state.redb")).expect("opens");
         let txn = database.begin_write().expect("writes");
         {
@@ -496,7 +529,7 @@ mod tests {
         }
         txn.commit().expect("commits");
         drop(database);
-        let refused = StateStore::open(dir.path(), cache).expect_err("another format");
+        let refused = StateStore::open(&disk, dir.path(), cache).expect_err("another format");
         let expected = format!("another format than {FORMAT_VERSION}");
         assert!(refused.to_string().contains(&expected), "{refused}");
     }

@@ -6,12 +6,10 @@
 //! not change by that, so a torn write of it cannot damage them. Where a file system has no direct
 //! I/O (tmpfs, some network file systems), appends go through the page cache and `fdatasync`.
 
-use std::fs::{File, OpenOptions};
+use super::super::disk::{Disk, DiskFile, Open};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-
-use nix::fcntl::OFlag;
+use std::sync::Arc;
 
 /// Unit of direct I/O; no device in use has a larger logical block.
 const BLOCK: usize = 4096;
@@ -19,7 +17,7 @@ const BLOCK: usize = 4096;
 /// A segment file and the place of its next byte.
 #[derive(Debug)]
 pub(super) struct Appender {
-    file: File,
+    file: Arc<dyn DiskFile>,
     direct: bool,
     /// Offset of the next byte.
     at: u64,
@@ -53,14 +51,12 @@ impl Aligned {
 
 impl Appender {
     /// Opens a segment to append at `at`. What lies behind `at` must be zeros.
-    pub(super) fn open(path: &Path, at: u64) -> io::Result<Self> {
+    pub(super) fn open(disk: &dyn Disk, path: &Path, at: u64) -> io::Result<Self> {
         let kept = (at % BLOCK as u64) as usize;
         let mut buffer = Aligned::zeros(16 * BLOCK);
-        let plain = OpenOptions::new().read(true).write(true).open(path)?;
-        plain.read_exact_at(&mut buffer.get_mut(kept)[..], at - kept as u64)?;
-        let flags = (OFlag::O_DIRECT | OFlag::O_DSYNC).bits();
-        let direct = OpenOptions::new().write(true).custom_flags(flags).open(path);
-        let (file, direct) = match direct {
+        let plain = disk.open(path, Open::Write)?;
+        plain.read_at(&mut buffer.get_mut(kept)[..], at - kept as u64)?;
+        let (file, direct) = match disk.open(path, Open::Stable) {
             Ok(file) => (file, true),
             Err(e) if e.raw_os_error() == Some(nix::errno::Errno::EINVAL as i32) => (plain, false),
             Err(e) => return Err(e),
@@ -76,7 +72,7 @@ impl Appender {
     /// Appends; stable when it returns `Ok`. After an error nobody knows what the file holds.
     pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         if !self.direct {
-            self.file.write_all_at(bytes, self.at)?;
+            self.file.write_at(bytes, self.at)?;
             self.file.sync_data()?;
             self.at += bytes.len() as u64;
             return Ok(());
@@ -92,7 +88,7 @@ impl Appender {
         let blocks = self.buffer.get_mut(whole);
         blocks[kept..end].copy_from_slice(bytes);
         blocks[end..].fill(0);
-        self.file.write_all_at(blocks, self.at - kept as u64)?;
+        self.file.write_at(blocks, self.at - kept as u64)?;
         let last = end / BLOCK * BLOCK;
         blocks.copy_within(last..end, 0);
         self.at += bytes.len() as u64;
@@ -102,7 +98,9 @@ impl Appender {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::disk::Machine;
     use super::*;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn appends_of_any_size_follow_each_other_and_leave_zeros_behind() {
@@ -115,11 +113,11 @@ mod tests {
             .open(&path)
             .and_then(|f| f.write_all_at(&want, 0))
             .expect("header");
-        let mut appender = Appender::open(&path, 64).expect("opens");
+        let mut appender = Appender::open(&Machine, &path, 64).expect("opens");
         for (i, len) in [8, 4024, 8, 4096, 1, 70_000, 4095, 0, 8192].into_iter().enumerate() {
             if i % 3 == 2 {
                 let at = appender.at();
-                appender = Appender::open(&path, at).expect("opens again");
+                appender = Appender::open(&Machine, &path, at).expect("opens again");
             }
             let bytes: Vec<u8> = (0..len).map(|b| (b % 251) as u8 + i as u8 % 4).collect();
             appender.append(&bytes).expect("appends");

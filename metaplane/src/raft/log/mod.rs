@@ -14,8 +14,7 @@ mod segment;
 mod vote;
 mod writer;
 
-pub(crate) use segment::sync_dir;
-
+use super::disk::Disk;
 use super::{Entry, LogId, TypeConfig, Vote};
 use index::{Found, Index};
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
@@ -27,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use writer::{Job, Writer};
 
@@ -62,16 +62,38 @@ impl Default for LogOptions {
     }
 }
 
+fn ended() -> io::Error {
+    io::Error::other("the Raft log's thread has ended")
+}
+
 /// Entries one replication read returns at most, in bytes of their cached form.
 const READ_ENTRIES_MAX: u64 = 512;
+
+/// The way to whoever writes.
+#[derive(Clone)]
+enum Jobs {
+    Thread(Sender<Job>),
+    Task(UnboundedSender<Job>),
+}
+
+impl Jobs {
+    /// `false`: it has ended.
+    fn send(&self, job: Job) -> bool {
+        match self {
+            Self::Thread(jobs) => jobs.send(job).is_ok(),
+            Self::Task(jobs) => jobs.send(job).is_ok(),
+        }
+    }
+}
 
 /// The log. Clones share it.
 #[derive(Clone)]
 pub struct LogStore {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     index: Arc<Mutex<Index>>,
     vote: Arc<Mutex<Option<Vote>>>,
-    jobs: Sender<Job>,
+    jobs: Jobs,
     writer: Arc<Mutex<Writer>>,
     /// Jobs sent to the thread and not finished.
     outstanding: Arc<AtomicUsize>,
@@ -80,15 +102,15 @@ pub struct LogStore {
 
 impl LogStore {
     /// Opens the log of a directory, or starts one. Blocks on disk.
-    pub fn open(dir: &Path, options: LogOptions) -> io::Result<Self> {
-        std::fs::create_dir_all(dir)?;
+    pub fn open(disk: &Arc<dyn Disk>, dir: &Path, options: LogOptions) -> io::Result<Self> {
+        disk.create_dirs(dir)?;
         let mut index = Index::new(options.cache_bytes_max);
-        let tail = match recovery::recover(dir, &mut index)? {
+        let tail = match recovery::recover(&**disk, dir, &mut index)? {
             Some(tail) => tail,
             None => {
                 let header = frame::SegmentHeader { number: 1, first_sequence: 1, purged: None };
                 recovery::Tail {
-                    file: segment::create(dir, &header, options.segment_bytes)?,
+                    file: segment::create(&**disk, dir, &header, options.segment_bytes)?,
                     number: header.number,
                     sequence: header.first_sequence,
                     older: Vec::new(),
@@ -96,10 +118,10 @@ impl LogStore {
                 }
             }
         };
-        let vote = vote::load(dir)?;
+        let vote = vote::load(&**disk, dir)?;
         let index = Arc::new(Mutex::new(index));
-        let (jobs, queue) = channel();
         let writer = Writer {
+            disk: Arc::clone(disk),
             dir: dir.to_owned(),
             segment_bytes: options.segment_bytes,
             tail,
@@ -110,12 +132,21 @@ impl LogStore {
         let writer = Arc::new(Mutex::new(writer));
         let outstanding = Arc::new(AtomicUsize::new(0));
         let (own, count) = (Arc::clone(&writer), Arc::clone(&outstanding));
-        std::thread::Builder::new()
-            .name("raft-log".into())
-            .spawn(move || writer::run(&own, &count, &queue))?;
+        let jobs = if disk.takes().is_some() {
+            let (jobs, queue) = unbounded_channel();
+            tokio::spawn(writer::run_timed(own, count, queue));
+            Jobs::Task(jobs)
+        } else {
+            let (jobs, queue) = channel();
+            std::thread::Builder::new()
+                .name("raft-log".into())
+                .spawn(move || writer::run(&own, &count, &queue))?;
+            Jobs::Thread(jobs)
+        };
         let vote = Arc::new(Mutex::new(vote));
         let dir = dir.to_owned();
-        Ok(Self { dir, index, vote, jobs, writer, outstanding, load: options.load })
+        let (disk, load) = (Arc::clone(disk), options.load);
+        Ok(Self { disk, dir, index, vote, jobs, writer, outstanding, load })
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
@@ -124,7 +155,7 @@ impl LogStore {
 
     fn send(&self, job: Job) -> io::Result<()> {
         self.outstanding.fetch_add(1, Ordering::AcqRel);
-        self.jobs.send(job).map_err(|_| io::Error::other("the Raft log's thread has ended"))
+        if self.jobs.send(job) { Ok(()) } else { Err(ended()) }
     }
 
     async fn wait(
@@ -133,12 +164,22 @@ impl LogStore {
     ) -> io::Result<()> {
         let (done, stable) = oneshot::channel();
         self.send(job(done))?;
-        stable.await.map_err(|_| io::Error::other("the Raft log's thread has ended"))?
+        stable.await.map_err(|_| ended())?
     }
 
     /// Waits until everything appended so far is stable.
     pub async fn flush(&self) -> io::Result<()> {
         self.wait(|done| Job::Barrier { done }).await
+    }
+
+    /// Its last entry, or the last that was purged.
+    pub fn last(&self) -> Option<LogId> {
+        self.index().last()
+    }
+
+    /// Whether a vote is stable: for whom it voted, or by whom it was led.
+    pub fn has_voted(&self) -> bool {
+        self.vote.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Ends the log's threads; nothing touches its files after this returns.
@@ -152,7 +193,9 @@ impl LogStore {
             .into_iter()
             .map(|f| match f {
                 Found::Cached(entry) => Ok(entry),
-                Found::OnDisk(id, location) => recovery::read_entry(&self.dir, &location, &id),
+                Found::OnDisk(id, location) => {
+                    recovery::read_entry(&*self.disk, &self.dir, &location, &id)
+                }
             })
             .collect()
     }

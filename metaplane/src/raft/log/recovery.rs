@@ -4,13 +4,12 @@
 //! good frames behind it: those were acknowledged, and dropping them would break I1.
 
 use super::super::LogId;
+use super::super::disk::{self, Disk, DiskFile, Open};
 use super::appender::Appender;
 use super::frame::{self, Op, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::index::{Index, Location};
 use super::segment;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::Path;
 
 /// Where appending goes on.
@@ -37,15 +36,15 @@ fn damaged(dir: &Path, number: u64, what: impl std::fmt::Display) -> io::Error {
 }
 
 /// Replays all segments. `None`: the directory holds no log yet.
-pub(super) fn recover(dir: &Path, index: &mut Index) -> io::Result<Option<Tail>> {
-    let mut numbers = segment::list(dir)?;
+pub(super) fn recover(disk: &dyn Disk, dir: &Path, index: &mut Index) -> io::Result<Option<Tail>> {
+    let mut numbers = segment::list(disk, dir)?;
     // A last file too short for a header was never used: the name comes after the content.
     while let Some(&last) = numbers.last() {
-        let bytes = std::fs::metadata(segment::path(dir, last))?.len();
+        let bytes = disk.open(&segment::path(dir, last), Open::Read)?.bytes()?;
         if bytes >= SEGMENT_HEADER_BYTES as u64 {
             break;
         }
-        segment::remove(dir, last)?;
+        segment::remove(disk, dir, last)?;
         numbers.pop();
     }
     let mut older = Vec::new();
@@ -57,8 +56,7 @@ pub(super) fn recover(dir: &Path, index: &mut Index) -> io::Result<Option<Tail>>
         }
         previous = Some(number);
         let last = i + 1 == numbers.len();
-        let mut bytes = Vec::new();
-        File::open(segment::path(dir, number))?.read_to_end(&mut bytes)?;
+        let bytes = disk::read(disk, &segment::path(dir, number))?;
         let header = SegmentHeader::decode(&bytes).map_err(|e| damaged(dir, number, e))?;
         if header.number != number {
             return Err(damaged(dir, number, format!("it says it is segment {}", header.number)));
@@ -76,10 +74,10 @@ pub(super) fn recover(dir: &Path, index: &mut Index) -> io::Result<Option<Tail>>
             older.push((number, replayed.last_index));
             continue;
         }
-        let file = OpenOptions::new().read(true).write(true).open(segment::path(dir, number))?;
-        wipe(&file, replayed.offset, &bytes)?;
+        let file = disk.open(&segment::path(dir, number), Open::Write)?;
+        wipe(&*file, replayed.offset, &bytes)?;
         return Ok(Some(Tail {
-            file: Appender::open(&segment::path(dir, number), replayed.offset)?,
+            file: Appender::open(disk, &segment::path(dir, number), replayed.offset)?,
             number,
             sequence: replayed.sequence,
             older,
@@ -142,22 +140,23 @@ fn later_frame(number: u64, bytes: &[u8], sequence: u64) -> Option<u64> {
 }
 
 /// Zeros what is left of a torn write, so that it can't be taken for something later.
-fn wipe(file: &File, from: u64, bytes: &[u8]) -> io::Result<()> {
+fn wipe(file: &dyn DiskFile, from: u64, bytes: &[u8]) -> io::Result<()> {
     let tail = &bytes[(from as usize).min(bytes.len())..];
     let Some(end) = tail.iter().rposition(|&b| b != 0) else { return Ok(()) };
-    file.write_all_at(&vec![0; end + 1], from)?;
-    file.sync_all()
+    file.write_at(&vec![0; end + 1], from)?;
+    file.sync()
 }
 
 /// Reads one entry back from its segment.
 pub(super) fn read_entry(
+    disk: &dyn Disk,
     dir: &Path,
     location: &Location,
     expected: &LogId,
 ) -> io::Result<super::super::Entry> {
     let mut bytes = vec![0u8; location.bytes as usize];
-    let file = File::open(segment::path(dir, location.segment))?;
-    file.read_exact_at(&mut bytes, location.offset)?;
+    let file = disk.open(&segment::path(dir, location.segment), Open::Read)?;
+    file.read_at(&mut bytes, location.offset)?;
     match frame::decode_op(&bytes) {
         Ok((Op::Append(entry), _)) if entry.log_id == *expected => Ok(entry),
         Ok(_) => {

@@ -1,5 +1,6 @@
 //! The log against openraft's own suite, and against what a crash leaves behind.
 
+use super::super::disk::{Disk, Machine};
 use super::super::state::StateStore;
 use super::super::{Entry, LeaderId, LogId, Proposal, TypeConfig, Vote};
 use super::{LogOptions, LogStore, frame, segment};
@@ -11,6 +12,10 @@ use openraft::{EntryPayload, RaftLogReader, StorageError};
 use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;
+
+fn disk() -> Arc<dyn Disk> {
+    Arc::new(Machine)
+}
 
 /// One segment takes a whole recorded log.
 fn medium() -> LogOptions {
@@ -47,8 +52,8 @@ struct Builder;
 impl StoreBuilder<TypeConfig, LogStore, StateStore, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, LogStore, StateStore), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let log = LogStore::open(&dir.path().join("log"), small()).expect("a log");
-        let state = StateStore::open(dir.path(), 1 << 20).expect("a store");
+        let log = LogStore::open(&disk(), &dir.path().join("log"), small()).expect("a log");
+        let state = StateStore::open(&disk(), dir.path(), 1 << 20).expect("a store");
         Ok((dir, log, state))
     }
 }
@@ -63,7 +68,7 @@ async fn entries_survive_reopening_across_segments_and_beyond_the_cache() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let mut expected = Vec::new();
     for round in 0..3u64 {
-        let mut log = LogStore::open(dir.path(), small()).expect("reopened");
+        let mut log = LogStore::open(&disk(), dir.path(), small()).expect("reopened");
         assert_eq!(ids(&mut log).await, expected);
         for i in 0..20 {
             let e = entry(round + 1, round * 20 + i, 300);
@@ -75,23 +80,26 @@ async fn entries_survive_reopening_across_segments_and_beyond_the_cache() {
             assert_eq!(e, entry(e.log_id.leader_id.term, e.log_id.index, 300));
         }
     }
-    assert!(segment::list(dir.path()).expect("listed").len() > 2, "the test means to rotate");
+    assert!(
+        segment::list(&Machine, dir.path()).expect("listed").len() > 2,
+        "the test means to rotate"
+    );
 }
 
 #[tokio::test]
 async fn purge_removes_segments_and_survives_reopening() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut log = LogStore::open(dir.path(), small()).expect("opened");
+    let mut log = LogStore::open(&disk(), dir.path(), small()).expect("opened");
     for i in 0..60 {
         append(&mut log, vec![entry(1, i, 300)]).await;
     }
-    let before = segment::list(dir.path()).expect("listed");
+    let before = segment::list(&Machine, dir.path()).expect("listed");
     let purged = LogId::new(LeaderId { term: 1, node_id: 1 }, 40);
     log.purge(purged).await.expect("purged");
     log.flush().await.expect("stable");
-    let after = segment::list(dir.path()).expect("listed");
+    let after = segment::list(&Machine, dir.path()).expect("listed");
     assert!(after.len() < before.len() && after.last() == before.last(), "{before:?} {after:?}");
-    let mut log = LogStore::open(dir.path(), small()).expect("reopened");
+    let mut log = LogStore::open(&disk(), dir.path(), small()).expect("reopened");
     let state = log.get_log_state().await.expect("state");
     assert_eq!(state.last_purged_log_id, Some(purged));
     assert_eq!(state.last_log_id.map(|id| id.index), Some(59));
@@ -101,13 +109,13 @@ async fn purge_removes_segments_and_survives_reopening() {
 #[tokio::test]
 async fn truncated_entries_stay_away_after_reopening() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut log = LogStore::open(dir.path(), small()).expect("opened");
+    let mut log = LogStore::open(&disk(), dir.path(), small()).expect("opened");
     append(&mut log, (0..10).map(|i| entry(1, i, 10)).collect()).await;
     log.truncate_after(Some(LogId::new(LeaderId { term: 1, node_id: 1 }, 4))).await.expect("cut");
     append(&mut log, (5..8).map(|i| entry(2, i, 10)).collect()).await;
     let expected = ids(&mut log).await;
     assert_eq!(expected.len(), 8);
-    let mut log = LogStore::open(dir.path(), small()).expect("reopened");
+    let mut log = LogStore::open(&disk(), dir.path(), small()).expect("reopened");
     assert_eq!(ids(&mut log).await, expected);
 }
 
@@ -115,19 +123,19 @@ async fn truncated_entries_stay_away_after_reopening() {
 async fn votes_survive_reopening_and_damage_is_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let vote = Vote::new(3, 1);
-    let mut log = LogStore::open(dir.path(), small()).expect("opened");
+    let mut log = LogStore::open(&disk(), dir.path(), small()).expect("opened");
     assert_eq!(log.read_vote().await.expect("read"), None);
     log.save_vote(&vote).await.expect("saved");
-    let mut log = LogStore::open(dir.path(), small()).expect("reopened");
+    let mut log = LogStore::open(&disk(), dir.path(), small()).expect("reopened");
     assert_eq!(log.read_vote().await.expect("read"), Some(vote));
     std::fs::write(dir.path().join("vote"), b"00000000 {}").expect("damaged on purpose");
-    assert!(LogStore::open(dir.path(), small()).is_err());
+    assert!(LogStore::open(&disk(), dir.path(), small()).is_err());
 }
 
 /// Records a log of small batches; gives the segment's bytes and, per batch, the offset at which it
 /// is complete.
 async fn recorded(dir: &Path) -> (u64, Vec<u8>, Vec<(u64, Vec<LogId>)>) {
-    let mut log = LogStore::open(dir, medium()).expect("opened");
+    let mut log = LogStore::open(&disk(), dir, medium()).expect("opened");
     let mut complete = Vec::new();
     let mut next = 0;
     let number = 1;
@@ -178,7 +186,7 @@ async fn a_log_cut_at_any_offset_recovers_every_whole_batch_before_it() {
             let whole = |end: u64| left.get(..end as usize) == Some(&bytes[..end as usize]);
             let expected = complete.iter().rev().find(|c| whole(c.0)).map(|c| c.1.clone());
             std::fs::write(segment::path(crashed.path(), number), &left).expect("written");
-            let mut log = LogStore::open(crashed.path(), medium())
+            let mut log = LogStore::open(&disk(), crashed.path(), medium())
                 .unwrap_or_else(|e| panic!("cut at {cut}: {e}"));
             assert_eq!(ids(&mut log).await, expected.unwrap_or_default(), "cut at {cut}");
         }
@@ -193,11 +201,11 @@ async fn a_log_goes_on_after_a_torn_tail() {
     bytes[end - 1] ^= 0xff;
     std::fs::write(segment::path(dir.path(), number), &bytes).expect("written");
     let before = &complete[complete.len() - 2].1;
-    let mut log = LogStore::open(dir.path(), medium()).expect("recovered");
+    let mut log = LogStore::open(&disk(), dir.path(), medium()).expect("recovered");
     assert_eq!(&ids(&mut log).await, before);
     let next = entry(9, before.last().expect("entries").index + 1, 1);
     append(&mut log, vec![next.clone()]).await;
-    let mut log = LogStore::open(dir.path(), medium()).expect("reopened");
+    let mut log = LogStore::open(&disk(), dir.path(), medium()).expect("reopened");
     assert_eq!(ids(&mut log).await.last(), Some(&next.log_id));
 }
 
@@ -211,7 +219,7 @@ async fn damage_before_acknowledged_entries_is_refused() {
         let mut damaged = bytes.clone();
         damaged[at] ^= 0x10;
         std::fs::write(segment::path(crashed.path(), number), damaged).expect("written");
-        let opened = LogStore::open(crashed.path(), medium());
+        let opened = LogStore::open(&disk(), crashed.path(), medium());
         assert!(opened.is_err(), "damage at {at} went unnoticed");
     }
 }
@@ -219,11 +227,11 @@ async fn damage_before_acknowledged_entries_is_refused() {
 #[tokio::test]
 async fn a_missing_segment_is_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let mut log = LogStore::open(dir.path(), small()).expect("opened");
+    let mut log = LogStore::open(&disk(), dir.path(), small()).expect("opened");
     for i in 0..60 {
         append(&mut log, vec![entry(1, i, 300)]).await;
     }
-    let numbers = segment::list(dir.path()).expect("listed");
-    segment::remove(dir.path(), numbers[numbers.len() / 2]).expect("removed");
-    assert!(LogStore::open(dir.path(), small()).is_err());
+    let numbers = segment::list(&Machine, dir.path()).expect("listed");
+    segment::remove(&Machine, dir.path(), numbers[numbers.len() / 2]).expect("removed");
+    assert!(LogStore::open(&disk(), dir.path(), small()).is_err());
 }

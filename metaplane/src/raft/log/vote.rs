@@ -2,29 +2,24 @@
 //! directory) before the vote is told to anybody.
 
 use super::super::Vote;
-use super::segment::sync_dir;
+use super::super::disk::{self, Disk};
 use ebb_dataplane_protocol::crc32c;
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 const NAME: &str = "vote";
 const TEMPORARY: &str = "vote.tmp";
 
 /// Writes the vote.
-pub(super) fn save(dir: &Path, vote: &Vote) -> io::Result<()> {
+pub(super) fn save(disk: &dyn Disk, dir: &Path, vote: &Vote) -> io::Result<()> {
     let json = serde_json::to_vec(vote).map_err(io::Error::other)?;
-    let mut file = File::create(dir.join(TEMPORARY))?;
-    file.write_all(format!("{:08x} ", crc32c(&json)).as_bytes())?;
-    file.write_all(&json)?;
-    file.sync_all()?;
-    std::fs::rename(dir.join(TEMPORARY), dir.join(NAME))?;
-    sync_dir(dir)
+    let text = [format!("{:08x} ", crc32c(&json)).as_bytes(), &json].concat();
+    disk::replace(disk, dir, (TEMPORARY, NAME), &text)
 }
 
 /// Reads the vote; `None` on a node that never voted.
-pub(super) fn load(dir: &Path) -> io::Result<Option<Vote>> {
-    let text = match std::fs::read(dir.join(NAME)) {
+pub(super) fn load(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vote>> {
+    let text = match disk::read(disk, &dir.join(NAME)) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e),

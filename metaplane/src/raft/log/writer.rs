@@ -5,6 +5,7 @@
 //! The first I/O error poisons the log: nothing after it is acknowledged, since what the device
 //! holds is no longer known.
 
+use super::super::disk::Disk;
 use super::super::{LogId, TypeConfig, Vote};
 use super::frame::{self, FRAME_HEADER_BYTES, Op, OpSpan, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::index::{Index, Location};
@@ -12,11 +13,13 @@ use super::recovery::Tail;
 use super::{segment, vote};
 use openraft::storage::IOFlushed;
 use std::io;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 
 /// A frame takes no more jobs once it holds this many bytes.
@@ -45,6 +48,7 @@ enum Waiter {
 }
 
 pub(super) struct Writer {
+    pub(super) disk: Arc<dyn Disk>,
     pub(super) dir: PathBuf,
     pub(super) segment_bytes: u64,
     pub(super) tail: Tail,
@@ -103,27 +107,55 @@ impl Batch {
 /// Runs until every sender is gone. `outstanding` counts the jobs that were sent and not finished.
 pub(super) fn run(writer: &Mutex<Writer>, outstanding: &AtomicUsize, jobs: &Receiver<Job>) {
     while let Ok(job) = jobs.recv() {
-        let mut taken = 1;
-        let mut batch = Batch::default();
-        batch.take(job);
-        while !batch.is_full() {
-            let Ok(job) = jobs.try_recv() else { break };
-            batch.take(job);
-            taken += 1;
-        }
-        let close = batch.close.take();
-        let mut held = writer.lock().unwrap_or_else(PoisonError::into_inner);
-        held.finish(batch);
-        if let Some(done) = close {
-            held.join_spare();
-            held.broken.get_or_insert_with(|| "the Raft log is closed".to_owned());
-            drop(done.send(Ok(())));
+        if turn(writer, outstanding, job, || jobs.try_recv().ok()).is_break() {
             return;
         }
-        drop(held);
-        outstanding.fetch_sub(taken, Ordering::AcqRel);
     }
     writer.lock().unwrap_or_else(PoisonError::into_inner).join_spare();
+}
+
+/// The same as a task, for a disk that never blocks.
+pub(super) async fn run_timed(
+    writer: Arc<Mutex<Writer>>,
+    outstanding: Arc<AtomicUsize>,
+    mut jobs: UnboundedReceiver<Job>,
+) {
+    let disk = Arc::clone(&writer.lock().unwrap_or_else(PoisonError::into_inner).disk);
+    while let Some(job) = jobs.recv().await {
+        tokio::time::sleep(disk.takes().unwrap_or_default()).await;
+        if turn(&writer, &outstanding, job, || jobs.try_recv().ok()).is_break() {
+            return;
+        }
+    }
+}
+
+/// Does a job and what else is queued. Breaks when the log is closed.
+fn turn(
+    writer: &Mutex<Writer>,
+    outstanding: &AtomicUsize,
+    first: Job,
+    mut next: impl FnMut() -> Option<Job>,
+) -> ControlFlow<()> {
+    let mut taken = 1;
+    let mut batch = Batch::default();
+    batch.take(first);
+    while !batch.is_full() {
+        let Some(job) = next() else { break };
+        batch.take(job);
+        taken += 1;
+    }
+    let close = batch.close.take();
+    let mut held = writer.lock().unwrap_or_else(PoisonError::into_inner);
+    held.finish(batch);
+    if let Some(done) = close {
+        held.join_spare();
+        held.broken.get_or_insert_with(|| "the Raft log is closed".to_owned());
+        drop(done.send(Ok(())));
+        return ControlFlow::Break(());
+    }
+    drop(held);
+    outstanding.fetch_sub(taken, Ordering::AcqRel);
+    ControlFlow::Continue(())
 }
 
 impl Writer {
@@ -161,7 +193,7 @@ impl Writer {
             }
         }
         if let Some((vote, done)) = batch.vote {
-            let saved = answer().and_then(|()| vote::save(&self.dir, &vote));
+            let saved = answer().and_then(|()| vote::save(&*self.disk, &self.dir, &vote));
             if let Err(e) = &saved {
                 self.broken.get_or_insert_with(|| format!("saving the vote: {e}"));
             }
@@ -210,7 +242,7 @@ impl Writer {
             first_sequence: self.tail.sequence,
             purged,
         };
-        let file = segment::create(&self.dir, &header, self.segment_bytes)?;
+        let file = segment::create(&*self.disk, &self.dir, &header, self.segment_bytes)?;
         self.tail.older.push((self.tail.number, self.tail.last_index));
         self.tail.file = file;
         self.tail.number = header.number;
@@ -222,16 +254,18 @@ impl Writer {
     fn drop_older(&mut self, purged: u64) -> io::Result<()> {
         let count = self.tail.older.iter().take_while(|(_, last)| *last <= purged).count();
         for (number, _) in self.tail.older.drain(..count) {
-            segment::remove(&self.dir, number)?;
+            segment::remove(&*self.disk, &self.dir, number)?;
         }
-        if count > 0 { segment::sync_dir(&self.dir) } else { Ok(()) }
+        if count > 0 { self.disk.sync_dir(&self.dir) } else { Ok(()) }
     }
 
     /// Has the next segment filled by another thread once this one is half full.
     fn keep_spare(&mut self) {
-        if self.spare.is_none() && self.tail.file.at() * 2 > self.segment_bytes {
-            let (dir, bytes) = (self.dir.clone(), self.segment_bytes);
-            self.spare = Some(std::thread::spawn(move || segment::prepare_spare(&dir, bytes)));
+        let may_block = self.disk.takes().is_none();
+        if may_block && self.spare.is_none() && self.tail.file.at() * 2 > self.segment_bytes {
+            let (disk, dir, bytes) = (self.disk.clone(), self.dir.clone(), self.segment_bytes);
+            let prepare = move || segment::prepare_spare(&*disk, &dir, bytes);
+            self.spare = Some(std::thread::spawn(prepare));
         }
     }
 }
