@@ -84,6 +84,19 @@ pub enum MetaError {
         /// When it renewed last.
         age: String,
     },
+    /// This cluster has the bucket, with another group of voters.
+    #[error(
+        "the bucket '{bucket}' belongs to this cluster, but what its metadata servers had is not in {}: was the \
+         directory emptied? If other metadata servers still run, replace this one (`ebb meta replace`). If all are lost, \
+         start with --steal-bucket (what was not flushed is lost), and `ebb meta load` a dump if there is one",
+        dir.display()
+    )]
+    LostGroup {
+        /// The bucket.
+        bucket: String,
+        /// The empty directory.
+        dir: PathBuf,
+    },
     /// The directory belongs to another cluster than the configuration.
     #[error("{} holds the state of cluster {found}, not of {wanted}", dir.display())]
     OtherCluster {
@@ -134,7 +147,8 @@ impl MetaError {
             | Self::Key { .. }
             | Self::OtherCluster { .. }
             | Self::OtherVoter { .. }
-            | Self::LostDirectory { .. } => 78,
+            | Self::LostDirectory { .. }
+            | Self::LostGroup { .. } => 78,
             Self::Io { .. } | Self::Raft(_) => 74,
             Self::Locked(_) | Self::Listen { .. } => 75,
             Self::NoBucket { .. } | Self::Denied { .. } | Self::Owned { .. } => 77,

@@ -141,6 +141,16 @@ impl Voter {
         (index, members.voter_ids().filter_map(address).collect())
     }
 
+    /// A name of the group that another one does not have: the directory of its first voter, as long as the membership is
+    /// the one it was founded with.
+    pub(crate) fn group(&self) -> String {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let members = metrics.membership_config.membership();
+        let first = members.nodes().min_by_key(|(id, _)| **id);
+        first.map(|(_, node)| node.store.clone()).unwrap_or_default()
+    }
+
     /// Where in the log the last change of the membership is; 0: there was none but the founding.
     pub(crate) fn membership(&self) -> u64 {
         let metrics = self.raft.server_metrics();

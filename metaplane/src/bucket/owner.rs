@@ -33,6 +33,10 @@ pub(crate) struct Owner {
     writer: String,
     /// For people.
     renewed_ms: i64,
+    /// Which group of voters took it, by a directory of one of its founders: a group that is founded anew under the same
+    /// cluster's name knows nothing of what the first one has.
+    #[serde(default)]
+    group: String,
 }
 
 /// Between two looks whether S3 was probed.
@@ -179,6 +183,7 @@ impl Service {
             asleep: false,
             writer: format!("{writer:032x}"),
             renewed_ms: millis(),
+            group: self.voter.group(),
         };
         let etag = match &found {
             None => None,
@@ -191,6 +196,12 @@ impl Service {
                         owner: owner.cluster.clone(),
                         age: format!("{age} s ago"),
                     }));
+                }
+                // Unless it began to take it a moment ago, and was gone before it wrote that down.
+                let lost = same && ours.is_none() && owner.group != next.group;
+                if lost && !owner.asleep && !self.config.steal_bucket {
+                    let bucket = self.config.bucket.bucket.clone();
+                    return Ok(Err(MetaError::LostGroup { bucket, dir: self.config.dir.clone() }));
                 }
                 next.n = owner.n + 1;
                 match ours {

@@ -81,6 +81,35 @@ async fn a_bucket_that_another_cluster_holds_is_refused_unless_stolen() {
     thief.stop().await;
 }
 
+/// An emptied directory is no reason to begin anew under the same name: nothing unflushed is given up unasked, and a
+/// founder that comes back without what its group knows founds no second one beside it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_lost_its_directory_does_not_begin_anew_unasked() {
+    let world = World::new().await;
+    let meta = world.start(7, "meta").await;
+    let c = meta.session().await;
+    c.touch(ROOT, "f").await;
+    c.settle().await;
+    c.touch(ROOT, "unflushed").await;
+    meta.stop().await;
+    let refused = world.refusal(world.config(7, "emptied")).await;
+    assert!(matches!(refused, MetaError::LostGroup { .. }), "{refused}");
+    for word in ["--steal-bucket", "ebb meta replace", "ebb meta load"] {
+        assert!(refused.to_string().contains(word), "{refused}");
+    }
+    // It has changed nothing: who has the directory goes on.
+    let meta = world.start(7, "meta").await;
+    let c = meta.session().await;
+    assert_eq!(c.names(ROOT, 10).await, ["f", "unflushed"]);
+    meta.stop().await;
+    let mut config = world.config(7, "emptied");
+    config.steal_bucket = true;
+    let anew = world.start_with(config).await;
+    let c = anew.session().await;
+    assert_eq!(c.names(ROOT, 10).await, ["f"]);
+    anew.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_wrong_at_the_start_is_said_in_words() {
     let world = World::new().await;
