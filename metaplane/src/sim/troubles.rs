@@ -126,7 +126,8 @@ impl World {
         let bad = self.nodes().values().any(|n| n.lost);
         // Where voters are about to change, more of them may be needed than remain.
         let settled = leader.settled_voters().is_some_and(|v| v.len() >= 3 && v.contains(&id));
-        // A known gap: one that founded alone has nobody to ask, and founds again.
+        // One that founded alone has nobody to ask, and founds again: then it is refused the bucket
+        // (`bucket::owner`), which isn't here.
         let alone = self.nodes().get(&id).is_some_and(|n| n.config.members.len() <= 1);
         if !bad && settled && !alone && !self.changing.load(Ordering::SeqCst) {
             self.lose(id);
