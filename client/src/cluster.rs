@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::config::Config;
 use crate::error::ClientError;
+use crate::leased::{self, Leased};
 use crate::map::MapCache;
 use crate::names::Names;
 use crate::pool::Pool;
@@ -10,11 +11,12 @@ use crate::sequence::Sequencer;
 use crate::session::{self, Session};
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
 use ebb_dataplane_protocol::{ClusterId, ClusterMap, MapVersion, NodeId, SessionId};
+use ebb_metaplane_protocol::lease::Counts as LeaseCounts;
 use ebb_metaplane_protocol::{
     AdminCall, AdminReply, FsError, Op, OpReply, Query, QueryReply, Request, Response,
 };
 use ebb_rpc::{Identity, MetaClient};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -37,16 +39,24 @@ pub(crate) struct Shared {
     pub(crate) data_sequences: Sequencer,
     /// Names that only this session adds.
     pub(crate) names: Names,
-    renewing: std::sync::Mutex<Option<JoinHandle<()>>>,
+    /// What it was told of inodes and may answer from.
+    pub(crate) leased: Leased,
+    /// Renews the session, and watches for what is to be forgotten.
+    tasks: std::sync::Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Shared {
+    fn end_tasks(&self) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        for task in tasks.drain(..) {
+            task.abort();
+        }
+    }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if let Ok(mut task) = self.renewing.lock()
-            && let Some(task) = task.take()
-        {
-            task.abort();
-        }
+        self.end_tasks();
     }
 }
 
@@ -81,6 +91,7 @@ impl Cluster {
         let session = Session::open(&meta, label, config.patience).await?;
         let map = MapCache::default();
         map.refresh(&meta, MapVersion(0), false, Instant::now() + config.patience).await?;
+        let leased = Leased::new(config.lease_metadata);
         let shared = Arc::new(Shared {
             config,
             key,
@@ -92,23 +103,22 @@ impl Cluster {
             meta_sequences: Sequencer::default(),
             data_sequences: Sequencer::default(),
             names: Names::default(),
-            renewing: std::sync::Mutex::default(),
+            leased,
+            tasks: std::sync::Mutex::default(),
         });
-        let task = tokio::spawn(session::renew(Arc::downgrade(&shared)));
-        if let Ok(mut slot) = shared.renewing.lock() {
-            *slot = Some(task);
+        let mut tasks = vec![tokio::spawn(session::renew(Arc::downgrade(&shared)))];
+        if shared.leased.is_on() {
+            tasks.push(tokio::spawn(leased::watch(Arc::downgrade(&shared))));
         }
+        *shared.tasks.lock().unwrap_or_else(PoisonError::into_inner) = tasks;
         Ok(Self { shared })
     }
 
     /// Ends the session: its handles are released, its grants fenced. Data not yet sent is the
     /// caller's to flush before.
     pub async fn close(&self) -> Result<()> {
-        if let Ok(mut task) = self.shared.renewing.lock()
-            && let Some(task) = task.take()
-        {
-            task.abort();
-        }
+        self.shared.end_tasks();
+        self.shared.leased.reset();
         self.shared.session.close(&self.shared.meta, Duration::from_secs(5)).await
     }
 
@@ -134,6 +144,11 @@ impl Cluster {
             Response::Admin(reply) => Ok(reply?),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// What the cache of metadata was good for, with [`Config::lease_metadata`].
+    pub fn lease_counts(&self) -> LeaseCounts {
+        self.shared.leased.counts()
     }
 
     /// A linearizable read, repeated while the metadata plane says `Again`.
@@ -175,8 +190,12 @@ impl Shared {
 
     /// A linearizable read, repeated while the metadata plane says `Again`.
     pub(crate) async fn query(&self, query: Query) -> Result<QueryReply> {
+        if let Some(known) = self.leased.known(&query) {
+            return known;
+        }
         let deadline = self.deadline();
         loop {
+            let asked = self.leased.asks();
             let session = self.session.current().0;
             let request = Request::Query { session, query: query.clone() };
             let reply = match self.meta.call(&request, left(deadline)).await? {
@@ -187,7 +206,7 @@ impl Shared {
                 Err(FsError::Again { retry_after_ms, why }) => {
                     wait_again(deadline, retry_after_ms, why).await?;
                 }
-                reply => return Ok(reply?),
+                reply => return self.leased.told(&asked, &query, reply?),
             }
         }
     }
@@ -208,6 +227,7 @@ impl Shared {
         deadline: Instant,
     ) -> Result<(OpReply, u64)> {
         let ticket = self.meta_sequences.begin();
+        let dropped = self.leased.forgets(&op);
         loop {
             let (session, epoch) = self.session.current();
             if same_session.is_some_and(|wanted| wanted != epoch) {
@@ -218,6 +238,7 @@ impl Shared {
                 sequence: ticket.sequence(),
                 answered_below: self.meta_sequences.answered_below(),
                 op: op.clone(),
+                dropped: dropped.clone(),
             };
             let (response, doubt) = self.meta.call_in_doubt(&request, left(deadline)).await?;
             let Response::Op(reply) = response else { return Err(unexpected(&response)) };
@@ -245,6 +266,7 @@ impl Shared {
         if self.session.reopen(&self.meta, &self.label, epoch, deadline).await? {
             tracing::warn!(label = self.label, "the session had expired; opened a new one");
             self.pool.clear();
+            self.leased.reset();
         }
         Ok(())
     }

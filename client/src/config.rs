@@ -30,6 +30,9 @@ pub struct Config {
     pub space_patience: Duration,
     /// One data request's limit to be answered. A read that misses waits for S3.
     pub request_timeout: Duration,
+    /// Remember attributes and names under leases (docs/PROTOCOL.md, R52): a look at what is remembered asks
+    /// nobody, and is never old. Who changes something that another client remembers waits until that has forgotten it.
+    pub lease_metadata: bool,
     /// Attributes of files this client writes are answered from memory for this long.
     pub attr_age_max: Duration,
 }
@@ -49,6 +52,7 @@ impl Default for Config {
             patience: Duration::from_secs(60),
             space_patience: Duration::from_secs(30),
             request_timeout: Duration::from_secs(30),
+            lease_metadata: false,
             attr_age_max: Duration::from_secs(1),
         }
     }

@@ -60,6 +60,17 @@ impl FileSystem {
         if let Some(name) = path.last() {
             let _ = self.tell(Which::Called(name)).await;
         }
+        if self.shared.cluster.leased.is_on() {
+            // Name by name, so that each is remembered.
+            let mut at = InodeId::ROOT;
+            let mut attr = None;
+            for name in &path {
+                let found = self.lookup(at, name).await?;
+                at = found.inode;
+                attr = Some(found);
+            }
+            return attr.ok_or_else(|| FsError::NotFound.into());
+        }
         match self.shared.cluster.query(Query::Resolve { path }).await? {
             QueryReply::Attr(attr) => match self.shared.inode(attr.inode) {
                 Some(_) => self.getattr(attr.inode).await,

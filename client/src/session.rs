@@ -33,7 +33,7 @@ async fn open(meta: &MetaClient, label: &str, patience: Duration) -> Result<(Ses
             SessionReply::Opened { session, ttl_ms } => {
                 Ok((session, Duration::from_millis(ttl_ms.max(30))))
             }
-            SessionReply::Done => {
+            SessionReply::Done | SessionReply::Watched(_) => {
                 Err(crate::ClientError::Metadata("no session in the answer".into()))
             }
         },

@@ -16,6 +16,7 @@ pub mod raft;
 mod bucket;
 mod ground;
 mod leader;
+mod leases;
 mod membership;
 mod s3_health;
 mod server;

@@ -4,6 +4,7 @@
 use crate::config::MetaConfig;
 use crate::error::MetaError;
 use crate::ground::Ground;
+use crate::leases::LeaseDesk;
 use crate::raft::disk::{self, Disk};
 use crate::raft::identity::VoterIdentity;
 use crate::raft::kv::{Moment, Reader as View};
@@ -15,7 +16,7 @@ use crate::raft::state::{StateReader, StateStore};
 use crate::raft::wire::{self, Greeting, Message};
 use crate::raft::{Raft, TypeConfig, Vote, VoterNode};
 use bytes::Bytes;
-use ebb_dataplane_protocol::Status;
+use ebb_dataplane_protocol::{InodeId, Status};
 use ebb_metaplane_protocol::{Command, CommandReply};
 use ebb_namespace::Reader;
 use ebb_rpc::Frame;
@@ -193,16 +194,40 @@ impl Voter {
     /// Commits and applies a command. A leader that no majority hears any more answers at once that it
     /// does not lead; whether the command was carried out is then not known.
     pub(crate) async fn submit(&self, command: Command) -> Result<CommandReply, ProposeError> {
-        if self.reads.is_sole() {
-            return self.proposer.submit(command).await;
-        }
         let mut ended = self.ended.subscribe();
-        let reply = tokio::select! {
-            biased;
-            reply = self.proposer.submit(command) => reply,
-            _ = ended.changed() => Err(ProposeError::NotLeader(None)),
+        let (reply, waits) = if self.reads.is_sole() {
+            self.proposer.submit(command).await?
+        } else {
+            let reply = tokio::select! {
+                biased;
+                reply = self.proposer.submit(command) => reply,
+                _ = ended.changed() => Err(ProposeError::NotLeader(None)),
+            };
+            reply.map_err(|e| self.hinted(e))?
         };
-        reply.map_err(|e| self.hinted(e))
+        self.settle(&waits, &mut ended).await?;
+        Ok(reply)
+    }
+
+    /// Returns when nobody uses any more what clients were told otherwise (docs/PROTOCOL.md, R53).
+    async fn settle(
+        &self,
+        waits: &[u64],
+        ended: &mut watch::Receiver<u64>,
+    ) -> Result<(), ProposeError> {
+        if waits.is_empty() {
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            () = self.leases().settle(waits) => Ok(()),
+            _ = ended.changed() => Err(ProposeError::NotLeader(None)),
+        }
+    }
+
+    /// What clients were told, and may remember.
+    pub(crate) fn leases(&self) -> &LeaseDesk {
+        self.state.leases()
     }
 
     /// The term in which this node leads, as Raft last published it.
@@ -222,11 +247,11 @@ impl Voter {
         self.ended.send_modify(|n| *n += 1);
     }
 
-    /// Whether clients are served here. If not: the leader's address, as far as it is known.
-    pub(crate) fn serves(&self) -> Result<(), Option<String>> {
+    /// The term in which clients are served here. If they are not: the leader's address, as far as it is known.
+    pub(crate) fn serves(&self) -> Result<u64, Option<String>> {
         let serving = self.serving.load(Ordering::Acquire);
         if serving != 0 && self.leading_term() == Some(serving) {
-            return Ok(());
+            return Ok(serving);
         }
         Err(self.leader_elsewhere())
     }
@@ -253,17 +278,21 @@ impl Voter {
         &self,
         read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
     ) -> Result<T, ProposeError> {
+        let mut ended = self.ended.subscribe();
         if self.reads.is_sole() {
             self.reads.confirm().await?;
-            return self.peek(read);
+        } else {
+            tokio::select! {
+                biased;
+                confirmed = self.reads.confirm() => confirmed.map_err(|e| self.hinted(e))?,
+                _ = ended.changed() => return Err(ProposeError::NotLeader(None)),
+            }
         }
-        let mut ended = self.ended.subscribe();
-        tokio::select! {
-            biased;
-            confirmed = self.reads.confirm() => confirmed.map_err(|e| self.hinted(e))?,
-            _ = ended.changed() => return Err(ProposeError::NotLeader(None)),
+        let (result, seen) = self.look(read)?;
+        if !seen.is_empty() {
+            self.settle(&self.leases().waits(&seen), &mut ended).await?;
         }
-        self.peek(read)
+        Ok(result)
     }
 
     /// Reads the state as applied here: for the leader's own work, whose commands are checked again
@@ -272,11 +301,20 @@ impl Voter {
         &self,
         read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
     ) -> Result<T, ProposeError> {
+        self.look(read).map(|(result, _)| result)
+    }
+
+    /// The same, with the inodes that were looked at where an answer may have to wait for some of them.
+    fn look<T>(
+        &self,
+        read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
+    ) -> Result<(T, Vec<InodeId>), ProposeError> {
         let failed = |e: io::Error| ProposeError::Stopped(e.to_string());
         let view = self.state.view().map_err(failed)?;
         let result = read(&view, Reader(&view));
         view.check().map_err(failed)?;
-        Ok(result)
+        let seen = view.seen();
+        Ok((result, seen))
     }
 
     /// The state as applied here, kept while others go on: for long looks at all of it.

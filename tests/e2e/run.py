@@ -30,6 +30,7 @@ MODULES = [
     "kills",
     "voters",
     "histories",
+    "leases",
     "disaster",
     "lost_nodes",
     "replicas",

@@ -83,6 +83,7 @@ impl Ours {
             sequence: Sequence(1),
             answered_below: Sequence(1),
             op: Op::Open { inode, open },
+            dropped: Vec::new(),
         };
         let mut tries = 0;
         let opened = loop {

@@ -78,6 +78,17 @@ impl Dice {
         (tree, operation)
     }
 
+    /// A look at something that was looked at before, likely.
+    pub(super) fn look(&mut self, recorder: &Recorder, names: u16) -> (usize, Operation) {
+        let tree = self.below(recorder.trees());
+        if self.once_in(3) {
+            let known = recorder.any(self, tree, Kind::File);
+            return (tree, Operation::Stat { inode: known.unwrap_or(recorder.roots(tree)[0]) });
+        }
+        let (parent, name) = (self.dir(recorder, tree, 4), self.name(names));
+        (tree, Operation::Lookup { parent, name })
+    }
+
     /// A read, in some tree.
     pub(super) fn read(&mut self, recorder: &Recorder, names: u16) -> (usize, Operation) {
         if self.once_in(2)

@@ -200,8 +200,13 @@ impl Client {
     ) -> Result<FsResult<OpReply>, String> {
         self.sequence += 1;
         let sequence = Sequence(self.sequence);
-        let request =
-            Request::Mutate { session: self.session, sequence, answered_below: sequence, op };
+        let request = Request::Mutate {
+            session: self.session,
+            sequence,
+            answered_below: sequence,
+            op,
+            dropped: Vec::new(),
+        };
         match self.call(recorder, &request, patience).await? {
             Response::Op(reply) => Ok(reply),
             _ => Err("an answer to another question".into()),

@@ -10,11 +10,15 @@ use ebb_metaplane_protocol::query::PAGE_ENTRIES_MAX;
 use std::sync::Arc;
 
 const KIND: &str = "by the library";
+/// Looks after each operation of a client that remembers.
+const LOOKS: usize = 6;
 
 pub(super) struct Client {
     fs: FileSystem,
     label: String,
     dice: Dice,
+    /// Looks around after each operation: it remembers what it is told, and mostly need not ask.
+    looks: bool,
     /// Files that it made and will close before its next operation: they are there for everybody already.
     open: Vec<(FileHandle, usize, Operation)>,
 }
@@ -42,12 +46,14 @@ fn kind_of(error: &ClientError) -> String {
 
 impl Client {
     pub(super) async fn connect(plan: &Plan, n: u32, dice: Dice) -> Result<Self, BenchError> {
-        let (_, fs) = super::connect(plan, &format!("ebb bench history, client {n}")).await?;
-        Ok(Self::of(fs, &format!("client {n}"), dice))
+        // Every second one remembers what it was told.
+        let label = format!("ebb bench history, client {n}");
+        let (_, fs) = super::connect(plan, &label, n % 2 == 1).await?;
+        Ok(Self { looks: n % 2 == 1, ..Self::of(fs, &format!("client {n}"), dice) })
     }
 
     pub(super) fn of(fs: FileSystem, label: &str, dice: Dice) -> Self {
-        Self { fs, label: label.to_owned(), dice, open: Vec::new() }
+        Self { fs, label: label.to_owned(), dice, looks: false, open: Vec::new() }
     }
 
     /// Works until the time is over.
@@ -59,7 +65,16 @@ impl Client {
                 self.fill(&recorder, tree, dir.inode, names).await;
             }
             self.close_all(&recorder).await;
+            for _ in 0..if self.looks { LOOKS } else { 0 } {
+                let (tree, operation) = self.dice.look(&recorder, names);
+                self.reads(&recorder, tree, operation).await;
+            }
         }
+        let remembered = self.fs.cluster().lease_counts();
+        recorder.count(|c| {
+            c.answered_from_memory += remembered.hits;
+            c.recalled += remembered.recalls;
+        });
         // Its session ends with it.
         let _ = self.fs.close().await;
     }

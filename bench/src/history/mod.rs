@@ -73,6 +73,10 @@ pub struct Counts {
     pub asked_again: u64,
     /// Creates that a client answered itself, in a directory whose names it had.
     pub answered_alone: u64,
+    /// Looks that a client answered from what it remembered, under leases.
+    pub answered_from_memory: u64,
+    /// What clients had to forget.
+    pub recalled: u64,
     /// Why operations have no answer.
     pub unclear: BTreeMap<String, u64>,
     /// The longest that a client waited for an answer, ms.
@@ -83,8 +87,12 @@ fn worker(e: impl std::fmt::Display) -> BenchError {
     BenchError::Worker(e.to_string())
 }
 
-async fn connect(plan: &Plan, label: &str) -> Result<(Cluster, FileSystem), BenchError> {
-    let config = Config { patience: PATIENCE, ..Config::default() };
+async fn connect(
+    plan: &Plan,
+    label: &str,
+    lease_metadata: bool,
+) -> Result<(Cluster, FileSystem), BenchError> {
+    let config = Config { patience: PATIENCE, lease_metadata, ..Config::default() };
     let cluster = Cluster::connect(plan.addresses.clone(), plan.key.clone(), label, config).await?;
     let fs = FileSystem::new(&cluster);
     Ok((cluster, fs))
@@ -95,7 +103,7 @@ pub async fn run(plan: &Plan, begun: impl FnOnce()) -> Result<(Vec<Line>, Counts
     if plan.trees == 0 || plan.names == 0 || plan.voters.is_empty() {
         return Err(BenchError::Plan("a history takes a tree, a name and a voter".into()));
     }
-    let (cluster, fs) = connect(plan, "ebb bench history").await?;
+    let (cluster, fs) = connect(plan, "ebb bench history", false).await?;
     let top = format!("ebb-history-{:x}", cluster.session().0);
     let owner = Owner::default();
     let top = fs.mkdir(InodeId::ROOT, top.as_bytes(), 0o755, owner).await?.inode;
@@ -132,7 +140,7 @@ pub async fn run(plan: &Plan, begun: impl FnOnce()) -> Result<(Vec<Line>, Counts
         ended.map_err(worker)?;
     }
     // What is there in the end, as somebody sees it who did nothing before.
-    let (_, fresh) = connect(plan, "ebb bench history, afterwards").await?;
+    let (_, fresh) = connect(plan, "ebb bench history, afterwards", false).await?;
     for (tree, roots) in trees.iter().enumerate() {
         for inode in roots {
             let client = library::Client::of(fresh.clone(), "afterwards", Dice::new(plan.seed));
@@ -159,11 +167,13 @@ pub fn table(counts: &Counts) -> String {
         if all.is_empty() { "none".to_owned() } else { all.join(", ") }
     };
     format!(
-        "answers: {}; {} creates without asking, {} requests asked again, the longest wait {} ms\n\
+        "answers: {}; {} creates and {} looks without asking, {} inodes recalled, {} requests asked again, the longest wait {} ms\n\
          reads at one voter: {}; {} of them late; {} refused, {} of them late\n\
          without an answer: {}",
         each(&counts.answered),
         counts.answered_alone,
+        counts.answered_from_memory,
+        counts.recalled,
         counts.asked_again,
         counts.longest_ms,
         each(&counts.read_at),

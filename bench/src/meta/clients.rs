@@ -74,8 +74,13 @@ impl Client {
     /// One mutation at a time: every earlier one was answered.
     async fn mutate(&self, op: Op) -> Result<FsResult<OpReply>, BenchError> {
         let sequence = Sequence(self.sequence.fetch_add(1, Ordering::Relaxed) + 1);
-        let request =
-            Request::Mutate { session: self.session, sequence, answered_below: sequence, op };
+        let request = Request::Mutate {
+            session: self.session,
+            sequence,
+            answered_below: sequence,
+            op,
+            dropped: Vec::new(),
+        };
         let begun = Instant::now();
         loop {
             match self.meta.call(&request, PATIENCE).await.map_err(failed)? {
@@ -373,13 +378,15 @@ impl Clients {
     }
 }
 
+const NEW: OpenFlags = OpenFlags { write: true, truncate: false, exclusive: true };
 const LARGE: &str = "large";
 
 fn directory(n: usize) -> String {
     format!("client.{n:04}")
 }
 
-/// Creates and unlinks through the client library, by clients with a session each.
+/// Creates, looks again at what was looked at, and unlinks through the client library, by clients with a session
+/// each that remember what they were told.
 pub(super) async fn library(
     plan: &Plan,
     clients: u32,
@@ -388,7 +395,7 @@ pub(super) async fn library(
     let mut all = Vec::new();
     for n in 0..clients {
         let label = format!("ebb bench meta, pid {}, client {n}", std::process::id());
-        let config = Config { patience: PATIENCE, ..Config::default() };
+        let config = Config { patience: PATIENCE, lease_metadata: true, ..Config::default() };
         let key = plan.identity.key.clone();
         let cluster = Cluster::connect(plan.addresses.clone(), key, &label, config).await?;
         let fs = FileSystem::new(&cluster);
@@ -397,7 +404,14 @@ pub(super) async fn library(
         all.push((Arc::new(fs), name, dir));
     }
     let mut done = Vec::new();
-    for operation in [Operation::Create, Operation::Unlink] {
+    for operation in [Operation::Create, Operation::Stat, Operation::Unlink] {
+        if operation == Operation::Stat {
+            for (fs, _, dir) in &all {
+                for n in 0..plan.files {
+                    fs.lookup(*dir, file(n).as_bytes()).await?;
+                }
+            }
+        }
         let begun = Instant::now();
         let tasks: Vec<_> = all
             .iter()
@@ -407,13 +421,17 @@ pub(super) async fn library(
                     let mut took = micros();
                     for n in 0..files {
                         let begun = Instant::now();
-                        if operation == Operation::Create {
-                            let flags = OpenFlags { write: true, truncate: false, exclusive: true };
-                            let name = file(n).into_bytes();
-                            let made = fs.create(dir, &name, 0o600, owner, flags).await?;
-                            fs.release(made.handle).await?;
-                        } else {
-                            fs.unlink(dir, file(n).as_bytes()).await?;
+                        let name = file(n);
+                        match operation {
+                            Operation::Create => {
+                                let made =
+                                    fs.create(dir, name.as_bytes(), 0o600, owner, NEW).await?;
+                                fs.release(made.handle).await?;
+                            }
+                            Operation::Stat => {
+                                fs.lookup(dir, name.as_bytes()).await?;
+                            }
+                            _ => fs.unlink(dir, name.as_bytes()).await?,
                         }
                         let _ = took.record(us(begun));
                     }

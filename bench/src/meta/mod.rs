@@ -7,7 +7,8 @@
 //! the client library does it, many with one request, in the creates' time.
 //!
 //! Rows named "library" go through the native client library, whose creates are answered before they
-//! have a name (docs/PROTOCOL.md, R49 to R51): their time ends with the directory's fsync.
+//! have a name (docs/PROTOCOL.md, R49 to R51): their time ends with the directory's fsync. Its stats are
+//! of names that were looked up before, under leases (R52).
 //!
 //! Beside them, in the same run: the same phases with system calls by as many threads in a directory of
 //! the local file system, once as it is (nothing durable) and the creates once more with an fsync of file
@@ -224,7 +225,9 @@ async fn measure(plan: &Plan, many: &Clients, say: &impl Fn(&str)) -> Result<Out
             all.push(((operation, Side::Ours, 1), sample));
         }
         let clients = plan.clients.min(LIBRARY_CLIENTS_MAX);
-        say(&format!("run {run}: create and unlink by {clients} clients through the library"));
+        say(&format!(
+            "run {run}: create, look again and unlink by {clients} clients through the library"
+        ));
         for (operation, sample) in clients::library(plan, clients).await? {
             all.push(((operation, Side::Library, clients), sample));
         }

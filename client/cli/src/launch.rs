@@ -170,7 +170,9 @@ pub(crate) async fn run_mount(
     let stop = ebb_fuse::stop_signal();
     let source = addresses.join(",");
     let label = format!("mount on {}, pid {}", dir.display(), std::process::id());
-    let cluster = Cluster::connect(addresses, key, &label, Config::default()).await?;
+    let strict = options.iter().any(|o| o == "strict");
+    let config = Config { lease_metadata: strict, ..Config::default() };
+    let cluster = Cluster::connect(addresses, key, &label, config).await?;
     let mut config = ebb_fuse::MountConfig::new(FileSystem::new(&cluster), dir);
     config.source = source;
     for option in options {

@@ -17,9 +17,13 @@ impl Machine {
         entry
             .commands
             .iter()
-            .map(|command| match begin(kv, entry.now) {
-                Ok(mut ctx) => ctx.command(command),
-                Err(e) => CommandReply::Refused(e.to_string()),
+            .map(|command| {
+                let reply = match begin(kv, entry.now) {
+                    Ok(mut ctx) => ctx.command(command),
+                    Err(e) => CommandReply::Refused(e.to_string()),
+                };
+                kv.command_done();
+                reply
             })
             .collect()
     }
@@ -137,6 +141,10 @@ impl<K: Kv> Ctx<'_, K> {
             Command::Rescued(rescue) => done(self.rescued(rescue)),
             Command::MoveStep(limit) => done(self.move_step(*limit)),
             Command::Load(step, records) => done(self.load(*step, records)),
+            Command::SetLeases(given) => {
+                self.set_counter(Counter::Leases, u64::from(*given));
+                CommandReply::Done
+            }
             Command::Repair(repairs) => done(self.repair_all(repairs)),
         }
     }

@@ -51,6 +51,8 @@ pub(crate) enum Counter {
     Repairs = 29,
     /// 1 while a dump comes back: nobody else does anything.
     Loading = 30,
+    /// 1: a leader may have leased what it told clients ([`ebb_metaplane_protocol::lease`]).
+    Leases = 31,
 }
 
 impl Counter {

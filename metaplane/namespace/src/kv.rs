@@ -27,6 +27,8 @@ pub trait Kv: KvRead {
     fn put(&mut self, key: &[u8], value: &[u8]);
     /// Removes a key, if it is there.
     fn delete(&mut self, key: &[u8]);
+    /// A command was applied, and the next one may come: for stores that tell commands apart.
+    fn command_done(&mut self) {}
 }
 
 /// A store in memory, for tests and the simulator.

@@ -10,6 +10,7 @@
 //! Names are UTF-8, because S3 keys are: another name is refused with `Invalid` (EINVAL). The name
 //! `.ebb` in the root is reserved and hidden.
 
+pub mod footprint;
 pub mod kv;
 pub mod limits;
 

@@ -117,6 +117,11 @@ impl<K: KvRead> Reader<'_, K> {
         Ok(self.counter(Counter::Formatted)? != 0)
     }
 
+    /// Whether leases on metadata may have been given ([`ebb_metaplane_protocol::lease`]).
+    pub fn has_leases(&self) -> FsResult<bool> {
+        Ok(self.counter(Counter::Leases)? != 0)
+    }
+
     /// Attributes of an inode; whether a HEAD is due first.
     pub fn attr(&self, inode: InodeId) -> FsResult<(Attr, bool)> {
         let n = self.inode(inode)?;

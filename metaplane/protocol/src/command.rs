@@ -236,6 +236,8 @@ pub enum Command {
     Repair(Vec<Repair>),
     /// A part of a dump comes back.
     Load(LoadStep, Vec<Record>),
+    /// Whether leases on metadata are given ([`crate::lease`]): a leader that comes after waits for their end.
+    SetLeases(bool),
 }
 
 /// Progress of a directory's listing.

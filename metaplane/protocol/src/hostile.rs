@@ -3,6 +3,7 @@
 
 use crate::check::Repair;
 use crate::dump::{LoadStep, Object, Record};
+use crate::lease::{Watch, Watched};
 use crate::*;
 use ebb_dataplane_protocol::hostile::{Decoder, archive};
 use ebb_dataplane_protocol::{Generation, HandleId, InodeId, codec};
@@ -91,6 +92,7 @@ fn requests() -> Vec<Vec<u8>> {
         sequence: Sequence(2),
         answered_below: Sequence(2),
         op,
+        dropped: vec![(InodeId(3), 9)],
     };
     let open = SessionCall::Open { client: 7, label: "host".into() };
     let query = Request::Query { session: SessionId(1), query: Query::GetAttr(InodeId(2)) };
@@ -102,6 +104,10 @@ fn requests() -> Vec<Vec<u8>> {
         mutate(Op::ReturnNames { dirs: vec![(InodeId(1), 2)] }),
         query,
         Request::Session(open),
+        Request::Session(SessionCall::Watch(
+            SessionId(1),
+            Watch { epoch: 1, call: 2, forgotten: 3 },
+        )),
         Request::Admin(AdminCall::Repair(vec![
             Repair::Name(InodeId(2), b"n".to_vec()),
             Repair::Key("a/b".into()),
@@ -117,11 +123,18 @@ fn requests() -> Vec<Vec<u8>> {
 
 fn responses() -> Vec<Vec<u8>> {
     let opened = SessionReply::Opened { session: SessionId(1), ttl_ms: 9 };
+    let recalled = vec![InodeId(4), InodeId(5)];
+    let watched = Watched { epoch: 1, lease_ms: 1_000, recalled, through: 7 };
     let link = QueryReply::Link(b"target".to_vec());
-    [Response::Session(Ok(opened)), Response::Query(Ok(link)), Response::Op(Err(FsError::NotFound))]
-        .iter()
-        .map(codec::encode)
-        .collect()
+    [
+        Response::Session(Ok(opened)),
+        Response::Session(Ok(SessionReply::Watched(watched))),
+        Response::Query(Ok(link)),
+        Response::Op(Err(FsError::NotFound)),
+    ]
+    .iter()
+    .map(codec::encode)
+    .collect()
 }
 
 fn log_entries() -> Vec<Vec<u8>> {

@@ -13,6 +13,7 @@ pub mod dump;
 pub mod error;
 pub mod flush;
 pub mod hostile;
+pub mod lease;
 pub mod node;
 pub mod op;
 pub mod own;
@@ -27,7 +28,7 @@ pub use node::{NodeCall, NodeReply};
 pub use op::{Made, Op, OpReply, Opened};
 pub use query::{Query, QueryReply};
 
-use ebb_dataplane_protocol::{Sequence, SessionId};
+use ebb_dataplane_protocol::{InodeId, Sequence, SessionId};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A request on a metadata port.
@@ -43,6 +44,9 @@ pub enum Request {
         answered_below: Sequence,
         /// What to do.
         op: Op,
+        /// What the client has forgotten before it, each with the number of its lease ([`lease`]); at most
+        /// [`lease::DROPPED_MAX`].
+        dropped: Vec<(InodeId, u64)>,
     },
     /// A linearizable read.
     Query {
@@ -88,6 +92,9 @@ pub enum SessionCall {
     Renew(SessionId),
     /// Ends the session: its handles are released, its write grants fenced.
     Close(SessionId),
+    /// What a client with a cache has forgotten, and what it should ([`lease`]). Held for up to
+    /// [`lease::HOLD`].
+    Watch(SessionId, lease::Watch),
 }
 
 /// Answers to session traffic.
@@ -102,4 +109,6 @@ pub enum SessionReply {
     },
     /// Renewed or closed.
     Done,
+    /// Answers `Watch`.
+    Watched(lease::Watched),
 }

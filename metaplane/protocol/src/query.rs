@@ -1,6 +1,7 @@
 //! Linearizable reads.
 
 use crate::attr::Attr;
+use crate::lease::Lease;
 use crate::op::Name;
 use ebb_dataplane_protocol::{ClusterMap, InodeId, MapVersion};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -68,6 +69,9 @@ pub struct DirEntry {
 pub enum QueryReply {
     /// Attributes.
     Attr(Attr),
+    /// The same to a client that may remember them; after [`Query::Lookup`] also the entry, or that there is
+    /// none.
+    Leased(Option<Attr>, Lease),
     /// A page and whether it was the last.
     Page {
         /// Entries in name order.

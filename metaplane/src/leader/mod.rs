@@ -23,6 +23,7 @@ pub(crate) mod sweep;
 pub(crate) mod windows;
 
 use crate::service::Service;
+use ebb_metaplane_protocol::lease::LEASE;
 use openraft::async_runtime::WatchReceiver;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -88,6 +89,7 @@ pub(crate) async fn run(service: Arc<Service>, shutdown: CancellationToken) {
             // What was known by heart is of another lead. Not when the same one goes on: what it proposed
             // may yet come (a stand-in, R23), and nobody else led meanwhile.
             service.liveness.clear();
+            service.voter.leases().lead(term);
             service.flushes.begin_lead();
             lead = Some(Lead { term, since: Instant::now(), stop, serves: false });
         }
@@ -97,7 +99,11 @@ pub(crate) async fn run(service: Arc<Service>, shutdown: CancellationToken) {
                 tracing::warn!(term = lead.term, "no majority of the voters hears this leader");
                 service.end_lead(lead);
                 lead.serves = false;
-            } else if !lead.serves && heard && service.can_serve().await {
+            } else if !lead.serves
+                && heard
+                && service.can_serve().await
+                && service.leases_have_ended(lead.since)
+            {
                 lead.stop = shutdown.child_token();
                 lead.serves = true;
                 start(&service, Stop(lead.stop.clone()));
@@ -168,6 +174,12 @@ impl Service {
             tokio::time::sleep(LOOK_EVERY).await;
         }
         false
+    }
+
+    /// Whether nobody remembers any more what an earlier leader told (R55).
+    fn leases_have_ended(&self, since: Instant) -> bool {
+        let given = self.voter.peek(|_, r| r.has_leases());
+        matches!(given, Ok(Ok(false))) || since.elapsed() >= LEASE
     }
 
     /// Wakes the loops that have something to do after commands, once for many of them: a look is a

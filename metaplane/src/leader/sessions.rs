@@ -18,6 +18,9 @@ const COMMIT_EVERY: Duration = Duration::from_millis(SESSION_TTL_MS / 4);
 /// Expiry is looked at this often.
 const LOOK_EVERY: Duration = Duration::from_millis(1_000);
 
+/// When no client has had a cache for this long, that is noted.
+const NO_LEASES_FOR: Duration = Duration::from_secs(60);
+
 #[derive(Clone, Copy, Debug)]
 struct Renewed {
     at: Instant,
@@ -75,6 +78,7 @@ impl Service {
             }
         }
         let mut committed = Instant::now();
+        let mut leased = Instant::now();
         while !stop.sleep(LOOK_EVERY).await {
             if committed.elapsed() >= COMMIT_EVERY {
                 committed = Instant::now();
@@ -89,7 +93,27 @@ impl Service {
             if let Err(e) = self.expire(ttl).await {
                 tracing::debug!(error = %e, "expiring sessions");
             }
+            let over = leased.elapsed() >= NO_LEASES_FOR;
+            if self.voter.leases().clients() > 0 || over && self.end_leases().await {
+                leased = Instant::now();
+            }
         }
+    }
+
+    /// Notes that nobody remembers anything: the next leader need not wait. `false`: not for sure, to be called
+    /// again, and none is given meanwhile.
+    async fn end_leases(&self) -> bool {
+        let given = self.voter.peek(|_, r| r.has_leases());
+        let desk = self.voter.leases();
+        if matches!(given, Ok(Ok(true)))
+            && desk.close()
+            && let Err(e) = self.submit(Command::SetLeases(false)).await
+        {
+            tracing::debug!(error = %e, "noting that there are no leases");
+            return false;
+        }
+        desk.open();
+        true
     }
 
     async fn renew_all(&self) -> FsResult<()> {

@@ -6,8 +6,10 @@
 
 use super::layers::{Layers, Pair};
 use super::state::failed;
+use crate::leases::{LeaseDesk, Waits};
+use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::{CommandReply, LogEntry};
-use ebb_namespace::{Kv, KvRead, Machine};
+use ebb_namespace::{Kv, KvRead, Machine, footprint};
 use redb::{ReadOnlyTable, StorageError};
 use std::cell::RefCell;
 use std::io;
@@ -36,11 +38,30 @@ impl First {
 pub struct Reader<'s> {
     layers: Box<dyn Deref<Target = Layers> + 's>,
     error: First,
+    /// What was looked at, if somebody may have to wait for it.
+    seen: Option<RefCell<Vec<InodeId>>>,
 }
 
 impl<'s> Reader<'s> {
     pub(super) fn new(layers: impl Deref<Target = Layers> + 's) -> Self {
-        Self { layers: Box::new(layers), error: First::default() }
+        Self { layers: Box::new(layers), error: First::default(), seen: None }
+    }
+
+    /// Notes from now on what is looked at.
+    pub(super) fn watched(mut self) -> Self {
+        self.seen = Some(RefCell::default());
+        self
+    }
+
+    /// What was looked at, if that was noted.
+    pub(crate) fn seen(&self) -> Vec<InodeId> {
+        self.seen.as_ref().map(|seen| seen.borrow().clone()).unwrap_or_default()
+    }
+
+    fn see(&self, key: &[u8]) {
+        if let (Some(seen), Some(inode)) = (&self.seen, footprint::inode_of(key)) {
+            seen.borrow_mut().push(inode);
+        }
     }
 
     /// The first error of the store, if there was one: what was read since is worth nothing.
@@ -66,10 +87,25 @@ impl Moment {
 
 impl KvRead for Reader<'_> {
     fn get(&self, key: &[u8]) -> Option<Vec<u8>> {
+        self.see(key);
         self.error.ok(self.layers.get(key))
     }
     fn scan(&self, start: &[u8], end: &[u8], limit: usize, reverse: bool) -> Vec<Pair> {
+        self.see(start);
         self.error.ok(self.layers.scan((start, end), limit, reverse))
+    }
+}
+
+/// What a command looked at and changed.
+#[derive(Default)]
+struct Footprint {
+    read: RefCell<Vec<InodeId>>,
+    written: Vec<InodeId>,
+}
+
+impl Footprint {
+    fn saw(&self, key: &[u8]) {
+        self.read.borrow_mut().extend(footprint::inode_of(key));
     }
 }
 
@@ -77,16 +113,22 @@ impl KvRead for Reader<'_> {
 pub(super) struct Writer<'s> {
     layers: &'s mut Layers,
     error: First,
+    leases: &'s LeaseDesk,
+    /// Noted only where somebody has a lease.
+    footprint: Option<Footprint>,
+    waits: Vec<Waits>,
 }
 
 impl<'s> Writer<'s> {
-    pub(super) fn new(layers: &'s mut Layers) -> Self {
-        Self { layers, error: First::default() }
+    pub(super) fn new(layers: &'s mut Layers, leases: &'s LeaseDesk) -> Self {
+        let footprint = (!leases.is_idle()).then(Footprint::default);
+        Self { layers, error: First::default(), leases, footprint, waits: Vec::new() }
     }
 
-    /// Applies an entry.
-    pub(super) fn apply(&mut self, entry: &LogEntry) -> Vec<CommandReply> {
-        Machine::apply(self, entry)
+    /// Applies an entry: the replies, and what each of them has to wait for (none: nothing).
+    pub(super) fn apply(&mut self, entry: &LogEntry) -> (Vec<CommandReply>, Vec<Waits>) {
+        let replies = Machine::apply(self, entry);
+        (replies, std::mem::take(&mut self.waits))
     }
 
     /// Fails if anything failed; then what was changed must not be used.
@@ -97,20 +139,41 @@ impl<'s> Writer<'s> {
 
 impl KvRead for Writer<'_> {
     fn get(&self, key: &[u8]) -> Option<Vec<u8>> {
+        if let Some(footprint) = &self.footprint {
+            footprint.saw(key);
+        }
         self.error.ok(self.layers.get(key))
     }
     fn scan(&self, start: &[u8], end: &[u8], limit: usize, reverse: bool) -> Vec<Pair> {
+        if let Some(footprint) = &self.footprint {
+            footprint.saw(start);
+        }
         self.error.ok(self.layers.scan((start, end), limit, reverse))
     }
 }
 
 impl Kv for Writer<'_> {
     fn put(&mut self, key: &[u8], value: &[u8]) {
+        if let (Some(footprint), Some(inode)) = (&mut self.footprint, footprint::inode_of(key)) {
+            let before = self.error.ok(self.layers.get(key));
+            if before.is_none_or(|before| !footprint::is_shown_alike(key, &before, value)) {
+                footprint.written.push(inode);
+            }
+        }
         let done = self.layers.change(key, Some(value));
         self.error.ok(done);
     }
     fn delete(&mut self, key: &[u8]) {
+        if let (Some(footprint), Some(inode)) = (&mut self.footprint, footprint::inode_of(key)) {
+            footprint.written.push(inode);
+        }
         let done = self.layers.change(key, None);
         self.error.ok(done);
+    }
+    fn command_done(&mut self) {
+        if let Some(footprint) = self.footprint.take() {
+            self.waits.push(self.leases.applied(&footprint.read.take(), &footprint.written));
+            self.footprint = Some(Footprint::default());
+        }
     }
 }

@@ -75,20 +75,26 @@ impl<'de> Deserialize<'de> for Proposal {
 
 /// What applying an entry gave: one reply per command, in order. Empty for entries of openraft's own.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Applied(pub Vec<CommandReply>);
+pub struct Applied {
+    /// The replies.
+    pub replies: Vec<CommandReply>,
+    /// What each has to wait for; empty: none for anything. Of this process, like the leases.
+    pub waits: Vec<crate::leases::Waits>,
+}
 
 impl Serialize for Applied {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        if self.0.len() > u32::MAX as usize {
+        if self.replies.len() > u32::MAX as usize {
             return Err(ser::Error::custom("too many replies"));
         }
-        s.serialize_bytes(&codec::encode(&self.0))
+        s.serialize_bytes(&codec::encode(&self.replies))
     }
 }
 impl<'de> Deserialize<'de> for Applied {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let bytes = Vec::<u8>::deserialize(d)?;
-        codec::decode(&bytes).map(Self).map_err(de::Error::custom)
+        let replies = codec::decode(&bytes).map_err(de::Error::custom)?;
+        Ok(Self { replies, waits: Vec::new() })
     }
 }
 

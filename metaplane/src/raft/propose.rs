@@ -5,6 +5,7 @@
 //! applied. Reads that arrive together share one confirmation of leadership.
 
 use super::{Applied, Proposal, Raft, TypeConfig};
+use crate::leases::Waits;
 use ebb_metaplane_protocol::{Command, CommandReply, LogEntry, Time};
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
@@ -45,7 +46,7 @@ pub fn now() -> Time {
 /// Tells the time that goes into entries.
 pub type Clock = Arc<dyn Fn() -> Time + Send + Sync>;
 
-type Answer = oneshot::Sender<Result<CommandReply, ProposeError>>;
+type Answer = oneshot::Sender<Result<(CommandReply, Waits), ProposeError>>;
 
 /// What Raft calls with an entry's outcome, on the task that applied it: one hop less than a channel.
 pub struct Callback<T>(Box<dyn FnOnce(T) + Send>);
@@ -76,8 +77,8 @@ impl Proposer {
     }
 
     /// Carries out a command; the reply comes after it is committed and applied. Dropping the future
-    /// does not take the command back.
-    pub async fn submit(&self, command: Command) -> Result<CommandReply, ProposeError> {
+    /// does not take the command back. Nobody else may hear of it before what it waits for has settled.
+    pub async fn submit(&self, command: Command) -> Result<(CommandReply, Waits), ProposeError> {
         let (answer, reply) = oneshot::channel();
         let stopped = || ProposeError::Stopped("shutting down".into());
         // Nobody waits and there is room: no need to go through the queue.
@@ -140,9 +141,11 @@ async fn send(
 }
 
 fn distribute(answers: Vec<Answer>, applied: Applied) {
-    let mut replies = applied.0.into_iter();
+    let mut replies = applied.replies.into_iter();
+    let mut waits = applied.waits.into_iter();
     for answer in answers {
-        let reply = replies.next().ok_or_else(|| {
+        let reply = replies.next().map(|reply| (reply, waits.next().unwrap_or_default()));
+        let reply = reply.ok_or_else(|| {
             ProposeError::Stopped("the state machine answered fewer commands than it got".into())
         });
         // A caller that went away asks again by its sequence.

@@ -14,6 +14,7 @@ use super::kv::{Base, Moment, Reader, Writer};
 use super::layers::Layers;
 use super::snapshot::{self, SnapshotFile, SnapshotWriter};
 use super::{Applied, Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::leases::LeaseDesk;
 use futures::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine, Snapshot};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
@@ -91,6 +92,7 @@ struct Shared {
     snapshots: PathBuf,
     /// Something was applied: leader tasks look for work.
     applied: Notify,
+    leases: LeaseDesk,
 }
 
 impl Shared {
@@ -231,7 +233,13 @@ impl StateReader {
     pub fn view(&self) -> io::Result<Reader<'_>> {
         let state = self.shared.read();
         state.usable()?;
-        Ok(Reader::new(Held(state)))
+        let reader = Reader::new(Held(state));
+        Ok(if self.shared.leases.has_changes() { reader.watched() } else { reader })
+    }
+
+    /// What clients were told of the state.
+    pub(crate) fn leases(&self) -> &LeaseDesk {
+        &self.shared.leases
     }
 
     /// The state as last applied, kept while others go on. Blocks on disk.
@@ -310,6 +318,7 @@ impl StateStore {
             writing_soon: AtomicBool::new(false),
             snapshots,
             applied: Notify::new(),
+            leases: LeaseDesk::new(),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -347,7 +356,7 @@ impl StateStore {
             let mut guard = self.shared.write();
             let state = &mut *guard;
             state.usable()?;
-            let mut writer = Writer::new(&mut state.layers);
+            let mut writer = Writer::new(&mut state.layers, &self.shared.leases);
             for (entry, responder) in batch {
                 let Entry { log_id, payload } = entry;
                 let applied = match payload {
@@ -356,7 +365,10 @@ impl StateStore {
                         state.position.membership = StoredMembership::new(Some(log_id), m);
                         Applied::default()
                     }
-                    EntryPayload::Normal(p) => Applied(writer.apply(p.entry())),
+                    EntryPayload::Normal(p) => {
+                        let (replies, waits) = writer.apply(p.entry());
+                        Applied { replies, waits }
+                    }
                 };
                 state.position.last = Some(log_id);
                 state.entries += 1;

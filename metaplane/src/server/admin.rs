@@ -161,7 +161,7 @@ impl Service {
     /// Fails once this process does not lead as it did when a long call began: the caller asks the next.
     fn still_leads(&self, term: Option<u64>) -> FsResult<()> {
         match self.voter.serves() {
-            Ok(()) if self.voter.leading_term() == term => Ok(()),
+            Ok(_) if self.voter.leading_term() == term => Ok(()),
             other => Err(FsError::NotLeader(other.err().flatten())),
         }
     }

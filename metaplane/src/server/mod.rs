@@ -18,6 +18,7 @@ use crate::service::{Service, count, fs_error};
 use bytes::Bytes;
 use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{Opcode, Status, codec};
+use ebb_metaplane_protocol::lease::DROPPED_MAX;
 use ebb_metaplane_protocol::{
     Command, CommandReply, FsError, FsResult, Request, Response, SessionCall, SessionReply,
 };
@@ -61,7 +62,7 @@ impl Handler for Port {
                 Frame::refusal(&frame.header, Status::NotLeader, "")
             }
             Opcode::Meta => match self.service.voter.serves() {
-                Ok(()) => self.meta(&peer, &frame).await,
+                Ok(term) => self.meta(&peer, &frame, term).await,
                 Err(hint) => {
                     let hint = hint.unwrap_or_default();
                     Frame::refusal(&frame.header, Status::NotLeader, &hint)
@@ -73,17 +74,21 @@ impl Handler for Port {
 }
 
 impl Port {
-    async fn meta(&self, peer: &Peer, frame: &Frame) -> Frame {
+    async fn meta(&self, peer: &Peer, frame: &Frame, term: u64) -> Frame {
         let request: Request = match codec::decode(&frame.body) {
             Ok(request) => request,
             Err(e) => return Frame::refusal(&frame.header, Status::BadRequest, &e.to_string()),
         };
         // Long waits (a flush, a shutdown) hold a permit of their connection, not of everybody.
-        let waits = matches!(request, Request::Admin(_));
+        let watches = matches!(request, Request::Session(SessionCall::Watch(..)));
+        let waits = watches || matches!(request, Request::Admin(_));
         let _permit = if waits { None } else { self.permits.acquire().await.ok() };
-        let _busy = self.service.voter.busy();
+        let _busy = (!watches).then(|| self.service.voter.busy());
         let response = self.service.respond(peer, request).await;
-        if let Some(hint) = not_leader(&response) {
+        // Who led twice and not in between knows nothing of what another leader told, or waits for its end.
+        let tells = matches!(response, Response::Query(_) | Response::Op(_));
+        let astray = tells && self.service.voter.serves() != Ok(term);
+        if let Some(hint) = not_leader(&response).or_else(|| astray.then_some("")) {
             // A command that was proposed may yet be carried out; a read is nothing but unanswered.
             let status = match &response {
                 Response::Op(_) => Status::Superseded,
@@ -120,8 +125,13 @@ impl Service {
                 count(&self.counts.queries);
                 Response::Query(self.query(session, query).await)
             }
-            Request::Mutate { session, sequence, answered_below, op } => {
+            Request::Mutate { session, sequence, answered_below, op, dropped } => {
                 count(&self.counts.mutations);
+                if dropped.len() > DROPPED_MAX {
+                    let why = format!("more than {DROPPED_MAX} forgotten inodes in one request");
+                    return Response::Op(Err(FsError::Invalid(why)));
+                }
+                self.voter.leases().dropped(session, &dropped);
                 Response::Op(self.mutate(session, sequence, answered_below, op).await)
             }
             Request::Session(call) => Response::Session(self.session(call).await),
@@ -151,9 +161,28 @@ impl Service {
                 Ok(SessionReply::Done)
             }
             SessionCall::Close(session) => {
+                self.voter.leases().forget(session);
                 self.submit(Command::EndSessions(vec![session])).await?;
                 self.sessions.forget(session);
                 Ok(SessionReply::Done)
+            }
+            SessionCall::Watch(session, watch) => {
+                // By this a majority has said, after the call was sent, that this node leads: whoever leads next
+                // gives the lease its time (R55).
+                let look =
+                    self.voter.read(|_, r| Ok((r.session_exists(session)?, r.has_leases()?)));
+                let look: FsResult<(bool, bool)> = look.await.map_err(fs_error)?;
+                let (lives, noted) = look?;
+                if !lives {
+                    return Err(FsError::SessionExpired);
+                }
+                let desk = self.voter.leases();
+                let answer = desk.watch(session, watch);
+                if answer.epoch != 0 && !noted {
+                    // Before the client has its lease.
+                    self.submit(Command::SetLeases(true)).await?;
+                }
+                Ok(SessionReply::Watched(desk.hold(session, answer).await))
             }
         }
     }

@@ -4,6 +4,7 @@
 
 use crate::service::{Service, fs_error};
 use ebb_dataplane_protocol::{InodeId, SessionId};
+use ebb_metaplane_protocol::lease::Lease;
 use ebb_metaplane_protocol::query::PAGE_ENTRIES_MAX;
 use ebb_metaplane_protocol::{Attr, FsError, FsResult, Query, QueryReply};
 use ebb_namespace::{LookupState, Machine, Origin};
@@ -15,6 +16,9 @@ use std::sync::atomic::Ordering;
 const ROUNDS_MAX: usize = 16;
 /// Pages listed for one page of entries at most.
 const PAGES_MAX: usize = 1_000;
+
+/// A session that may remember nothing.
+const NOBODY: SessionId = SessionId(0);
 
 fn changing() -> FsError {
     FsError::Again { retry_after_ms: 50, why: "the bucket keeps changing".into() }
@@ -28,7 +32,10 @@ impl Service {
     ) -> FsResult<QueryReply> {
         match &query {
             Query::Lookup { parent, name } => {
-                Ok(QueryReply::Attr(self.lookup(session, *parent, name).await?))
+                match self.lookup_leased(session, *parent, name).await? {
+                    (attr, Some(lease)) => Ok(QueryReply::Leased(attr, lease)),
+                    (attr, None) => attr.map(QueryReply::Attr).ok_or(FsError::NotFound),
+                }
             }
             Query::Resolve { path } => {
                 if path.len() > ebb_namespace::limits::PATH_COMPONENTS_MAX {
@@ -40,7 +47,10 @@ impl Service {
                 }
                 Ok(QueryReply::Attr(attr))
             }
-            Query::GetAttr(inode) => Ok(QueryReply::Attr(self.attr(*inode).await?)),
+            Query::GetAttr(inode) => Ok(match self.attr_leased(session, *inode).await? {
+                (attr, Some(lease)) => QueryReply::Leased(Some(attr), lease),
+                (attr, None) => QueryReply::Attr(attr),
+            }),
             Query::Compare(inode) => {
                 self.compare(*inode).await?;
                 Ok(QueryReply::Attr(self.attr(*inode).await?))
@@ -79,30 +89,67 @@ impl Service {
 
     /// Attributes of an inode, complete.
     pub(super) async fn attr(&self, inode: InodeId) -> FsResult<Attr> {
+        Ok(self.attr_leased(NOBODY, inode).await?.0)
+    }
+
+    /// The same, and whether the session may remember them.
+    async fn attr_leased(
+        &self,
+        session: SessionId,
+        inode: InodeId,
+    ) -> FsResult<(Attr, Option<Lease>)> {
         for _ in 0..ROUNDS_MAX {
-            let (attr, due) = self.voter.read(|_, r| r.attr(inode)).await.map_err(fs_error)??;
+            let look = self.voter.read(|_, r| -> FsResult<_> {
+                let (attr, due) = r.attr(inode)?;
+                Ok((attr, due, self.lease(session, &[inode])))
+            });
+            let (attr, due, lease) = look.await.map_err(fs_error)??;
             if !due {
-                return Ok(attr);
+                return Ok((attr, lease));
             }
             self.hydrate(vec![inode]).await?;
         }
         Err(changing())
     }
 
+    /// A lease on what a view shows. To be asked for while the view is looked at.
+    fn lease(&self, session: SessionId, inodes: &[InodeId]) -> Option<Lease> {
+        if session == NOBODY { None } else { self.voter.leases().grant(session, inodes) }
+    }
+
     /// An entry of a directory, complete.
-    pub(super) async fn lookup(
+    async fn lookup(
         self: &Arc<Self>,
         session: SessionId,
         parent: InodeId,
         name: &[u8],
     ) -> FsResult<Attr> {
+        self.lookup_leased(session, parent, name).await?.0.ok_or(FsError::NotFound)
+    }
+
+    /// An entry of a directory, complete, if it is there; and whether the session may remember that.
+    async fn lookup_leased(
+        self: &Arc<Self>,
+        session: SessionId,
+        parent: InodeId,
+        name: &[u8],
+    ) -> FsResult<(Option<Attr>, Option<Lease>)> {
         let mut asked = false;
         for _ in 0..ROUNDS_MAX {
-            let (state, held) = self
+            let (state, held, lease) = self
                 .voter
                 .read(|_, r| -> FsResult<_> {
                     let held = r.delegated_to_another(parent, session)?;
-                    Ok((r.lookup_state(parent, name)?, held))
+                    let state = r.lookup_state(parent, name)?;
+                    let lease = match &state {
+                        _ if held.is_some() => None,
+                        LookupState::Found { attr, .. } => {
+                            self.lease(session, &[parent, attr.inode])
+                        }
+                        LookupState::Absent => self.lease(session, &[parent]),
+                        LookupState::AskS3 { .. } => None,
+                    };
+                    Ok((state, held, lease))
                 })
                 .await
                 .map_err(fs_error)??;
@@ -111,28 +158,28 @@ impl Service {
                 continue;
             }
             match state {
-                LookupState::Found { attr, needs_attrs: false } => return Ok(attr),
+                LookupState::Found { attr, needs_attrs: false } => return Ok((Some(attr), lease)),
                 LookupState::Found { attr, needs_attrs: true } => {
                     self.hydrate(vec![attr.inode]).await?;
                 }
                 LookupState::Absent => {
                     if asked || !self.is_absence_old(parent) {
-                        return Err(FsError::NotFound);
+                        return Ok((None, lease));
                     }
                     asked = true;
                     let keys =
                         self.voter.peek(|_, r| r.s3_names(parent, name)).map_err(fs_error)?;
                     // A name that S3 can't have.
-                    let Ok(keys) = keys else { return Err(FsError::NotFound) };
+                    let Ok(keys) = keys else { return Ok((None, lease)) };
                     // What is known is served while S3 is away.
                     if !self.look_up(parent, name, &keys.0, &keys.1).await.unwrap_or(false) {
-                        return Err(FsError::NotFound);
+                        return Ok((None, lease));
                     }
                 }
                 LookupState::AskS3 { file_key, dir_key } => {
                     self.list_in_background(parent);
                     if !self.look_up(parent, name, &file_key, &dir_key).await? {
-                        return Err(FsError::NotFound);
+                        return Ok((None, None));
                     }
                 }
             }

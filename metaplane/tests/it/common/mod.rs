@@ -187,7 +187,7 @@ impl Client {
     pub fn request(&self, op: Op) -> Request {
         let n = self.sequence.fetch_add(1, Ordering::Relaxed);
         let (session, sequence) = (self.session, Sequence(n));
-        Request::Mutate { session, sequence, answered_below: Sequence(0), op }
+        Request::Mutate { session, sequence, answered_below: Sequence(0), op, dropped: Vec::new() }
     }
 
     pub async fn op(&self, op: Op) -> FsResult<OpReply> {

@@ -1,0 +1,165 @@
+//! What this client was told and may answer from (docs/PROTOCOL.md, R52 to R55), and the call that keeps it so.
+
+use crate::Result;
+use crate::cluster::Shared;
+use ebb_dataplane_protocol::InodeId;
+use ebb_metaplane_protocol::lease::{Cache, Counts, DROPPED_MAX, LEASE, Ticket, Watched};
+use ebb_metaplane_protocol::{
+    FsError, Op, Query, QueryReply, Request, Response, SessionCall, SessionReply,
+};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+/// Pause after a call that gave no lease.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The cache, if the client has one.
+#[derive(Default)]
+pub(crate) struct Leased(Option<Mutex<Cache>>);
+
+/// A question on its way.
+pub(crate) struct Asked(Option<(Ticket, Instant)>);
+
+impl Leased {
+    pub(crate) fn new(on: bool) -> Self {
+        Self(on.then(Mutex::default))
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        self.0.is_some()
+    }
+
+    fn cache(&self) -> Option<MutexGuard<'_, Cache>> {
+        Some(self.0.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The answer to a question, if it need not be sent.
+    pub(crate) fn known(&self, query: &Query) -> Option<Result<QueryReply>> {
+        let mut cache = self.cache()?;
+        let now = Instant::now();
+        let attr = match query {
+            Query::GetAttr(inode) => Some(cache.attr(*inode, now)?),
+            Query::Lookup { parent, name } => cache.lookup(*parent, name, now)?,
+            _ => return None,
+        };
+        Some(attr.map(QueryReply::Attr).ok_or_else(|| FsError::NotFound.into()))
+    }
+
+    /// A question is about to be sent.
+    pub(crate) fn asks(&self) -> Asked {
+        Asked(self.cache().map(|cache| (cache.asks(), Instant::now())))
+    }
+
+    /// The answer has come: as a client without a cache gets it.
+    pub(crate) fn told(
+        &self,
+        asked: &Asked,
+        query: &Query,
+        reply: QueryReply,
+    ) -> Result<QueryReply> {
+        let QueryReply::Leased(attr, lease) = reply else { return Ok(reply) };
+        if let (Some(mut cache), Some((ticket, sent))) = (self.cache(), asked.0) {
+            match (query, &attr) {
+                (Query::Lookup { parent, name }, attr) => {
+                    cache.told_entry((ticket, sent), lease, (*parent, name), attr.as_ref());
+                }
+                (_, Some(attr)) => cache.told(ticket, lease, attr),
+                (_, None) => {}
+            }
+        }
+        attr.map(QueryReply::Attr).ok_or_else(|| FsError::NotFound.into())
+    }
+
+    /// An operation is about to be sent: what it surely changes is forgotten, and the leader told so.
+    pub(crate) fn forgets(&self, op: &Op) -> Vec<(InodeId, u64)> {
+        let Some(mut cache) = self.cache() else { return Vec::new() };
+        let mut inodes = Vec::new();
+        match op {
+            Op::Create { parent, name, .. }
+            | Op::Mkdir { parent, name, .. }
+            | Op::Symlink { parent, name, .. }
+            | Op::Unlink { parent, name }
+            | Op::Rmdir { parent, name } => {
+                inodes.push(*parent);
+                inodes.extend(cache.remembers(*parent, name));
+            }
+            Op::Rename { parent, name, new_parent, new_name, .. } => {
+                inodes.extend([*parent, *new_parent]);
+                inodes.extend(cache.remembers(*parent, name));
+                inodes.extend(cache.remembers(*new_parent, new_name));
+            }
+            Op::Publish(p) => inodes.extend([p.parent, p.commit.inode]),
+            Op::Open { inode, open } if open.write || open.truncate => inodes.push(*inode),
+            Op::Commit(commit) => inodes.push(commit.inode),
+            Op::SetAttr { inode, .. } => inodes.push(*inode),
+            Op::Release { commit: Some(commit), .. } => inodes.push(commit.inode),
+            Op::ReturnNames { dirs } => {
+                inodes.extend(dirs.iter().map(|d| d.0).take(DROPPED_MAX));
+            }
+            Op::Open { .. }
+            | Op::Regrant { .. }
+            | Op::Release { .. }
+            | Op::ReleaseMany { .. }
+            | Op::Reserve { .. } => {}
+        }
+        cache.forgets(&inodes)
+    }
+
+    /// The session is another one.
+    pub(crate) fn reset(&self) {
+        if let Some(mut cache) = self.cache() {
+            cache.reset();
+        }
+    }
+
+    /// What it was good for.
+    pub(crate) fn counts(&self) -> Counts {
+        self.cache().map(|cache| cache.counts()).unwrap_or_default()
+    }
+}
+
+/// Keeps the lease until the client is gone: a call is always with the leader, which answers when there is
+/// something to forget, or after a while.
+pub(crate) async fn watch(shared: Weak<Shared>) {
+    loop {
+        let Some(shared) = shared.upgrade() else { return };
+        if !once(&shared).await {
+            drop(shared);
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+/// A call. `false`: it gave no lease.
+async fn once(shared: &Shared) -> bool {
+    let (session, epoch) = shared.session.current();
+    // The lease counts from before it is sent.
+    let sent = Instant::now();
+    let Some(watch) = shared.leased.cache().map(|mut cache| cache.watch()) else { return false };
+    let request = Request::Session(SessionCall::Watch(session, watch));
+    match shared.meta.call(&request, LEASE).await {
+        Ok(Response::Session(Ok(SessionReply::Watched(answer)))) => {
+            if shared.session.current().1 == epoch
+                && let Some(mut cache) = shared.leased.cache()
+            {
+                cache.answered(watch, sent, &answer);
+            }
+            let Watched { epoch, lease_ms, .. } = answer;
+            epoch != 0 && lease_ms != 0
+        }
+        Ok(Response::Session(Err(FsError::SessionExpired))) => {
+            if let Err(e) = shared.reopen_session(epoch, shared.deadline()).await {
+                tracing::warn!(error = %e, "cannot replace the expired session yet");
+            }
+            false
+        }
+        Ok(other) => {
+            tracing::debug!(?other, "odd answer to a watch");
+            false
+        }
+        Err(e) => {
+            tracing::debug!(error = %e, "nobody takes the watch");
+            false
+        }
+    }
+}
