@@ -146,6 +146,28 @@ impl FileSystem {
         self.shared.getattr(inode).await
     }
 
+    /// How long these attributes are good without asking, at least: not at all, unless they are remembered under
+    /// a lease ([`crate::Config::lease_metadata`]) and this client does not have the file open. Until then
+    /// [`Self::on_forget`] tells if they are to be forgotten.
+    pub fn lease_on(&self, attr: &Attr) -> Option<Duration> {
+        if self.shared.inode(attr.inode).is_some() {
+            return None;
+        }
+        self.shared.cluster.leased.lease_on(attr)
+    }
+
+    /// Whether this client remembers metadata under leases.
+    pub fn has_leases(&self) -> bool {
+        self.shared.cluster.leased.is_on()
+    }
+
+    /// Has `forget` called with inodes that [`Self::lease_on`] is no longer true of, before anybody is told that
+    /// they changed: once it returns, nobody may use their attributes. Only the first one is called. It must not
+    /// call this file system.
+    pub fn on_forget(&self, forget: crate::Forget) {
+        self.shared.cluster.leased.tell(forget);
+    }
+
     /// The parent of a directory.
     pub async fn parent(&self, inode: InodeId) -> Result<Attr> {
         self.shared.attr_query(Query::Parent(inode)).await

@@ -3,34 +3,44 @@
 use crate::Result;
 use crate::cluster::Shared;
 use ebb_dataplane_protocol::InodeId;
-use ebb_metaplane_protocol::lease::{Cache, Counts, DROPPED_MAX, LEASE, Ticket, Watched};
+use ebb_metaplane_protocol::attr::Attr;
+use ebb_metaplane_protocol::lease::{Cache, Counts, DROPPED_MAX, LEASE, Ticket, Watch, Watched};
 use ebb_metaplane_protocol::{
     FsError, Op, Query, QueryReply, Request, Response, SessionCall, SessionReply,
 };
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Pause after a call that gave no lease.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// Is told of inodes whose attributes are not to be used any more, and returns when nobody does.
+pub type Forget = Box<dyn Fn(&[InodeId]) + Send + Sync>;
+
 /// The cache, if the client has one.
 #[derive(Default)]
-pub(crate) struct Leased(Option<Mutex<Cache>>);
+pub(crate) struct Leased {
+    cache: Option<Mutex<Cache>>,
+    /// Who else uses what is remembered.
+    others: OnceLock<Forget>,
+    /// Everything is being forgotten: held until nobody uses it, before the leader may hear of it.
+    forgetting: Mutex<()>,
+}
 
 /// A question on its way.
 pub(crate) struct Asked(Option<(Ticket, Instant)>);
 
 impl Leased {
     pub(crate) fn new(on: bool) -> Self {
-        Self(on.then(Mutex::default))
+        Self { cache: on.then(Mutex::default), ..Self::default() }
     }
 
     pub(crate) fn is_on(&self) -> bool {
-        self.0.is_some()
+        self.cache.is_some()
     }
 
     fn cache(&self) -> Option<MutexGuard<'_, Cache>> {
-        Some(self.0.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(self.cache.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The answer to a question, if it need not be sent.
@@ -67,7 +77,26 @@ impl Leased {
                 (_, None) => {}
             }
         }
+        if self.cache().is_some_and(|cache| cache.is_full()) {
+            self.reset();
+        }
         attr.map(QueryReply::Attr).ok_or_else(|| FsError::NotFound.into())
+    }
+
+    /// Has somebody told, from now on, of what is forgotten.
+    pub(crate) fn tell(&self, forget: Forget) {
+        let _ = self.others.set(forget);
+    }
+
+    fn forgotten(&self, inodes: &[InodeId]) {
+        if let Some(others) = self.others.get().filter(|_| !inodes.is_empty()) {
+            others(inodes);
+        }
+    }
+
+    /// How long others may use these attributes, if they are what is remembered.
+    pub(crate) fn lease_on(&self, attr: &Attr) -> Option<Duration> {
+        self.cache()?.lease_on(attr, Instant::now())
     }
 
     /// An operation is about to be sent: what it surely changes is forgotten, and the leader told so.
@@ -102,14 +131,35 @@ impl Leased {
             | Op::ReleaseMany { .. }
             | Op::Reserve { .. } => {}
         }
-        cache.forgets(&inodes)
+        let dropped = cache.forgets(&inodes);
+        drop(cache);
+        let inodes: Vec<InodeId> = dropped.iter().map(|d| d.0).collect();
+        self.forgotten(&inodes);
+        dropped
     }
 
-    /// The session is another one.
+    /// The session is another one, or there is too much.
     pub(crate) fn reset(&self) {
+        let _forgetting = self.forgetting();
+        let had = self.cache().map(|mut cache| cache.reset()).unwrap_or_default();
+        self.forgotten(&had);
+    }
+
+    fn forgetting(&self) -> MutexGuard<'_, ()> {
+        self.forgetting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next call to the leader. What it says is forgotten is.
+    fn watch(&self) -> Option<Watch> {
+        let _forgetting = self.forgetting();
+        Some(self.cache()?.watch())
+    }
+
+    fn answered(&self, watch: Watch, sent: Instant, answer: &Watched) {
         if let Some(mut cache) = self.cache() {
-            cache.reset();
+            cache.answered(watch, sent, answer);
         }
+        self.forgotten(&answer.recalled);
     }
 
     /// What it was good for.
@@ -135,14 +185,12 @@ async fn once(shared: &Shared) -> bool {
     let (session, epoch) = shared.session.current();
     // The lease counts from before it is sent.
     let sent = Instant::now();
-    let Some(watch) = shared.leased.cache().map(|mut cache| cache.watch()) else { return false };
+    let Some(watch) = shared.leased.watch() else { return false };
     let request = Request::Session(SessionCall::Watch(session, watch));
     match shared.meta.call(&request, LEASE).await {
         Ok(Response::Session(Ok(SessionReply::Watched(answer)))) => {
-            if shared.session.current().1 == epoch
-                && let Some(mut cache) = shared.leased.cache()
-            {
-                cache.answered(watch, sent, &answer);
+            if shared.session.current().1 == epoch {
+                shared.leased.answered(watch, sent, &answer);
             }
             let Watched { epoch, lease_ms, .. } = answer;
             epoch != 0 && lease_ms != 0

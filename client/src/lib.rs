@@ -50,6 +50,7 @@ pub use ebb_metaplane_protocol::query::{DirEntry, StatFs};
 pub use error::ClientError;
 pub use files::{FileHandle, OpenFlags, OpenedFile};
 pub use fs::{FileSystem, Owner};
+pub use leased::Forget;
 pub use path::WalkEntry;
 pub use writer::Unsent;
 

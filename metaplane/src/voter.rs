@@ -278,15 +278,20 @@ impl Voter {
         &self,
         read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
     ) -> Result<T, ProposeError> {
-        let mut ended = self.ended.subscribe();
         if self.reads.is_sole() {
             self.reads.confirm().await?;
-        } else {
-            tokio::select! {
-                biased;
-                confirmed = self.reads.confirm() => confirmed.map_err(|e| self.hinted(e))?,
-                _ = ended.changed() => return Err(ProposeError::NotLeader(None)),
+            let (result, seen) = self.look(read)?;
+            if !seen.is_empty() {
+                let waits = self.leases().waits(&seen);
+                self.settle(&waits, &mut self.ended.subscribe()).await?;
             }
+            return Ok(result);
+        }
+        let mut ended = self.ended.subscribe();
+        tokio::select! {
+            biased;
+            confirmed = self.reads.confirm() => confirmed.map_err(|e| self.hinted(e))?,
+            _ = ended.changed() => return Err(ProposeError::NotLeader(None)),
         }
         let (result, seen) = self.look(read)?;
         if !seen.is_empty() {

@@ -39,11 +39,18 @@ def test_strict_mounts_see_each_others_changes_at_once():
         a, b = c.mount("a", "-o", "strict"), c.mount("b", "-o", "strict")
         (a / "d").mkdir()
         (a / "d/f").write_text("x")
+        # What these show, the kernel asks for without a name.
+        held = {m: os.open(m / "d/f", os.O_PATH) for m in (a, b)}
         for n in range(150):
             here, there = ((a, b), (b, a))[n % 2]
+            os.chmod(here, 0o700 + n % 64)
+            check(os.stat(there).st_mode & 0o777 == 0o700 + n % 64, f"{n}: the root's mode")
+            check(os.stat(there).st_mode & 0o777 == 0o700 + n % 64, f"{n}: the root's mode, again")
             check(is_there(there / f"d/n{n}") is None, f"{n}: not there yet")
             os.chmod(here / "d/f", 0o400 + n)
+            check(os.fstat(held[there]).st_mode & 0o777 == 0o400 + n, f"{n}: the mode of what is held")
             check(os.stat(there / "d/f").st_mode & 0o777 == 0o400 + n, f"{n}: the mode")
+            check(os.fstat(held[here]).st_mode & 0o777 == 0o400 + n, f"{n}: the mode where it was changed")
             (here / f"d/n{n}").mkdir()
             check(is_there(there / f"d/n{n}") is not None, f"{n}: a new name")
             os.rename(here / f"d/n{n}", here / f"d/m{n}")
@@ -51,7 +58,10 @@ def test_strict_mounts_see_each_others_changes_at_once():
             os.rmdir(here / f"d/m{n}")
             check(is_there(there / f"d/m{n}") is None, f"{n}: removed")
             (here / "d/f").write_text("x" * (n + 1))
+            check(os.fstat(held[there]).st_size == n + 1, f"{n}: the size of what is held")
             check(os.stat(there / "d/f").st_size == n + 1, f"{n}: the size")
+        for fd in held.values():
+            os.close(fd)
         # What nobody changes is not asked for again.
         for i in range(50):
             (a / f"d/s{i}").write_text("")

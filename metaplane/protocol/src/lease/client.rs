@@ -52,6 +52,7 @@ pub struct Cache {
     attrs: HashMap<InodeId, (Attr, u64)>,
     dirs: HashMap<InodeId, (HashMap<Name, Entry>, u64)>,
     names: usize,
+    is_full: bool,
     /// Counts what was forgotten.
     clock: u64,
     dropped: HashMap<InodeId, u64>,
@@ -90,16 +91,24 @@ impl Cache {
         }
     }
 
-    /// Forgets everything: the session is another one, or there is too much.
-    pub fn reset(&mut self) {
+    /// Forgets everything: the session is another one, or there is too much. Answers which attributes it had.
+    pub fn reset(&mut self) -> Vec<InodeId> {
+        let had = self.attrs.keys().copied().collect();
         self.clear();
         self.first_call = self.call + 1;
+        had
+    }
+
+    /// Whether there was something that it had no room for.
+    pub fn is_full(&self) -> bool {
+        self.is_full
     }
 
     fn clear(&mut self) {
         self.attrs.clear();
         self.dirs.clear();
         self.names = 0;
+        self.is_full = false;
         (self.epoch, self.forgotten, self.until) = (0, 0, None);
         self.clock += 1;
         self.floor = self.clock;
@@ -116,6 +125,12 @@ impl Cache {
         let known =
             self.is_good(now).then(|| self.attrs.get(&inode).map(|a| a.0.clone())).flatten();
         self.count(known)
+    }
+
+    /// How long these attributes are good, if they are what is remembered.
+    pub fn lease_on(&self, attr: &Attr, now: Instant) -> Option<Duration> {
+        self.attrs.get(&attr.inode).filter(|known| known.0 == *attr)?;
+        self.until?.checked_duration_since(now)
     }
 
     /// An entry of a directory, or that there is none.
@@ -158,7 +173,8 @@ impl Cache {
             return;
         }
         if self.attrs.len() >= ATTRS_MAX && !self.attrs.contains_key(&attr.inode) {
-            return self.reset();
+            self.is_full = true;
+            return;
         }
         if self.attrs.get(&attr.inode).is_none_or(|a| a.1 < lease.number) {
             self.attrs.insert(attr.inode, (attr.clone(), lease.number));
@@ -180,7 +196,8 @@ impl Cache {
             return;
         }
         if self.names >= NAMES_MAX {
-            return self.reset();
+            self.is_full = true;
+            return;
         }
         let entry = attr.map_or(Entry::Absent(sent), |a| Entry::There(a.inode));
         let (names, number) = self.dirs.entry(dir).or_default();
