@@ -67,7 +67,18 @@ impl Leased {
         query: &Query,
         reply: QueryReply,
     ) -> Result<QueryReply> {
-        let QueryReply::Leased(attr, lease) = reply else { return Ok(reply) };
+        let (attr, lease) = match reply {
+            QueryReply::Leased(attr, lease) => (attr, lease),
+            QueryReply::LeasedPage { entries, end, lease } => {
+                if let (Some(mut cache), Some(asked), Query::ReadDir { inode, .. }) =
+                    (self.cache(), asked.0, query)
+                {
+                    cache.told_page(asked, lease, *inode, &entries);
+                }
+                return Ok(QueryReply::Page { entries, end });
+            }
+            reply => return Ok(reply),
+        };
         if let (Some(mut cache), Some((ticket, sent))) = (self.cache(), asked.0) {
             match (query, &attr) {
                 (Query::Lookup { parent, name }, attr) => {

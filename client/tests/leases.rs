@@ -69,6 +69,17 @@ async fn what_is_remembered_asks_nobody() {
     assert!(looks > 100, "{looks} looks");
     assert_eq!(after.misses, before.misses, "{looks} looks asked: {before:?}, {after:?}");
     assert_eq!(after.hits - before.hits, looks * 4);
+    // What was listed is remembered, too.
+    for n in 0..30 {
+        file(&other, dir, &format!("l{n}")).await;
+    }
+    let listed = fs.list(dir).await.expect("a listing");
+    assert_eq!(listed.len(), 31);
+    let before = fs.cluster().lease_counts();
+    for e in &listed {
+        assert_eq!(fs.lookup(dir, &e.name).await.expect("there"), e.attr);
+    }
+    assert_eq!(fs.cluster().lease_counts().misses, before.misses, "{} looks", listed.len());
     // A name that is not there is remembered for a while, since the bucket may bring it.
     assert!(is_absent(fs.lookup(dir, b"g").await));
     let before = fs.cluster().lease_counts();

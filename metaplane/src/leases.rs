@@ -104,6 +104,11 @@ impl LeaseDesk {
         self.with(|s| s.leases.grant(session, inodes, Instant::now()))
     }
 
+    /// Whether a client may be told of things that it did not ask for one by one.
+    pub(crate) fn has_much_room(&self, session: SessionId) -> bool {
+        self.state().leases.has_much_room(session)
+    }
+
     /// A client forgot these by itself.
     pub(crate) fn dropped(&self, session: SessionId, inodes: &[(InodeId, u64)]) {
         if !inodes.is_empty() {

@@ -53,7 +53,11 @@ impl<K: KvRead> Reader<'_, K> {
         }
     }
 
-    fn holder_besides(&self, dir: &Inode, session: SessionId) -> FsResult<Option<SessionId>> {
+    pub(crate) fn holder_besides(
+        &self,
+        dir: &Inode,
+        session: SessionId,
+    ) -> FsResult<Option<SessionId>> {
         match dir.dir.as_ref().and_then(|d| d.delegation) {
             Some((holder, _)) if holder != session && self.session_exists(holder)? => {
                 Ok(Some(holder))

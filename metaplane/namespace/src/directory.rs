@@ -5,7 +5,7 @@
 
 use crate::Reader;
 use crate::counters::Counter;
-use crate::inode::Loaded;
+use crate::inode::{Inode, Loaded};
 use crate::kv::{Kv, KvRead};
 use crate::limits::KEY_BYTES_MAX;
 use crate::tables::*;
@@ -236,6 +236,22 @@ impl<K: KvRead> Reader<'_, K> {
     /// Whether a name is there, or S3 must be asked first.
     pub fn lookup_state(&self, parent: InodeId, name: &[u8]) -> FsResult<LookupState> {
         let dir = self.dir_inode(parent)?;
+        self.lookup_in(&dir, name)
+    }
+
+    /// The same for a session, and who else knows the directory's names better.
+    pub fn lookup_for(
+        &self,
+        session: SessionId,
+        parent: InodeId,
+        name: &[u8],
+    ) -> FsResult<(LookupState, Option<SessionId>)> {
+        let dir = self.dir_inode(parent)?;
+        Ok((self.lookup_in(&dir, name)?, self.holder_besides(&dir, session)?))
+    }
+
+    fn lookup_in(&self, dir: &Inode, name: &[u8]) -> FsResult<LookupState> {
+        let parent = dir.id;
         if name.len() > NAME_BYTES_MAX {
             return Err(FsError::NameTooLong);
         }

@@ -79,6 +79,15 @@ pub enum QueryReply {
         /// No more after these.
         end: bool,
     },
+    /// The same to a client that may remember the entries and their attributes.
+    LeasedPage {
+        /// Entries in name order.
+        entries: Vec<DirEntry>,
+        /// No more after these.
+        end: bool,
+        /// Of the directory and of all of them.
+        lease: Lease,
+    },
     /// Target of a link.
     Link(Vec<u8>),
     /// The map; `None`: the caller's is current.

@@ -117,6 +117,18 @@ impl Service {
         if session == NOBODY { None } else { self.voter.leases().grant(session, inodes) }
     }
 
+    /// The same of a page of a directory, where there is much room.
+    fn lease_page(
+        &self,
+        session: SessionId,
+        inodes: impl Iterator<Item = InodeId>,
+    ) -> Option<Lease> {
+        if session == NOBODY || !self.voter.leases().has_much_room(session) {
+            return None;
+        }
+        self.lease(session, &inodes.collect::<Vec<_>>())
+    }
+
     /// An entry of a directory, complete.
     async fn lookup(
         self: &Arc<Self>,
@@ -139,8 +151,7 @@ impl Service {
             let (state, held, lease) = self
                 .voter
                 .read(|_, r| -> FsResult<_> {
-                    let held = r.delegated_to_another(parent, session)?;
-                    let state = r.lookup_state(parent, name)?;
+                    let (state, held) = r.lookup_for(session, parent, name)?;
                     let lease = match &state {
                         _ if held.is_some() => None,
                         LookupState::Found { attr, .. } => {
@@ -227,7 +238,7 @@ impl Service {
         for _ in 0..PAGES_MAX {
             let query = Query::ReadDir { inode: dir, after: after.to_vec(), limit };
             // One look at both: between two, somebody could get the names and add some that the page lacks.
-            let (page, due, origin, held) = self
+            let (page, due, origin, held, lease) = self
                 .voter
                 .read(|kv, r| {
                     let held = r.delegated_to_another(dir, session)?;
@@ -240,7 +251,15 @@ impl Service {
                             }
                         }
                     }
-                    Ok((page, due, r.directory_origin(dir)?, held))
+                    let mut lease = None;
+                    if let QueryReply::Page { entries, .. } = &page
+                        && due.is_empty()
+                        && held.is_none()
+                    {
+                        let inodes = entries.iter().map(|e| e.attr.inode).chain([dir]);
+                        lease = self.lease_page(session, inodes);
+                    }
+                    Ok((page, due, r.directory_origin(dir)?, held, lease))
                 })
                 .await
                 .map_err(fs_error)??;
@@ -267,7 +286,10 @@ impl Service {
             let shown: Vec<InodeId> =
                 due.into_iter().filter(|id| entries.iter().any(|e| e.attr.inode == *id)).collect();
             if shown.is_empty() {
-                return Ok(QueryReply::Page { entries, end });
+                return Ok(match lease {
+                    Some(lease) => QueryReply::LeasedPage { entries, end, lease },
+                    None => QueryReply::Page { entries, end },
+                });
             }
             self.hydrate(shown).await?;
         }

@@ -3,6 +3,7 @@
 use super::{DRIFT, Lease, Watch, Watched};
 use crate::attr::Attr;
 use crate::op::Name;
+use crate::query::DirEntry;
 use ebb_dataplane_protocol::InodeId;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -203,6 +204,22 @@ impl Cache {
         let (names, number) = self.dirs.entry(dir).or_default();
         *number = lease.number.max(*number);
         self.names += usize::from(names.insert(name.to_vec(), entry).is_none());
+    }
+
+    /// The answer to a question for entries, some of which may not be remembered.
+    pub fn told_page(
+        &mut self,
+        asked: (Ticket, Instant),
+        lease: Lease,
+        dir: InodeId,
+        page: &[DirEntry],
+    ) {
+        if self.attrs.len() + page.len() > ATTRS_MAX || self.names + page.len() > NAMES_MAX {
+            return;
+        }
+        for e in page {
+            self.told_entry(asked, lease, (dir, &e.name), Some(&e.attr));
+        }
     }
 
     /// Answers the number of the latest lease under which it was remembered.

@@ -147,6 +147,12 @@ impl Leases {
         (recalled, client.told)
     }
 
+    /// Whether a client may be told of things that it did not ask for one by one: it holds few others.
+    pub fn has_much_room(&self, session: SessionId) -> bool {
+        let few = |c: &Client| c.held.len() < HELD_PER_CLIENT_MAX / 4;
+        self.clients.get(&session).is_some_and(few) && self.held < HELD_MAX / 2
+    }
+
     /// `session` is told of these inodes as they are now: nothing is applied between the look at them and
     /// this. `None`: they are not leased.
     pub fn grant(&mut self, session: SessionId, inodes: &[InodeId], now: Instant) -> Option<Lease> {
