@@ -56,6 +56,28 @@ fn a_restarted_member_drops_nothing_before_it_has_a_map() {
     });
 }
 
+#[test]
+fn a_member_that_stays_full_is_dropped_and_its_primary_goes_on() {
+    seeds(30).for_each(|seed| {
+        println!("seed {seed}");
+        World::new(seed).a_full_member_is_dropped();
+    });
+}
+
+#[test]
+fn a_full_member_that_is_needed_stays_and_nobody_waits_for_ever() {
+    let all = seeds(30);
+    let seeds = all.end - all.start;
+    let mut full = 0;
+    for seed in all {
+        println!("seed {seed}");
+        let mut w = World::new(seed);
+        w.a_full_member_that_is_needed_stays();
+        full += w.tally.full_for_long;
+    }
+    assert!(seeds < 30 || full > seeds / 2, "full in {full} of {seeds}");
+}
+
 /// Each of these failed once, on code as it was then. The mended code passes; whether each still meets the
 /// interleaving that it met is not known.
 #[test]
