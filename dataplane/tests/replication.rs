@@ -57,6 +57,14 @@ fn a_restarted_member_drops_nothing_before_it_has_a_map() {
 }
 
 #[test]
+fn a_group_taken_over_while_a_cut_is_journaled_hears_of_the_cut() {
+    seeds(20).for_each(|seed| {
+        println!("seed {seed}");
+        World::new(seed).a_group_is_taken_over_while_a_cut_is_journaled();
+    });
+}
+
+#[test]
 fn a_member_that_stays_full_is_dropped_and_its_primary_goes_on() {
     seeds(30).for_each(|seed| {
         println!("seed {seed}");

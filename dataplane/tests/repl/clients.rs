@@ -1,5 +1,6 @@
 //! Clients of the replication simulator, and what is answered to them and to the leader.
 
+mod anew;
 mod full;
 mod leader;
 
