@@ -56,6 +56,22 @@ fn a_restarted_member_drops_nothing_before_it_has_a_map() {
     });
 }
 
+/// The same with groups that take writes only while two are in-sync: a full member may not be dropped (R60).
+#[test]
+fn acked_writes_survive_where_two_copies_are_required() {
+    let mut all = repl::Tally::default();
+    seeds(60).for_each(|seed| {
+        println!("seed {seed}");
+        let mut w = World::new(seed);
+        w.require_two();
+        w.run(3000);
+        w.heal_and_check();
+        println!("  {:?}", w.tally);
+        all.add(&w.tally);
+    });
+    println!("in all: {all:?}");
+}
+
 #[test]
 fn a_group_taken_over_while_a_cut_is_journaled_hears_of_the_cut() {
     seeds(20).for_each(|seed| {

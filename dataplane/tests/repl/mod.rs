@@ -319,6 +319,12 @@ impl World {
         world
     }
 
+    /// Writes of shared groups need two in-sync members.
+    pub fn require_two(&mut self) {
+        self.map.pgs[..usize::from(SHARED)].iter_mut().for_each(|e| e.min_in_sync = 2);
+        self.heartbeats();
+    }
+
     /// Of what clients see, one after the other.
     fn tick(&mut self) -> u64 {
         self.event += 1;
