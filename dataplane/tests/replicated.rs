@@ -5,6 +5,7 @@ mod common;
 
 use common::client::*;
 use common::*;
+use ebb_dataplane::NodeConfig;
 use ebb_dataplane_protocol::control::{Control, ControlReply};
 use ebb_dataplane_protocol::*;
 
@@ -330,5 +331,63 @@ async fn a_member_that_is_behind_drops_nothing_before_it_knows_why() {
     world.meta().behind.remove(&two);
     world.beats(4).await;
     assert_eq!(meta.control(order).await, ControlReply::Done);
+    first.shutdown().await;
+}
+
+/// It answers, but takes nothing more: its device is smaller than its primary's. Where it is needed, writers hear
+/// `NoSpace`, as of a full primary; where it isn't, its primary asks for it to be dropped (R56).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_backup_is_asked_to_be_dropped_unless_it_is_needed() {
+    let world = World::new(256 * MIB, 1).await;
+    world.meta().many = true;
+    let first = world.start().await;
+    let small = NodeConfig { capacity_bytes: 64 * MIB, ..world.another("beside") };
+    let _second = world.spawn_with(&small).await;
+    let (one, two) = (NODE, NodeId(NODE.0 + 1));
+    world.beats(4).await;
+    world.meta().map.pgs.iter_mut().for_each(|e| e.min_in_sync = 2);
+    members(&world, &[one, two], &[], false).await;
+    let file = File::new(100);
+    let before = client(&world, first.port(), 11).await;
+    assert_eq!(before.present(&file).await, Status::Ok);
+    let piece = |n: u32| pattern(u64::from(n), MIB as usize);
+    let mut written = 0;
+    let refused = loop {
+        let data = piece(written);
+        match before.write_status(&file, written / 4, (written % 4) << 20, &data).await {
+            Status::Ok => written += 1,
+            status => break status,
+        }
+        assert!(written < 64, "its device is smaller");
+    };
+    assert_eq!(refused, Status::NoSpace, "after {written} MiB");
+    let given_up = || {
+        let wishes = world.meta().wishes.get(&one).cloned().unwrap_or_default();
+        wishes.unreachable.iter().any(|w| w.member == core(two))
+    };
+    // In the same group: none is taken, and the answer comes at once.
+    let next = |n: u32| before.write_status(&file, written / 4, (n % 4) << 20, b"next");
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(8);
+    while std::time::Instant::now() < until {
+        let status = tokio::time::timeout(std::time::Duration::from_secs(5), next(written)).await;
+        assert_eq!(status.expect("nobody waits for ever"), Status::NoSpace);
+        world.beats(1).await;
+        assert!(!given_up(), "too few would remain");
+    }
+    let back = before.read(&file, 0, 0, MIB as u32).await;
+    assert!(back == piece(0), "what both have is served");
+
+    // Not needed any more, by the same epoch.
+    world.change_map(|m| m.pgs.iter_mut().for_each(|e| e.min_in_sync = 1)).await;
+    eventually("the primary asks for it to be dropped", given_up).await;
+    members(&world, &[one], &[], false).await;
+    let after = client(&world, first.port(), 12).await;
+    assert_eq!(after.present(&file).await, Status::Ok);
+    for n in written..written + 8 {
+        after.write(&file, n / 4, (n % 4) << 20, &piece(n)).await;
+    }
+    for n in 0..written + 8 {
+        assert!(after.read(&file, n / 4, (n % 4) << 20, MIB as u32).await == piece(n), "piece {n}");
+    }
     first.shutdown().await;
 }

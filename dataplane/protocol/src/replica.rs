@@ -191,8 +191,8 @@ pub struct Wishes {
     /// Syncing members that acked the end mark of a copy and every mutation since: to be made in-sync, the
     /// last in the order (R47). The primary waits for their acks already.
     pub in_sync: Vec<Wish>,
-    /// Members whose acks the primary waits for and whom it can't reach: to be dropped, unless the metadata
-    /// plane finds that it is the primary who is cut off. As long as nobody decides, nothing is acked.
+    /// Members whose acks the primary waits for and whom it can't reach, or who have been without space for long
+    /// and can be spared (R56): to be dropped, unless the metadata plane finds that it is the primary who is cut off. As long as nobody decides, nothing is acked.
     pub unreachable: Vec<Wish>,
 }
 

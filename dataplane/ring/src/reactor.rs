@@ -286,28 +286,25 @@ impl Reactor {
                 }
                 continue;
             }
-            // A link must reach the kernel in one piece.
-            if limit.is_some() && self.ring.room() < 2 {
-                return;
-            }
-            let entry = self.entry(key).user_data(key.to_bits());
-            // SAFETY: everything the entry points at is owned by the operation in the slab (its
-            // buffer, segments, iovecs or word) or by its connection (the sendmsg scratch), on the
+            let first = self.entry(key).user_data(key.to_bits());
+            let pair;
+            let entries = match limit {
+                None => std::slice::from_ref(&first),
+                Some(limit) => {
+                    pair = [first, self.entry(limit).user_data(limit.to_bits())];
+                    &pair[..]
+                }
+            };
+            // SAFETY: everything the entries point at is owned by the operations in the slab (a
+            // buffer, segments, iovecs, a word or a time) or by their connection (the sendmsg scratch), on the
             // heap or in the arena. Neither is touched, moved or freed before the operation's
             // completion: safe code has no handle to it, connections outlive their operations
             // (`in_flight`), and drop drains the ring before it frees anything.
-            if !unsafe { self.ring.push(&entry) } {
+            if !unsafe { self.ring.push(entries) } {
                 return;
             }
-            self.stats.submitted += 1;
+            self.stats.submitted += entries.len() as u64;
             self.runnable.pop_front();
-            if let Some(limit) = limit {
-                let entry = self.entry(limit).user_data(limit.to_bits());
-                // SAFETY: as above; the time limit is in a box of the operation.
-                let pushed = unsafe { self.ring.push(&entry) };
-                assert!(pushed, "there was room for two");
-                self.stats.submitted += 1;
-            }
         }
     }
 

@@ -43,14 +43,17 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// Queues an entry; `false` when the submission queue is full.
+    /// Queues entries that belong together, all or none; `false` when the submission queue has no room for them.
+    ///
+    /// They become visible at once. A polling kernel thread may look between any two: a link of which it has seen
+    /// only the first entry is over for it, and that operation runs alone, on a worker.
     ///
     /// # Safety
-    /// Every address in `entry` must stay valid, and unaliased as far as the kernel writes there,
+    /// Every address in `entries` must stay valid, and unaliased as far as the kernel writes there,
     /// until the final completion of the operation its `user_data` names.
-    pub(crate) unsafe fn push(&mut self, entry: &squeue::Entry) -> bool {
+    pub(crate) unsafe fn push(&mut self, entries: &[squeue::Entry]) -> bool {
         // SAFETY: handed on to the caller.
-        unsafe { self.uring.submission().push(entry).is_ok() }
+        unsafe { self.uring.submission().push_multiple(entries).is_ok() }
     }
 
     /// Whether entering is needed even with nothing to submit: the kernel has deferred work or
@@ -61,7 +64,7 @@ impl Ring {
     }
 
     /// Entries that can be queued before the next enter.
-    pub(crate) fn room(&mut self) -> usize {
+    fn room(&mut self) -> usize {
         let sq = self.uring.submission();
         sq.capacity() - sq.len()
     }

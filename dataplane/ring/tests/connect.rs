@@ -3,6 +3,7 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -135,9 +136,6 @@ fn an_attempt_that_nobody_answers_ends_at_its_limit() {
 fn an_attempt_can_be_given_up() {
     // A known gap of SQPOLL (ADR 0009): on a busy machine the kernel's thread may begin an attempt that is being
     // given up, which then ends only with its limit.
-    if is_polled() {
-        return;
-    }
     let silent = silent();
     let mut reactor = reactor();
     // Before it got to the kernel, and after.
@@ -160,6 +158,42 @@ fn an_attempt_can_be_given_up() {
         assert_eq!((*result, *reason), (Err(NetError::Closed), CloseReason::Asked));
     }
     assert_eq!((reactor.conns(), reactor.stats().stale), (0, 0));
+}
+
+/// The limit is an entry of its own, behind the attempt's. Were they shown to the kernel one by one, a polling thread
+/// could take the first alone: an attempt without a limit, on a worker, where nothing finds it to cancel it.
+#[test]
+fn attempts_keep_their_limit_while_other_threads_want_the_processors() {
+    let silent = silent();
+    let mut reactor = reactor();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        for _ in 0..3 {
+            s.spawn(|| {
+                while !over.load(Relaxed) {
+                    std::hint::spin_loop()
+                }
+            });
+        }
+        let _stop = Stop(&over);
+        for _ in 0..if is_polled() { 8000 } else { 200 } {
+            let conn = reactor.connect(silent.addr, Token(7), LONG).unwrap();
+            let mut events = Vec::new();
+            reactor.turn(Some(Duration::ZERO), &mut events).unwrap();
+            reactor.close(conn);
+            until(&mut reactor, |_, e| matches!(e, Event::Closed { .. }));
+        }
+    });
+    assert_eq!((reactor.conns(), reactor.stats().stale), (0, 0));
+}
+
+/// Ends the threads also where the test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
 
 #[test]

@@ -217,8 +217,9 @@ impl<B: Buffer> ShardCore<B> {
                 });
                 let steps = steps.collect();
                 let id = self.begin_control(owed, steps, Finish::Done);
+                // Gone here, and maybe not everywhere: nothing says any more in which groups it was.
+                self.await_what_leads_began_with(id);
                 if again {
-                    // Gone here, and maybe not everywhere: nothing says any more in which groups it was.
                     self.await_all_since(id);
                 }
                 self.run_steps(id);
@@ -325,6 +326,21 @@ impl<B: Buffer> ShardCore<B> {
         };
         self.controls.insert(id, task);
         id
+    }
+
+    /// What this core led its groups with has to be everywhere before the answer: it may have done by then what
+    /// it is asked again, and have forgotten that.
+    fn await_what_leads_began_with(&mut self, id: ControlId) {
+        let all = self.led_groups().into_iter().filter_map(|pg| {
+            let barrier = Barrier::All(0);
+            self.open_op_within(pg, barrier)?;
+            let (lead, _) = self.op_newest(pg)?;
+            Some(Awaited { pg, lead, barrier })
+        });
+        let all: Vec<Awaited> = all.collect();
+        if let Some(task) = self.controls.get_mut(&id) {
+            task.barriers.extend(all);
+        }
     }
 
     /// Everything so far of every group that this core leads with others has to be everywhere before the answer.

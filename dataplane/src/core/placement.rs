@@ -91,6 +91,16 @@ impl Placement {
         self.map.as_ref()?.pgs.get(usize::from(pg.0))
     }
 
+    /// Whether a group of which this core is primary has in-sync members enough without one that is, or isn't, in-sync
+    /// (R56, R48).
+    pub(crate) fn spares(&self, pg: PgId, in_sync: bool) -> bool {
+        let enough = |e: &PgEntry| {
+            let left = e.members.len() - usize::from(in_sync);
+            left >= usize::from(e.min_in_sync.max(1))
+        };
+        self.led(pg).is_some_and(enough)
+    }
+
     /// Whether this core leads a group anew, which it did not by the map `before`.
     pub(crate) fn leads_anew(&self, before: Option<&ClusterMap>) -> bool {
         let Some(map) = &self.map else { return false };

@@ -56,6 +56,13 @@ impl<B: Buffer> ShardCore<B> {
         self.read_assembled(id, Ok(done));
     }
 
+    /// Gives up a read that waits.
+    pub(crate) fn refuse_read(&mut self, id: u64, refusal: Refusal) {
+        if let Some((task, _)) = self.parked_reads.remove(&id) {
+            self.refuse(task.owed, refusal);
+        }
+    }
+
     pub(crate) fn read_assembled(&mut self, id: u64, outcome: Result<Assembled<B>, Refusal>) {
         let Some(task) = self.reads.remove(&id) else { return };
         // What was put together is served only inside the lease and epoch (I5).

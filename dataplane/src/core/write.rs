@@ -23,7 +23,7 @@ use ebb_store::{BLOCK, EdgeSource, PieceSource, WaitFor, WriteError, WriteOp, Wr
 use std::sync::Arc;
 
 /// Hint with `NoSpace`: flushing has to progress first.
-const RETRY_SPACE_MS: u32 = 200;
+pub(crate) const RETRY_SPACE_MS: u32 = 200;
 /// Hint with `Frozen`.
 const RETRY_FROZEN_MS: u32 = 50;
 
@@ -170,8 +170,15 @@ impl<B: Buffer> ShardCore<B> {
                 assert_eq!(plan.blocks as usize, task.crcs.len(), "one piece per block");
                 task.outstanding = plan.edges.len();
                 task.state = State::Edges;
+                let pg = task.pg;
                 let edges = plan.edges.len();
                 task.plan = Some(plan);
+                if self.has_full_member(pg) {
+                    // R56. What the window knows was answered above.
+                    self.space_refused();
+                    self.finish_write(key, Err(Refusal::after(Status::NoSpace, RETRY_SPACE_MS)));
+                    return true;
+                }
                 for edge in 0..edges {
                     if !self.start_edge(key, edge) {
                         self.starve(Starved::Edge(key, edge));

@@ -1,5 +1,7 @@
 //! Clients of the replication simulator, and what is answered to them and to the leader.
 
+mod anew;
+mod full;
 mod leader;
 
 use super::history::History;
@@ -340,19 +342,24 @@ impl World {
         }
         let pending = self.files.all[file].cells[cell].pending.len();
         if pending == 0 || (pending < WRITERS && self.rng.random_bool(0.3)) {
-            let s = self.rng.random_range(0..SESSIONS);
-            let session = &mut self.files.sessions[s];
-            let sequence = session.next;
-            session.next += 1;
-            session.open.push(sequence);
-            let asked = self.tick();
-            let c = &mut self.files.all[file].cells[cell];
-            let value = c.history.asked(asked);
-            c.pending.push(Pending { value, session: s, sequence, at: None });
-            return self.write_cell(file, cell, pending);
+            return self.new_write(file, cell);
         }
         let which = self.rng.random_range(0..pending);
         self.write_cell(file, cell, which);
+    }
+
+    fn new_write(&mut self, file: usize, cell: usize) {
+        let pending = self.files.all[file].cells[cell].pending.len();
+        let s = self.rng.random_range(0..SESSIONS);
+        let session = &mut self.files.sessions[s];
+        let sequence = session.next;
+        session.next += 1;
+        session.open.push(sequence);
+        let asked = self.tick();
+        let c = &mut self.files.all[file].cells[cell];
+        let value = c.history.asked(asked);
+        c.pending.push(Pending { value, session: s, sequence, at: None });
+        self.write_cell(file, cell, pending);
     }
 
     /// Writes that got no answer are sent again.
@@ -452,12 +459,19 @@ impl World {
                 self.meta_ask(n, &drop, Request::Unload(n, inode));
             } else if piece < PIECES {
                 self.files.ballast.insert(n, (inode, piece + 1, false));
-                self.write_ballast(n, inode, piece);
+                let at = u64::from(piece) * PIECE_BYTES;
+                self.write_ballast(
+                    n,
+                    inode,
+                    at,
+                    PIECE_BYTES as usize,
+                    inode.0 * 100 + u64::from(piece),
+                );
             }
         }
     }
 
-    fn write_ballast(&mut self, n: u32, inode: InodeId, piece: u32) {
+    fn write_ballast(&mut self, n: u32, inode: InodeId, at: u64, len: usize, sequence: u64) {
         let session = SessionId(99);
         let grant = Grant {
             cluster: CLUSTER,
@@ -473,12 +487,11 @@ impl World {
         let header = Header::request(Opcode::Present, 0);
         self.ask(n, Role::Client, session, (header, grant, None), Request::Ballast);
         let pg = PgId::of(inode, RunIndex(0), PGS);
-        let at = u64::from(piece) * PIECE_BYTES;
         let header = Header {
             inode,
             chunk: ChunkIndex((at / u64::from(CHUNK_BYTES)) as u32),
             offset: (at % u64::from(CHUNK_BYTES)) as u32,
-            length: PIECE_BYTES as u32,
+            length: len as u32,
             pg,
             ..Header::request(Opcode::Write, 0)
         };
@@ -489,15 +502,15 @@ impl World {
             pg_epoch: self.map.pgs[usize::from(pg.0)].epoch,
             content: ContentId(1),
             session,
-            sequence: Sequence(inode.0 * 100 + u64::from(piece)),
+            sequence: Sequence(sequence),
             answered_below: Sequence(0),
         };
-        let buf = AlignedBuf::zeroed(PIECE_BYTES as usize);
+        let buf = AlignedBuf::zeroed(len);
         let mut body = context.encode().to_vec();
-        let pieces = block_pieces(0, PIECE_BYTES as usize);
+        let pieces = block_pieces(0, len);
         let crcs: Vec<u32> = pieces.map(|p| crc32c(&buf[p])).collect();
         body.extend(encode_checksums(&crcs));
-        let header = header.with_payload(PIECE_BYTES as u32);
+        let header = header.with_payload(len as u32);
         self.ask(n, Role::Client, session, (header, body, Some(buf)), Request::Ballast);
     }
 
@@ -508,6 +521,7 @@ impl World {
         match asked {
             Request::Present => {}
             Request::Write { file, cell, value, session } => {
+                self.tally.no_space += u64::from(status == Status::NoSpace);
                 let done = status == Status::Ok || status == Status::Answered;
                 if !done {
                     self.refused(session);

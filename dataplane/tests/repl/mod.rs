@@ -77,6 +77,9 @@ pub struct Tally {
     pub slow_links: u64,
     pub fills: u64,
     pub full: u64,
+    pub no_space: u64,
+    /// Only of the scenarios with a member that stays full.
+    pub full_for_long: u64,
     pub discards: u64,
     pub relapses: u64,
 }
@@ -111,6 +114,7 @@ impl Tally {
             self.slow_links,
             self.fills,
             self.full,
+            self.no_space,
             self.discards,
             self.relapses,
         ]
@@ -145,6 +149,7 @@ impl Tally {
         self.slow_links += o.slow_links;
         self.fills += o.fills;
         self.full += o.full;
+        self.no_space += o.no_space;
         self.discards += o.discards;
         self.relapses += o.relapses;
     }
@@ -215,6 +220,8 @@ pub struct World {
     pub files: Files,
     traced: bool,
     calm: bool,
+    /// No members but those that are missing.
+    steady: bool,
     pub tally: Tally,
 }
 
@@ -305,10 +312,17 @@ impl World {
             files,
             traced: std::env::var_os("EBB_SIM_TRACE").is_some(),
             calm: false,
+            steady: false,
             tally: Tally::default(),
         };
         world.heartbeats();
         world
+    }
+
+    /// Writes of shared groups need two in-sync members.
+    pub fn require_two(&mut self) {
+        self.map.pgs[..usize::from(SHARED)].iter_mut().for_each(|e| e.min_in_sync = 2);
+        self.heartbeats();
     }
 
     /// Of what clients see, one after the other.

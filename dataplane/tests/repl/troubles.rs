@@ -368,7 +368,7 @@ impl World {
             if lapsed && entry.members.len() > 1 {
                 self.take_over(at);
             } else if entry.members.len() + entry.syncing.len() < self.copies
-                || self.rng.random_bool(0.02)
+                || (!self.steady && self.rng.random_bool(0.02))
             {
                 let free = (1..=NODES).map(shard).find(|s| {
                     let up = self.nodes[&s.node.0].core.is_some();

@@ -38,6 +38,8 @@ pub(crate) struct Follow<B> {
     queue: VecDeque<Item<B>>,
     /// The newest record appended for it.
     last: Option<Ticket>,
+    /// Since when its oldest mutation without data finds no space.
+    no_space_since_ms: Option<u64>,
     copy: Option<Copied>,
 }
 
@@ -66,6 +68,16 @@ impl<B> Follow<B> {
     pub(crate) fn waits(&self) -> bool {
         self.queue.iter().any(|i| matches!(i.state, State::New))
             || self.queue.front().is_some_and(|i| i.outstanding == 0)
+    }
+
+    /// Its oldest mutation, if that has found no space for `kept_ms`.
+    pub(super) fn take_out_of_space(&mut self, now_ms: u64, kept_ms: u64) -> Option<Owed> {
+        let since_ms = self.no_space_since_ms?;
+        let first = |i: &Item<B>| matches!(i.state, State::New);
+        if now_ms < since_ms.saturating_add(kept_ms) || !self.queue.front().is_some_and(first) {
+            return None;
+        }
+        self.queue.pop_front().map(|item| item.owed)
     }
 }
 
@@ -146,6 +158,7 @@ impl<B: Buffer> ShardCore<B> {
                 next: 0,
                 queue: VecDeque::new(),
                 last: None,
+                no_space_since_ms: None,
                 copy: Some(Copied::default()),
             };
             self.replication.follows.insert(pg, follow);
@@ -217,7 +230,7 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     /// Ends a stream here: what was not appended never will be.
-    fn end_follow(&mut self, pg: PgId) {
+    pub(super) fn end_follow(&mut self, pg: PgId) {
         let Some(follow) = self.replication.follows.remove(&pg) else { return };
         if let Some(last) = follow.last {
             self.replication.last.insert(pg, last);
@@ -279,6 +292,9 @@ impl<B: Buffer> ShardCore<B> {
 
     fn pump(&mut self, pg: PgId) {
         self.start_items(pg);
+        if self.refuse_for_space(pg) {
+            return;
+        }
         loop {
             let Some(follow) = self.replication.follows.get_mut(&pg) else { return };
             let ready = |i: &Item<B>| i.outstanding == 0 && !matches!(i.state, State::New);
@@ -313,6 +329,7 @@ impl<B: Buffer> ShardCore<B> {
     /// Begins the data writes of everything that can.
     fn start_items(&mut self, pg: PgId) {
         let Some(mut follow) = self.replication.follows.remove(&pg) else { return };
+        let mut no_space = false;
         for item in follow.queue.iter_mut().filter(|i| matches!(i.state, State::New)) {
             let begun = match &item.ship {
                 Ship::Write(w) => self.store.begin_shipped(&write_op(w)).map(State::Write),
@@ -322,6 +339,7 @@ impl<B: Buffer> ShardCore<B> {
             match begun {
                 Ok(state) => item.state = state,
                 Err(WriteError::NoSpace { needed, .. }) => {
+                    no_space = true;
                     self.evict_for(needed);
                     break;
                 }
@@ -342,6 +360,8 @@ impl<B: Buffer> ShardCore<B> {
                 self.out.push(Command::Write { token, offset: w.offset, buf, range });
             }
         }
+        let since_ms = follow.no_space_since_ms.unwrap_or(self.now_ms);
+        follow.no_space_since_ms = no_space.then_some(since_ms);
         self.replication.follows.insert(pg, follow);
     }
 

@@ -42,7 +42,7 @@ pub(crate) struct Lead<B> {
     since: MapVersion,
     pub(crate) epoch: PgEpoch,
     /// Mutations that are not answered yet.
-    ops: Ops,
+    pub(super) ops: Ops,
     pub(crate) members: BTreeMap<ShardRef, Member<B>>,
     /// Of the newest mutation appended.
     pub(crate) last: Option<Ticket>,
@@ -50,7 +50,7 @@ pub(crate) struct Lead<B> {
 
 pub(crate) struct Member<B> {
     /// Counts: in-sync by the map, or asked to be.
-    required: bool,
+    pub(super) required: bool,
     /// The map says so.
     pub(crate) in_sync: bool,
     /// The end mark of its copy was sent.
@@ -63,6 +63,8 @@ pub(crate) struct Member<B> {
     broken_since_ms: u64,
     /// Mutations below this number came with a copy that ended.
     copied_to: u64,
+    /// When it first said that it has no space; no stream has been whole since (R56).
+    pub(super) full_since_ms: Option<u64>,
 }
 
 pub(crate) struct Stream<B> {
@@ -146,6 +148,7 @@ impl<B> Member<B> {
             again_ms: 0,
             broken_since_ms: now_ms,
             copied_to: 0,
+            full_since_ms: None,
         }
     }
 
@@ -272,6 +275,8 @@ impl<B: Buffer> ShardCore<B> {
                 let silent = self.replication.silent.get(shard);
                 let silent = silent.filter(|s| s.failed && long(s.since_ms));
                 let lost = match &m.stream {
+                    // It is there, and says no: whether it goes is a question of how many remain.
+                    _ if m.full_since_ms.is_some() => self.is_full_for_long(*pg, m),
                     None => long(m.broken_since_ms),
                     // To begin one may take longer than the pauses between two attempts. And one that had nothing to
                     // send hasn't noticed that its link is no more: not each group has to wait for that anew.
@@ -495,11 +500,17 @@ impl<B: Buffer> ShardCore<B> {
                     let silent = self.replication.silent.entry(shard).or_insert(new);
                     silent.link = silent.link.max(stream.link.unwrap_or(LinkId(0)));
                     silent.failed |= !stream.begun;
+                    if m.full_since_ms.take().is_some() {
+                        m.broken_since_ms = since_ms;
+                    }
                 }
                 tracing::debug!(%pg, ?shard, error = %e, "a member's stream ended");
                 return self.stream_broke(pg, shard, if soon { 1 } else { AGAIN_MS });
             }
         };
+        if status == Status::NoSpace {
+            return self.member_is_full(pg, shard);
+        }
         if status != Status::Ok {
             tracing::debug!(%pg, ?shard, ?status, "a member refused its stream");
             return self.stream_broke(pg, shard, AGAIN_MS);
@@ -532,6 +543,7 @@ impl<B: Buffer> ShardCore<B> {
                 stream.chunks.clear();
                 stream.scopes.clear();
                 m.wished = true;
+                m.full_since_ms = None;
                 m.copied_to = m.copied_to.max(next);
                 self.settle_ops(pg, &Look::All);
             }

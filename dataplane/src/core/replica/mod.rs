@@ -2,13 +2,15 @@
 //!
 //! [`lead`] is the primary's side: every mutation that it appends of a group with other members goes to
 //! them in the same order, and is answered only when all that count have it. [`copy`] brings a member
-//! that has missed something up to date, in the same stream. [`follow`] is the member's side.
+//! that has missed something up to date, in the same stream. [`follow`] is the member's side, and [`full`] both
+//! sides of a member without space.
 //!
 //! Who is a member, and which of them count, is in the map; this core asks for changes (its report) and
 //! makes none.
 
 pub(crate) mod copy;
 pub(crate) mod follow;
+mod full;
 pub(crate) mod lead;
 mod ops;
 

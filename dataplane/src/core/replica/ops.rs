@@ -125,6 +125,11 @@ impl Ops {
         early
     }
 
+    /// Whoever waits for anything; what they waited for stays open.
+    pub(super) fn take_waiters(&mut self) -> Vec<Waiter> {
+        self.open.values_mut().flat_map(|op| std::mem::take(&mut op.waiters)).collect()
+    }
+
     /// Takes out what is durable here and `everywhere`, of what may have become so; whoever waited, oldest first.
     pub(super) fn settle(
         &mut self,
