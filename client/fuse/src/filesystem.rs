@@ -4,6 +4,7 @@ use crate::convert::{attr, errno, inode, kind, set_attr};
 use crate::directory::{DirStream, FIRST};
 use crate::known::Known;
 use crate::mount::MountConfig;
+use crate::telling::Telling;
 use ebb_client::{
     Attr, FileHandle, FileKind, FileSystem, InodeId, OpenFlags, OpenedFile, Owner, Result,
 };
@@ -19,8 +20,8 @@ use std::future::Future;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
 use tokio::runtime::Handle;
 
 /// Largest write request, and readahead we would like.
@@ -32,9 +33,6 @@ const FREE_BYTES: u64 = 1 << 50;
 const STATFS_BLOCK: u32 = 4096;
 /// Inode ids are never reused, so the kernel needs no generation to tell them apart.
 const NEVER_REUSED: Generation = Generation(0);
-
-/// A tick of the kernel's clock, by which it rounds lifetimes up: at most 10 ms.
-const KERNEL_TICK: Duration = Duration::from_millis(20);
 
 type Streams = HashMap<u64, Arc<tokio::sync::Mutex<DirStream>>>;
 
@@ -51,18 +49,7 @@ struct Shared {
     next_stream: AtomicU64,
     attr_ttl: Duration,
     entry_ttl: Duration,
-    notifier: Arc<OnceLock<Notifier>>,
-    /// The kernel gets attributes for as long as they are leased. Read while it is told of some, written while it
-    /// is told to forget some, so that none arrive after that.
-    telling: Option<Arc<RwLock<()>>>,
-}
-
-/// Attributes that the kernel may keep for so long.
-struct Told<'a> {
-    ttl: Duration,
-    /// When it may not have come yet, and they are not good any more.
-    end: Option<Instant>,
-    _telling: Option<RwLockReadGuard<'a, ()>>,
+    telling: Telling,
 }
 
 impl Shared {
@@ -79,9 +66,9 @@ impl Shared {
         match result {
             Ok(a) => {
                 self.known.told(&a);
-                let told = self.tell(&a);
+                let told = self.telling.tell(&a);
                 reply.entry_with_ttls(&told.ttl, &self.entry_ttl, &attr(&a), NEVER_REUSED);
-                self.told(told, a.inode);
+                self.telling.told(told, a.inode);
             }
             Err(e) => reply.error(errno(what, &e)),
         }
@@ -91,36 +78,12 @@ impl Shared {
         match result {
             Ok(a) => {
                 self.known.told(&a);
-                let told = self.tell(&a);
+                let told = self.telling.tell(&a);
                 reply.attr(&told.ttl, &attr(&a));
-                self.told(told, a.inode);
+                self.telling.told(told, a.inode);
             }
             Err(e) => reply.error(errno(what, &e)),
         }
-    }
-
-    /// The kernel is about to be told.
-    fn tell(&self, a: &Attr) -> Told<'_> {
-        let Some(telling) = &self.telling else {
-            return Told { ttl: self.attr_ttl, end: None, _telling: None };
-        };
-        let telling = telling.read().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        // The kernel's clock ticks more slowly.
-        let left = self.fs.lease_on(a).and_then(|left| left.checked_sub(KERNEL_TICK));
-        let ttl = left.unwrap_or_default();
-        Told { ttl, end: left.map(|left| now + left), _telling: Some(telling) }
-    }
-
-    /// It was. A process that stood still in between told it too late.
-    fn told(&self, told: Told<'_>, inode: InodeId) {
-        if told.end.is_some_and(|end| end <= Instant::now()) {
-            self.forget_attributes(inode);
-        }
-    }
-
-    fn forget_attributes(&self, inode: InodeId) {
-        forget_attributes(&self.notifier, inode);
     }
 
     /// A file that was opened, and truncated by somebody who ends its privileges by that.
@@ -139,7 +102,7 @@ impl Shared {
             }
         }
         if file.attr.mode != mode {
-            self.forget_attributes(file.attr.inode);
+            self.telling.forget(file.attr.inode);
         }
         Ok(file)
     }
@@ -148,19 +111,9 @@ impl Shared {
     fn at_open(&self, a: &Attr, write: bool) -> FopenFlags {
         let at = self.known.opened(a, write);
         if at.attributes_old {
-            self.forget_attributes(a.inode);
+            self.telling.forget(a.inode);
         }
         if at.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() }
-    }
-}
-
-/// Has the kernel ask again for an inode's attributes.
-fn forget_attributes(notifier: &OnceLock<Notifier>, inode: InodeId) {
-    let Some(notifier) = notifier.get() else { return };
-    // Attributes only (a negative offset): takes no page lock, so it cannot wait for a read
-    // that we are to answer.
-    if let Err(e) = notifier.inval_inode(INodeNo(inode.0), -1, 0) {
-        tracing::debug!(inode = inode.0, error = %e, "the kernel keeps old attributes, or has none");
     }
 }
 
@@ -198,25 +151,14 @@ impl Shim {
             next_stream: AtomicU64::new(1),
             attr_ttl: config.attr_ttl,
             entry_ttl: config.entry_ttl,
-            notifier: Arc::default(),
-            telling: (config.attr_ttl.is_zero() && config.fs.has_leases()).then(Arc::default),
+            telling: Telling::new(&config.fs, config.attr_ttl),
         };
-        if let Some(telling) = &shared.telling {
-            let (telling, notifier) = (Arc::clone(telling), Arc::clone(&shared.notifier));
-            shared.fs.on_forget(Box::new(move |inodes| {
-                // What is on its way to the kernel arrives first.
-                drop(telling.write().unwrap_or_else(PoisonError::into_inner));
-                for inode in inodes {
-                    forget_attributes(&notifier, *inode);
-                }
-            }));
-        }
         Self { shared: Arc::new(shared), runtime }
     }
 
     /// Where the notifier goes once the session exists.
     pub(crate) fn notifier_slot(&self) -> Arc<OnceLock<Notifier>> {
-        Arc::clone(&self.shared.notifier)
+        self.shared.telling.notifier_slot()
     }
 
     fn start<F: Future<Output = ()> + Send + 'static>(&self, f: impl FnOnce(Arc<Shared>) -> F) {
@@ -530,7 +472,7 @@ impl Filesystem for Shim {
                     Ok(()) => reply.written(len),
                     Err(e) => reply.error(errno("write", &e)),
                 }
-                s.forget_attributes(inode(ino));
+                s.telling.forget(inode(ino));
             });
         }
         // The buffer has room: one copy, and the answer goes out from this very thread.

@@ -13,5 +13,6 @@ mod filesystem;
 mod known;
 mod mount;
 mod mountinfo;
+mod telling;
 
 pub use mount::{MountConfig, MountError, mount, stop_signal, unmount};
