@@ -96,6 +96,9 @@ impl LeaseDesk {
 
     /// What an answer that looked at these waits for.
     pub(crate) fn waits(&self, seen: &[InodeId]) -> Waits {
+        if !self.has_changes() {
+            return Waits::new();
+        }
         self.state().leases.waits(seen)
     }
 

@@ -379,6 +379,8 @@ impl Clients {
 }
 
 const NEW: OpenFlags = OpenFlags { write: true, truncate: false, exclusive: true };
+/// Looks at each file through the library.
+const LOOKS: u32 = 50;
 const LARGE: &str = "large";
 
 fn directory(n: usize) -> String {
@@ -412,6 +414,7 @@ pub(super) async fn library(
                 }
             }
         }
+        let rounds = if operation == Operation::Stat { LOOKS } else { 1 };
         let begun = Instant::now();
         let tasks: Vec<_> = all
             .iter()
@@ -419,7 +422,7 @@ pub(super) async fn library(
                 let (fs, dir, files) = (Arc::clone(fs), *dir, plan.files);
                 tokio::spawn(async move {
                     let mut took = micros();
-                    for n in 0..files {
+                    for n in (0..rounds).flat_map(|_| 0..files) {
                         let begun = Instant::now();
                         let name = file(n);
                         match operation {
@@ -435,7 +438,9 @@ pub(super) async fn library(
                         }
                         let _ = took.record(us(begun));
                     }
-                    fs.fsync_dir(dir).await?;
+                    if operation != Operation::Stat {
+                        fs.fsync_dir(dir).await?;
+                    }
                     Ok::<_, BenchError>(took)
                 })
             })
@@ -445,7 +450,7 @@ pub(super) async fn library(
             let of = task.await.map_err(|e| BenchError::Worker(e.to_string()))??;
             took.add(of).map_err(failed)?;
         }
-        let count = u64::from(clients) * u64::from(plan.files);
+        let count = u64::from(clients) * u64::from(plan.files) * u64::from(rounds);
         done.push((operation, Sample::new(count, begun.elapsed(), &took)));
     }
     for (fs, name, _) in all {

@@ -152,10 +152,13 @@ impl Service {
         }
     }
 
-    /// Attributes of an inode, if they are complete. The caller has just had a command applied here.
+    /// Attributes of an inode, if they are complete and anybody may hear of them. The caller has just had a
+    /// command applied here.
     fn known_attr(&self, inode: InodeId) -> Option<Attr> {
-        let (attr, due) = self.voter.peek(|_, r| r.attr(inode)).ok()?.ok()?;
-        (!due).then_some(attr)
+        let look = self.voter.peek(|_, r| (r.attr(inode), self.voter.leases().waits(&[inode])));
+        let (attr, waits) = look.ok()?;
+        let (attr, due) = attr.ok()?;
+        (!due && waits.is_empty()).then_some(attr)
     }
 
     /// What must be known before the command is proposed.
