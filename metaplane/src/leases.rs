@@ -76,6 +76,11 @@ impl LeaseDesk {
         self.idle.load(Ordering::SeqCst)
     }
 
+    /// Whether somebody was told of it.
+    pub(crate) fn is_held(&self, inode: InodeId) -> bool {
+        self.state().leases.is_held(inode)
+    }
+
     /// Whether some answers have to wait.
     pub(crate) fn has_changes(&self) -> bool {
         self.changes.load(Ordering::SeqCst)

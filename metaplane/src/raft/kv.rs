@@ -155,7 +155,11 @@ impl KvRead for Writer<'_> {
 impl Kv for Writer<'_> {
     fn put(&mut self, key: &[u8], value: &[u8]) {
         if let (Some(footprint), Some(inode)) = (&mut self.footprint, footprint::inode_of(key)) {
-            let before = self.error.ok(self.layers.get(key));
+            // Only where it spares somebody a recall is it worth a look at what was there before.
+            let before = match self.leases.is_held(inode) {
+                true => self.error.ok(self.layers.get(key)),
+                false => None,
+            };
             if before.is_none_or(|before| !footprint::is_shown_alike(key, &before, value)) {
                 footprint.written.push(inode);
             }

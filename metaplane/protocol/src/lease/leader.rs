@@ -66,6 +66,11 @@ impl Leases {
         self.held == 0 && self.changes.is_empty()
     }
 
+    /// Whether somebody was told of it.
+    pub fn is_held(&self, inode: InodeId) -> bool {
+        self.holders.contains_key(&inode)
+    }
+
     /// Changes that some answers have to wait for.
     pub fn change_count(&self) -> usize {
         self.changes.len()
