@@ -99,12 +99,14 @@ impl LeaseDesk {
         })
     }
 
-    /// What an answer that looked at these waits for.
-    pub(crate) fn waits(&self, seen: &[InodeId]) -> Waits {
-        if !self.has_changes() {
-            return Waits::new();
-        }
-        self.state().leases.waits(seen)
+    /// What an answer that looked at these waits for. Under the view that it looked at.
+    pub(crate) fn looked(&self, seen: &[InodeId]) -> Waits {
+        if seen.is_empty() { Waits::new() } else { self.state().leases.looked(seen) }
+    }
+
+    /// Whether anybody may hear of an inode at once. Under the view that shows it.
+    pub(crate) fn is_settled(&self, inode: InodeId) -> bool {
+        !self.has_changes() || self.state().leases.is_settled(inode)
     }
 
     /// Under the view that shows the inodes as the client is told of them.

@@ -4,7 +4,7 @@
 use crate::config::MetaConfig;
 use crate::error::MetaError;
 use crate::ground::Ground;
-use crate::leases::LeaseDesk;
+use crate::leases::{LeaseDesk, Waits};
 use crate::raft::disk::{self, Disk};
 use crate::raft::identity::VoterIdentity;
 use crate::raft::kv::{Moment, Reader as View};
@@ -280,9 +280,8 @@ impl Voter {
     ) -> Result<T, ProposeError> {
         if self.reads.is_sole() {
             self.reads.confirm().await?;
-            let (result, seen) = self.look(read)?;
-            if !seen.is_empty() {
-                let waits = self.leases().waits(&seen);
+            let (result, waits) = self.look(read, |seen| self.leases().looked(seen))?;
+            if !waits.is_empty() {
                 self.settle(&waits, &mut self.ended.subscribe()).await?;
             }
             return Ok(result);
@@ -293,10 +292,8 @@ impl Voter {
             confirmed = self.reads.confirm() => confirmed.map_err(|e| self.hinted(e))?,
             _ = ended.changed() => return Err(ProposeError::NotLeader(None)),
         }
-        let (result, seen) = self.look(read)?;
-        if !seen.is_empty() {
-            self.settle(&self.leases().waits(&seen), &mut ended).await?;
-        }
+        let (result, waits) = self.look(read, |seen| self.leases().looked(seen))?;
+        self.settle(&waits, &mut ended).await?;
         Ok(result)
     }
 
@@ -306,20 +303,22 @@ impl Voter {
         &self,
         read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
     ) -> Result<T, ProposeError> {
-        self.look(read).map(|(result, _)| result)
+        self.look(read, |_| Waits::new()).map(|(result, _)| result)
     }
 
-    /// The same, with the inodes that were looked at where an answer may have to wait for some of them.
+    /// The same, and what the answer has to wait for, asked for while nothing is applied: the inodes that were
+    /// looked at, where that matters.
     fn look<T>(
         &self,
         read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
-    ) -> Result<(T, Vec<InodeId>), ProposeError> {
+        waits: impl FnOnce(&[InodeId]) -> Waits,
+    ) -> Result<(T, Waits), ProposeError> {
         let failed = |e: io::Error| ProposeError::Stopped(e.to_string());
         let view = self.state.view().map_err(failed)?;
         let result = read(&view, Reader(&view));
         view.check().map_err(failed)?;
-        let seen = view.seen();
-        Ok((result, seen))
+        let waits = waits(&view.seen());
+        Ok((result, waits))
     }
 
     /// The state as applied here, kept while others go on: for long looks at all of it.

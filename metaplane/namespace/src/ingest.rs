@@ -12,12 +12,13 @@ use crate::key_state::{Expected, KeyState};
 use crate::kv::Kv;
 use crate::limits::{KEY_BYTES_MAX, SYMLINK_BYTES_MAX};
 use crate::tables::*;
-use ebb_dataplane_protocol::{
-    Backing, ContentId, Generation, InodeId, Lineage, ViewVersion, codec,
-};
+use ebb_dataplane_protocol::{Backing, ContentId, Generation, InodeId, Lineage, ViewVersion};
 use ebb_metaplane_protocol::command::IngestPage;
 use ebb_metaplane_protocol::flush::{Adopt, IngestAttrs, IngestEntry, IngestObject};
 use ebb_metaplane_protocol::{FileKind, FsError, FsResult};
+
+/// Remembered deletes looked at for one directory of a listing. It comes with a later listing if there are more.
+const DELETED_MAX: usize = 1_000;
 
 impl<K: Kv> Ctx<'_, K> {
     pub(crate) fn ingest(
@@ -104,21 +105,30 @@ impl<K: Kv> Ctx<'_, K> {
             return Ok(ours);
         }
         let below = |table| key(table, &[s3_key.as_bytes()]);
-        if r.any_with_prefix(&below(OWNER)) {
-            return Ok(true);
-        }
-        for (_, v) in r.scan_prefix(&below(KEY), None, 100) {
-            let k: KeyState = codec::decode(&v).map_err(|_| corrupt("key state"))?;
-            if k.attempt.is_some() || k.expected != Expected::Absent {
+        // A key has a record while an object of ours is there, or may yet come.
+        Ok(r.any_with_prefix(&below(OWNER))
+            || r.any_with_prefix(&below(KEY))
+            || self.deleted_below(s3_key, listed_at)?)
+    }
+
+    /// Whether something of ours below a prefix was deleted after `listed_at`, as far as can be told.
+    fn deleted_below(&self, prefix: &str, listed_at: u64) -> FsResult<bool> {
+        let r = self.read();
+        let tombstones = r.scan_prefix(&key(TOMBSTONE, &[prefix.as_bytes()]), None, DELETED_MAX);
+        for (_, v) in &tombstones {
+            if u64_at(v, 0)? > listed_at {
                 return Ok(true);
             }
         }
-        for (_, v) in r.scan_prefix(&below(TOMBSTONE), None, 1000) {
-            if u64_at(&v, 0)? > listed_at {
-                return Ok(true);
-            }
+        if tombstones.len() < DELETED_MAX {
+            return Ok(false);
         }
-        Ok(false)
+        // There are more. Those since then, wherever.
+        let from = key(TOMBSTONE_AGE, &[&be(listed_at + 1)]);
+        let since = r.scan_prefix(&[TOMBSTONE_AGE], Some(&from), DELETED_MAX);
+        let here =
+            |age_key: &[u8]| age_key.get(9..).is_some_and(|k| k.starts_with(prefix.as_bytes()));
+        Ok(since.len() == DELETED_MAX || since.iter().any(|(k, _)| here(k)))
     }
 
     /// A clean inode for what is in S3 already.

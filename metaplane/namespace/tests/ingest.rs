@@ -129,6 +129,72 @@ fn a_removed_directory_is_not_brought_back_by_what_is_being_deleted_below_it() {
     assert!(w.names(ROOT).is_empty());
 }
 
+/// The leader stood still while it stored the marker of a directory, and its request came when the directory was long
+/// gone, and the one around it: nobody made that one in the bucket.
+#[test]
+fn what_arrives_late_below_a_removed_directory_does_not_bring_it_back() {
+    let mut w = World::format(true);
+    let s = w.session();
+    let d = w.mkdir(s, ROOT, "d").expect("mkdir");
+    let e = w.mkdir(s, d, "e").expect("mkdir");
+    w.begin_flush(vec![e], false);
+    let ticket = w.begun.pop().expect("it is dirty");
+    let plan = w.seal(&ticket);
+    w.take_plan(e, plan);
+    w.flight_done(0, Fate::LostRequest, true);
+    w.look_up_keys();
+    w.op(s, Op::Rmdir { parent: d, name: b"e".to_vec() }).expect("rmdir");
+    w.op(s, Op::Rmdir { parent: ROOT, name: b"d".to_vec() }).expect("rmdir");
+    assert!(w.bucket.objects.is_empty());
+    w.zombie_acts(0, true);
+    assert!(w.bucket.objects.contains_key("d/e/"), "it has come");
+    ingest(&mut w, ROOT, vec![dir("d")], page("", None));
+    assert!(w.names(ROOT).is_empty());
+    // When nothing more can come, what came is deleted; what others make there is seen again.
+    w.settle_all();
+    assert!(w.bucket.objects.is_empty(), "{:?}", w.bucket.objects.keys());
+    w.bucket.foreign_put("d/x", b"1");
+    ingest(&mut w, ROOT, vec![dir("d")], None);
+    assert_eq!(w.names(ROOT), ["d"]);
+}
+
+/// A directory of many files is removed while the one around it is listed: most of them were gone when that began.
+#[test]
+fn a_late_listing_brings_no_directory_back_of_which_much_was_deleted_before() {
+    let deletes = |w: &mut World| {
+        w.begin_deletes(2_000);
+        while !w.flights.is_empty() {
+            w.flight_done(0, Fate::Fine, false);
+        }
+    };
+    let mut w = World::format(true);
+    let s = w.session();
+    // As others made it: without a marker.
+    let names: Vec<String> = (0..1_200).map(|i| format!("a{i:04}")).collect();
+    for name in names.iter().map(String::as_str).chain(["z"]) {
+        w.bucket.foreign_put(&format!("d/{name}"), b"1");
+    }
+    ingest(&mut w, ROOT, vec![dir("d")], page("", None));
+    let d = w.lookup(ROOT, "d").expect("there").inode;
+    let files = names.iter().map(String::as_str).chain(["z"]);
+    let files = files.map(|name| file(&w, "d/", name, true)).collect();
+    ingest(&mut w, d, files, page("", None));
+    for name in &names {
+        w.unlink(s, d, name).expect("unlink");
+    }
+    deletes(&mut w);
+    let listed_at = w.read().sequence().expect("readable");
+    w.unlink(s, d, "z").expect("unlink");
+    w.op(s, Op::Rmdir { parent: ROOT, name: b"d".to_vec() }).expect("rmdir");
+    deletes(&mut w);
+    assert!(w.bucket.objects.is_empty());
+    w.done(Command::Ingest { dir: ROOT, listed_at, entries: vec![dir("d")], page: None });
+    assert!(w.names(ROOT).is_empty());
+    // A listing from now on is believed.
+    ingest(&mut w, ROOT, vec![dir("d")], None);
+    assert_eq!(w.names(ROOT), ["d"]);
+}
+
 #[test]
 fn reserved_and_unusable_names_stay_hidden() {
     let mut w = World::format(true);

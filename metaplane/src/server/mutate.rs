@@ -155,10 +155,10 @@ impl Service {
     /// Attributes of an inode, if they are complete and anybody may hear of them. The caller has just had a
     /// command applied here.
     fn known_attr(&self, inode: InodeId) -> Option<Attr> {
-        let look = self.voter.peek(|_, r| (r.attr(inode), self.voter.leases().waits(&[inode])));
-        let (attr, waits) = look.ok()?;
+        let look = self.voter.peek(|_, r| (r.attr(inode), self.voter.leases().is_settled(inode)));
+        let (attr, settled) = look.ok()?;
         let (attr, due) = attr.ok()?;
-        (!due && waits.is_empty()).then_some(attr)
+        (!due && settled).then_some(attr)
     }
 
     /// What must be known before the command is proposed.

@@ -33,8 +33,10 @@ struct Client {
 
 /// A command that changed what clients were told, until they have forgotten it.
 struct Change {
-    /// What it changed, and what later commands changed that had looked at it.
+    /// What it changed, and what later commands changed whose answers wait for this.
     inodes: HashSet<InodeId>,
+    /// What those whose answers wait for this looked at: who changes it comes after them.
+    looked: HashSet<InodeId>,
     /// Recalls not carried out.
     recalls: usize,
 }
@@ -202,14 +204,17 @@ impl Leases {
     }
 
     /// A command was applied: it changed `written` and had looked at `read`. Answers the changes that its
-    /// reply has to wait for.
+    /// reply has to wait for: those that it comes after, because it has seen what they changed, or has changed
+    /// what somebody saw who waits for them.
     pub fn applied(&mut self, read: &[InodeId], written: &[InodeId], now: Instant) -> Vec<u64> {
-        let mut waits = self.waits(read);
-        let direct = self.waits(written);
-        waits.extend(direct.into_iter().filter(|c| !waits.contains(c)).collect::<Vec<_>>());
-        for id in &waits {
-            if let Some(change) = self.changes.get_mut(id) {
+        let mut waits = Vec::new();
+        for (id, change) in &mut self.changes {
+            let after = read.iter().chain(written).any(|i| change.inodes.contains(i))
+                || written.iter().any(|i| change.looked.contains(i));
+            if after {
                 change.inodes.extend(written);
+                change.looked.extend(read);
+                waits.push(*id);
             }
         }
         let number = self.last + 1;
@@ -229,8 +234,9 @@ impl Leases {
         }
         if recalls > 0 {
             self.last = number;
-            self.changes
-                .insert(number, Change { inodes: written.iter().copied().collect(), recalls });
+            let (inodes, looked) = (written.iter().copied(), read.iter().copied());
+            let change = Change { inodes: inodes.collect(), looked: looked.collect(), recalls };
+            self.changes.insert(number, change);
             waits.push(number);
         }
         waits
@@ -241,8 +247,26 @@ impl Leases {
         self.clients.iter().filter(|(_, c)| !c.recalls.is_empty()).map(|(s, _)| *s)
     }
 
-    /// The changes that an answer about these inodes has to wait for.
-    pub fn waits(&self, inodes: &[InodeId]) -> Vec<u64> {
+    /// A question has looked at these inodes, nothing is applied between the look and this. The changes that its
+    /// answer has to wait for.
+    pub fn looked(&mut self, inodes: &[InodeId]) -> Vec<u64> {
+        let mut waits = Vec::new();
+        for (id, change) in &mut self.changes {
+            if inodes.iter().any(|i| change.inodes.contains(i)) {
+                change.looked.extend(inodes);
+                waits.push(*id);
+            }
+        }
+        waits
+    }
+
+    /// Whether anybody may hear at once of an inode as it is now.
+    pub fn is_settled(&self, inode: InodeId) -> bool {
+        !self.changes.values().any(|c| c.inodes.contains(&inode))
+    }
+
+    #[cfg(test)]
+    pub(super) fn changes_of(&self, inodes: &[InodeId]) -> Vec<u64> {
         let about = |c: &Change| inodes.iter().any(|i| c.inodes.contains(i));
         self.changes.iter().filter(|(_, c)| about(c)).map(|(id, _)| *id).collect()
     }

@@ -5,19 +5,11 @@ use crate::attr::{Attr, FileKind, Time};
 use ebb_dataplane_protocol::{ContentId, Generation, InodeId, Lineage, SessionId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::collections::HashMap;
 use std::time::Instant;
 
 const INODES: usize = 5;
 const CLIENTS: usize = 3;
-
-/// Versions of every inode that somebody knows to have been there.
-type Known = [u64; INODES];
-
-fn join(a: &mut Known, b: &Known) {
-    for (a, b) in a.iter_mut().zip(b) {
-        *a = (*a).max(*b);
-    }
-}
 
 fn attr(inode: usize, version: u64) -> Attr {
     Attr {
@@ -48,6 +40,10 @@ enum Break {
     QueriesDoNotWait,
     /// A command that looked at what is being forgotten is not held up by it.
     ReadsDoNotWait,
+    /// What waiting answers have looked at is not noted.
+    LooksNotNoted,
+    /// A repeated command is answered though the first one waits.
+    RetriesDoNotWait,
     /// The client counts a lease from the answer's arrival.
     FromArrival,
     /// A new leader serves at once.
@@ -66,21 +62,28 @@ enum Break {
 
 #[derive(Clone)]
 enum Message {
-    Query { inode: usize, ticket: Ticket },
-    Told { inode: usize, ticket: Ticket, version: u64, lease: Option<Lease>, knows: Known },
+    Query { id: usize, ticket: Ticket },
+    Told { id: usize, ticket: Ticket, saw: Vec<Version>, lease: Option<Lease> },
     Op { id: usize, dropped: Vec<(InodeId, u64)> },
     Done { id: usize },
     Watch { watch: Watch, sent: Instant },
     Watched { watch: Watch, sent: Instant, answer: Watched },
 }
 
-/// A command of a client: looks at one inode, changes another.
-struct Op {
-    read: usize,
-    write: usize,
-    /// What its carrying out told, once it was.
-    applied: Option<Known>,
-    answered: bool,
+/// An inode, and which of its versions.
+type Version = (usize, u64);
+
+/// What a client has asked: a look at some inodes, and perhaps a change of others.
+#[derive(Default)]
+struct Asked {
+    looks: Vec<usize>,
+    changes: Vec<usize>,
+    called: u64,
+    returned: Option<u64>,
+    /// Versions it saw, and those that it made.
+    saw: Vec<Version>,
+    made: Vec<Version>,
+    applied: bool,
 }
 
 struct Sim {
@@ -90,19 +93,18 @@ struct Sim {
     leases: Leases,
     term: u64,
     serves_from: Instant,
-    versions: Known,
-    /// What each inode's version tells.
-    tells: [Known; INODES],
+    versions: [u64; INODES],
     clients: Vec<Cache>,
     paused: [Instant; CLIENTS],
     /// One call of each client is out.
     calling: [Option<u64>; CLIENTS],
-    ops: Vec<Op>,
+    asked: Vec<Asked>,
+    /// Numbers what is called and what returns.
+    clock: u64,
     /// (when, whose, what)
     net: Vec<(Instant, usize, Message)>,
     /// Answers that wait.
     waiting: Vec<(Vec<u64>, usize, Message)>,
-    known: Known,
     hits: u64,
     recalls: u64,
 }
@@ -113,6 +115,15 @@ fn session(client: usize) -> SessionId {
 
 fn id(inode: usize) -> InodeId {
     InodeId(inode as u64)
+}
+
+fn ids(inodes: &[usize]) -> Vec<InodeId> {
+    inodes.iter().copied().map(id).collect()
+}
+
+/// Where a command's reply is remembered.
+fn reply_of(asked: usize) -> InodeId {
+    InodeId((INODES + asked) as u64)
 }
 
 impl Sim {
@@ -128,14 +139,13 @@ impl Sim {
             term: 1,
             serves_from: now,
             versions: [1; INODES],
-            tells: std::array::from_fn(|i| std::array::from_fn(|j| u64::from(i == j))),
             clients: (0..CLIENTS).map(|_| Cache::default()).collect(),
             paused: [now; CLIENTS],
             calling: [None; CLIENTS],
-            ops: Vec::new(),
+            asked: Vec::new(),
+            clock: 0,
             net: Vec::new(),
             waiting: Vec::new(),
-            known: [0; INODES],
             hits: 0,
             recalls: 0,
         }
@@ -148,36 +158,58 @@ impl Sim {
         self.net.push((self.now + delay, client, message));
     }
 
-    fn ask(&mut self, client: usize) -> Option<String> {
-        let inode = self.rng.random_range(0..INODES);
-        if let Some(a) = self.clients[client].attr(id(inode), self.now) {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// So many different inodes.
+    fn some(&mut self, most: usize) -> Vec<usize> {
+        let n = self.rng.random_range(1..=most);
+        let mut all: Vec<usize> = (0..n).map(|_| self.rng.random_range(0..INODES)).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    fn begin(&mut self, looks: Vec<usize>, changes: Vec<usize>) -> usize {
+        let called = self.tick();
+        self.asked.push(Asked { looks, changes, called, ..Asked::default() });
+        self.asked.len() - 1
+    }
+
+    fn end(&mut self, asked: usize) {
+        let now = self.tick();
+        self.asked[asked].returned.get_or_insert(now);
+    }
+
+    fn ask(&mut self, client: usize) {
+        let looks = self.some(3);
+        let asked = self.begin(looks.clone(), vec![]);
+        let now = self.now;
+        let known = looks.iter().map(|&i| Some((i, self.clients[client].attr(id(i), now)?.size)));
+        if let Some(saw) = known.collect::<Option<Vec<Version>>>() {
             self.hits += 1;
-            if a.size < self.known[inode] {
-                let known = self.known[inode];
-                return Some(format!("{client} says {inode} is {}, but it was {known}", a.size));
-            }
-            let told = self.tells[inode];
-            // It may be an older version than the newest: then it tells of itself only.
-            if told[inode] == a.size {
-                join(&mut self.known, &told);
-            }
-            return None;
+            self.asked[asked].saw = saw;
+            return self.end(asked);
         }
         let ticket = self.clients[client].asks();
-        self.send(client, Message::Query { inode, ticket });
-        None
+        self.send(client, Message::Query { id: asked, ticket });
     }
 
     fn change(&mut self, client: usize) {
-        let read = self.rng.random_range(0..INODES);
-        let write = self.rng.random_range(0..INODES);
-        let op = self.ops.len();
-        self.ops.push(Op { read, write, applied: None, answered: false });
-        let dropped = self.clients[client].forgets(&[id(write)]);
+        let (looks, changes) = (self.some(2), self.some(2));
+        let dropped = self.clients[client].forgets(&ids(&changes));
+        let asked = self.begin(looks, changes);
         if self.rng.random_range(0..5) == 0 {
-            self.send(client, Message::Op { id: op, dropped: dropped.clone() });
+            self.send(client, Message::Op { id: asked, dropped: dropped.clone() });
         }
-        self.send(client, Message::Op { id: op, dropped });
+        self.send(client, Message::Op { id: asked, dropped });
+    }
+
+    /// What is there now.
+    fn see(&self, inodes: &[usize]) -> Vec<Version> {
+        inodes.iter().map(|&i| (i, self.versions[i])).collect()
     }
 
     fn call(&mut self, client: usize) {
@@ -200,45 +232,27 @@ impl Sim {
             return self.send(client, message);
         }
         match message {
-            Message::Query { inode, ticket } => {
-                let lease = self.leases.grant(session(client), &[id(inode)], self.now);
-                let mut waits = self.leases.waits(&[id(inode)]);
-                if self.without == Break::QueriesDoNotWait {
-                    waits.clear();
-                }
-                let (version, knows) = (self.versions[inode], self.tells[inode]);
-                let told = Message::Told { inode, ticket, version, lease, knows };
+            Message::Query { id: asked, ticket } => {
+                let looks = self.asked[asked].looks.clone();
+                let lease = self.leases.grant(session(client), &ids(&looks), self.now);
+                let waits = match self.without {
+                    Break::QueriesDoNotWait => vec![],
+                    Break::LooksNotNoted => self.leases.changes_of(&ids(&looks)),
+                    _ => self.leases.looked(&ids(&looks)),
+                };
+                let told = Message::Told { id: asked, ticket, saw: self.see(&looks), lease };
                 self.waiting.push((waits, client, told));
             }
-            Message::Op { id: op, mut dropped } => {
+            Message::Op { id: asked, mut dropped } => {
                 if self.without == Break::LateCommand {
                     dropped.iter_mut().for_each(|d| d.1 = u64::MAX);
                 }
                 self.leases.dropped(session(client), &dropped);
-                let Op { read, write, applied, .. } = self.ops[op];
-                let mut waits = match applied {
-                    // A retry: whatever its change left to be forgotten is waited for.
-                    Some(_) => self.leases.waits(&[id(read), id(write)]),
-                    None => {
-                        let looked = if self.without == Break::ReadsDoNotWait {
-                            vec![]
-                        } else {
-                            vec![id(read)]
-                        };
-                        let waits = self.leases.applied(&looked, &[id(write)], self.now);
-                        self.versions[write] += 1;
-                        let mut tells = self.tells[read];
-                        join(&mut tells, &self.tells[write]);
-                        tells[write] = self.versions[write];
-                        self.tells[write] = tells;
-                        self.ops[op].applied = Some(tells);
-                        waits
-                    }
-                };
+                let mut waits = self.apply(asked);
                 if self.without == Break::OpsDoNotWait {
                     waits.clear();
                 }
-                self.waiting.push((waits, client, Message::Done { id: op }));
+                self.waiting.push((waits, client, Message::Done { id: asked }));
             }
             Message::Watch { mut watch, sent } => {
                 if self.without == Break::LateCall {
@@ -257,27 +271,52 @@ impl Sim {
         }
     }
 
+    /// Carries a command out, once. What its answer has to wait for.
+    fn apply(&mut self, asked: usize) -> Vec<u64> {
+        let Asked { looks, changes, applied, .. } = &self.asked[asked];
+        let reply = reply_of(asked);
+        if *applied {
+            let looked = match self.without {
+                Break::RetriesDoNotWait => vec![],
+                _ => vec![reply],
+            };
+            return self.leases.applied(&looked, &[], self.now);
+        }
+        let (looks, changes) = (looks.clone(), changes.clone());
+        let saw = self.see(&looks);
+        let looked = match self.without {
+            Break::ReadsDoNotWait => vec![],
+            _ => ids(&looks),
+        };
+        let mut changed = ids(&changes);
+        changed.push(reply);
+        let waits = self.leases.applied(&looked, &changed, self.now);
+        changes.iter().for_each(|&i| self.versions[i] += 1);
+        let made = self.see(&changes);
+        let asked = &mut self.asked[asked];
+        (asked.saw, asked.made, asked.applied) = (saw, made, true);
+        waits
+    }
+
     /// A client gets a message.
     fn arrive(&mut self, client: usize, message: Message) {
         let cache = &mut self.clients[client];
         match message {
-            Message::Told { inode, mut ticket, version, lease, knows } => {
+            Message::Told { id: asked, mut ticket, saw, lease } => {
                 if self.without == Break::KeptThoughRecalled {
                     ticket = cache.asks();
                 }
-                if let Some(lease) = lease {
-                    cache.told(ticket, lease, &attr(inode, version));
+                for &(inode, version) in &saw {
+                    if let Some(lease) = lease {
+                        cache.told(ticket, lease, &attr(inode, version));
+                    }
                 }
-                join(&mut self.known, &knows);
+                if self.asked[asked].returned.is_none() {
+                    self.asked[asked].saw = saw;
+                }
+                self.end(asked);
             }
-            Message::Done { id: op } => {
-                if std::mem::replace(&mut self.ops[op].answered, true) {
-                    return;
-                }
-                if let Some(knows) = &self.ops[op].applied {
-                    join(&mut self.known, knows);
-                }
-            }
+            Message::Done { id } => self.end(id),
             Message::Watched { watch, sent, mut answer } => {
                 // A repetition's answer is the same call's.
                 if self.calling[client] != Some(watch.call) && self.without != Break::LateCall {
@@ -297,7 +336,7 @@ impl Sim {
         }
     }
 
-    fn step(&mut self) -> Option<String> {
+    fn step(&mut self) {
         let pause = if self.rng.random_range(0..60) == 0 { 700 } else { 6 };
         self.now += Duration::from_millis(self.rng.random_range(0..pause));
         self.leases.expire(self.now);
@@ -314,8 +353,8 @@ impl Sim {
                         Message::Done { id } => {
                             self.send(client, Message::Op { id, dropped: Vec::new() });
                         }
-                        Message::Told { inode, ticket, .. } => {
-                            self.send(client, Message::Query { inode, ticket });
+                        Message::Told { id, ticket, .. } => {
+                            self.send(client, Message::Query { id, ticket });
                         }
                         _ => {}
                     }
@@ -331,7 +370,7 @@ impl Sim {
             }
             3..20 if awake => self.change(client),
             20..120 if awake => self.call(client),
-            120..330 if awake => return self.ask(client),
+            120..330 if awake => self.ask(client),
             _ => {}
         }
         for n in (0..self.waiting.len()).rev() {
@@ -363,18 +402,73 @@ impl Sim {
                 m => self.arrive(client, m),
             }
         }
-        None
+    }
+
+    /// Whether there is one order of everything that was asked, in which each saw the versions that it saw, and
+    /// comes after whatever had returned before it was called: there is, if nothing comes before itself.
+    fn check(&self) -> Result<(), String> {
+        // What came of it: whatever was carried out or answered.
+        let all: Vec<&Asked> =
+            self.asked.iter().filter(|a| a.applied || a.returned.is_some()).collect();
+        let mut writers = HashMap::new();
+        for (n, asked) in all.iter().enumerate() {
+            writers.extend(asked.made.iter().map(|v| (*v, n)));
+        }
+        // The moments of calls and returns stand in a row, behind all that was asked.
+        let moment = |at: u64| all.len() + at as usize;
+        let mut after: Vec<Vec<usize>> = vec![vec![]; moment(self.clock + 2)];
+        for at in 0..=self.clock {
+            after[moment(at)].push(moment(at + 1));
+        }
+        for (n, asked) in all.iter().enumerate() {
+            after[moment(asked.called)].push(n);
+            if let Some(at) = asked.returned {
+                after[n].push(moment(at));
+            }
+            for &(inode, version) in &asked.saw {
+                if let Some(&writer) = writers.get(&(inode, version)) {
+                    after[writer].push(n);
+                }
+                // Who saw a version comes before the next one; unless it is its own.
+                if let Some(&next) = writers.get(&(inode, version + 1)).filter(|w| **w != n) {
+                    after[n].push(next);
+                }
+            }
+            for &(inode, version) in &asked.made {
+                if let Some(&next) = writers.get(&(inode, version + 1)) {
+                    after[n].push(next);
+                }
+            }
+        }
+        let mut before = vec![0; after.len()];
+        after.iter().flatten().for_each(|&n| before[n] += 1);
+        let mut free: Vec<usize> = (0..after.len()).filter(|&n| before[n] == 0).collect();
+        let mut ordered = 0;
+        while let Some(n) = free.pop() {
+            ordered += 1;
+            for &next in &after[n] {
+                before[next] -= 1;
+                if before[next] == 0 {
+                    free.push(next);
+                }
+            }
+        }
+        if ordered == after.len() {
+            return Ok(());
+        }
+        let stuck = (0..all.len()).find(|&n| before[n] > 0);
+        let told = stuck.map(|n| format!("saw {:?}, made {:?}", all[n].saw, all[n].made));
+        Err(format!(
+            "no order: {} stand before themselves, as what {told:?}",
+            after.len() - ordered
+        ))
     }
 }
 
 fn run(seed: u64, without: Break) -> (u64, u64, Option<String>) {
     let mut sim = Sim::new(seed, without);
-    for step in 0..2_500 {
-        if let Some(wrong) = sim.step() {
-            return (sim.hits, sim.recalls, Some(format!("seed {seed} step {step}: {wrong}")));
-        }
-    }
-    (sim.hits, sim.recalls, None)
+    (0..2_500).for_each(|_| sim.step());
+    (sim.hits, sim.recalls, sim.check().err().map(|wrong| format!("seed {seed}: {wrong}")))
 }
 
 #[test]
@@ -396,6 +490,8 @@ fn every_part_of_the_rules_is_needed() {
         Break::OpsDoNotWait,
         Break::QueriesDoNotWait,
         Break::ReadsDoNotWait,
+        Break::LooksNotNoted,
+        Break::RetriesDoNotWait,
         Break::FromArrival,
         Break::NoHold,
         Break::KeptThoughRecalled,
