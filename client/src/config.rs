@@ -33,6 +33,8 @@ pub struct Config {
     /// Remember attributes and names under leases (docs/PROTOCOL.md, R52): a look at what is remembered asks
     /// nobody, and is never old. Who changes something that another client remembers waits until that has forgotten it.
     pub lease_metadata: bool,
+    /// A file that is opened again so soon is not compared again with its object in S3, if it is leased.
+    pub compare_age_max: Duration,
     /// Attributes of files this client writes are answered from memory for this long.
     pub attr_age_max: Duration,
 }
@@ -53,6 +55,7 @@ impl Default for Config {
             space_patience: Duration::from_secs(30),
             request_timeout: Duration::from_secs(30),
             lease_metadata: false,
+            compare_age_max: Duration::from_secs(1),
             attr_age_max: Duration::from_secs(1),
         }
     }

@@ -4,17 +4,19 @@ use crate::Result;
 use crate::cluster::turn;
 use crate::error::ClientError;
 use crate::fs::{FileSystem, Owner};
+use crate::idle::{Kept, is_same};
 use crate::inode::{OpenInode, Remote};
 use crate::readahead::Detector;
 use crate::unnamed::Which;
 use crate::writer::Unsent;
 use bytes::Bytes;
-use ebb_dataplane_protocol::{InodeId, Lineage};
+use ebb_dataplane_protocol::{GrantMode, InodeId, Lineage};
 use ebb_metaplane_protocol::attr::{Attr, FileKind, SetAttr, without_privileges};
 use ebb_metaplane_protocol::op::{OpenMode, Opened};
-use ebb_metaplane_protocol::{FsError, Op, OpReply};
+use ebb_metaplane_protocol::{FsError, Op, OpReply, Query, QueryReply};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// An open file of this client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -139,8 +141,15 @@ impl FileSystem {
         Ok(file)
     }
 
-    /// Opens an existing file. Its attributes and its grant are fresh (close-to-open).
+    /// Opens an existing file. Its attributes are fresh (close-to-open).
     pub async fn open(&self, inode: InodeId, flags: OpenFlags) -> Result<OpenedFile> {
+        if !flags.write
+            && !flags.truncate
+            && let Some(kept) = self.shared.idle.take(inode)
+            && let Some(file) = self.reopened(kept).await?
+        {
+            return Ok(file);
+        }
         let op =
             Op::Open { inode, open: OpenMode { write: flags.write, truncate: flags.truncate } };
         if let Some(unnamed) = self.shared.inode(inode).filter(|i| i.is_unnamed()) {
@@ -148,7 +157,13 @@ impl FileSystem {
         }
         let known = self.shared.inode(inode).filter(|_| flags.truncate);
         let Some(known) = known else {
-            return self.opened(self.shared.cluster.mutate(op, None).await?, flags);
+            let asked = Instant::now();
+            let file = self.opened(self.shared.cluster.mutate(op, None).await?, flags)?;
+            if let Some(inode) = self.shared.inode(inode) {
+                let mut state = inode.state();
+                state.compared = state.compared.max(Some(asked));
+            }
+            return Ok(file);
         };
         // O_TRUNC of a file this client writes: its earlier writes go first.
         known.raise_barrier().await;
@@ -172,44 +187,88 @@ impl FileSystem {
         let OpReply::Opened(opened) = reply else {
             return Err(ClientError::Metadata("no handle in the answer".into()));
         };
-        let inode = self.attach(&opened);
-        let id = self.shared.next_file.fetch_add(1, Ordering::Relaxed);
+        let inode = self.attach(&opened.attr, opened.lineage);
         // A handle that could not be installed (a malformed grant) is left to the session's end.
         inode.install(&opened, epoch).inspect_err(|_| self.detach(&inode))?;
+        inode.state().fresh |= opened.created;
+        let remote = Remote { handle: opened.handle, epoch };
+        let (handle, attr) = self.enter(inode, remote, flags.write);
+        let Opened { created, parent, .. } = *opened;
+        Ok(OpenedFile { handle, attr, created, parent })
+    }
+
+    /// A handle that was closed a moment ago is used again, if the file is as it was.
+    async fn reopened(&self, kept: Kept) -> Result<Option<OpenedFile>> {
+        let cluster = &self.shared.cluster;
+        if kept.remote.epoch != cluster.session.current().1 {
+            return Ok(None);
+        }
+        let mut compared = kept.compared;
+        let leased = cluster.leased.lease_on(&kept.attr).is_some();
+        let attr = if leased && compared.elapsed() < cluster.config.compare_age_max {
+            kept.attr.clone()
+        } else {
+            compared = Instant::now();
+            let fresh = cluster.query(Query::Freshen(kept.attr.inode)).await;
+            let fresh = fresh.inspect_err(|_| self.shared.linger(kept.remote))?;
+            let QueryReply::Attr(fresh) = fresh else {
+                return Err(ClientError::Metadata("no attributes in the answer".into()));
+            };
+            if fresh.nlink == 0 {
+                // It is there for this handle only.
+                self.shared.linger(kept.remote);
+                return Err(ClientError::Stale);
+            }
+            if !is_same(&fresh, &kept.attr) {
+                self.shared.linger(kept.remote);
+                return Ok(None);
+            }
+            fresh
+        };
+        let inode = self.attach(&attr, attr.lineage);
+        {
+            let mut state = inode.state();
+            state.compared = state.compared.max(Some(compared));
+            if state.grant.as_ref().is_none_or(|old| kept.grant.newer_than(old)) {
+                state.grant = Some(kept.grant);
+            }
+        }
+        let (handle, attr) = self.enter(inode, kept.remote, false);
+        Ok(Some(OpenedFile { handle, attr, created: false, parent: None }))
+    }
+
+    /// A file of this client, open under that handle.
+    fn enter(&self, inode: Arc<OpenInode>, remote: Remote, write: bool) -> (FileHandle, Attr) {
+        let id = self.shared.next_file.fetch_add(1, Ordering::Relaxed);
         let (attr, failures) = {
             let mut state = inode.state();
-            state.remotes.insert(id, Remote { handle: opened.handle, epoch });
-            state.fresh |= opened.created;
+            state.remotes.insert(id, remote);
             (state.effective(), state.failures)
         };
         let file = OpenFile {
             id,
             inode,
-            write: flags.write,
+            write,
             detector: Mutex::default(),
             seen_failures: AtomicU64::new(failures),
         };
         self.shared.files().insert(id, Arc::new(file));
-        let Opened { created, parent, .. } = *opened;
-        Ok(OpenedFile { handle: FileHandle(id), attr, created, parent })
+        (FileHandle(id), attr)
     }
 
     /// The open inode of this lineage, made if there is none.
-    fn attach(&self, opened: &Opened) -> Arc<OpenInode> {
+    fn attach(&self, attr: &Attr, lineage: Lineage) -> Arc<OpenInode> {
         let mut inodes = self.shared.inodes();
         let same = |i: &&Arc<OpenInode>, lineage: Lineage| {
             let state = i.state();
             state.lineage == lineage && !state.stale
         };
-        let inode = match inodes.get(&opened.attr.inode).filter(|i| same(i, opened.lineage)) {
+        let inode = match inodes.get(&attr.inode).filter(|i| same(i, lineage)) {
             Some(inode) => Arc::clone(inode),
             None => {
-                let fresh = Arc::new(OpenInode::new(
-                    Arc::clone(&self.shared),
-                    opened.attr.clone(),
-                    opened.lineage,
-                ));
-                if let Some(old) = inodes.insert(opened.attr.inode, Arc::clone(&fresh)) {
+                let fresh = OpenInode::new(Arc::clone(&self.shared), attr.clone(), lineage);
+                let fresh = Arc::new(fresh);
+                if let Some(old) = inodes.insert(attr.inode, Arc::clone(&fresh)) {
                     old.mark_stale();
                 }
                 fresh
@@ -219,7 +278,7 @@ impl FileSystem {
         state.opens += 1;
         // Somebody else changed it since it was last looked at: what was read ahead is void.
         let old = state.effective();
-        let changed = (old.size, old.mtime) != (opened.attr.size, opened.attr.mtime);
+        let changed = (old.size, old.mtime) != (attr.size, attr.mtime);
         let freed = if changed { state.blocks.clear() } else { 0 };
         drop(state);
         self.shared.read_budget.give(freed as usize);
@@ -354,8 +413,7 @@ impl FileSystem {
             // hear of its end first, and would call the asker stale.
             inode.state().remotes.remove(&file.id);
             if commit.is_none() {
-                // Nobody waits for this: it goes with others, in one log entry.
-                self.shared.linger(remote);
+                self.leave(file, remote);
                 return Ok(());
             }
             let carried = commit.as_ref().map(|(commit, _)| commit.clone());
@@ -377,6 +435,38 @@ impl FileSystem {
             }
         }
         Err(FsError::SessionExpired.into())
+    }
+
+    /// A handle is closed that has nothing to commit: it is kept for the next open, or the metadata plane is told.
+    fn leave(&self, file: &OpenFile, remote: Remote) {
+        match self.to_keep(file, remote) {
+            Some((kept, leased)) => {
+                let instead = self.shared.idle.keep(file.inode.id, kept, leased, Instant::now());
+                instead.into_iter().for_each(|kept| self.shared.linger(kept.remote));
+            }
+            // Nobody waits for this: it goes with others, in one log entry.
+            None => self.shared.linger(remote),
+        }
+    }
+
+    /// What is kept of a handle: if it only read, and is the last one of a file that is as the metadata plane
+    /// knows it. And whether the file's attributes are leased.
+    fn to_keep(&self, file: &OpenFile, remote: Remote) -> Option<(Kept, bool)> {
+        let (grant, attr, compared) = {
+            let state = file.inode.state();
+            let clean = !state.stale && !state.uncommitted() && state.buffer.is_empty();
+            if file.write || !clean || !state.remotes.is_empty() {
+                return None;
+            }
+            (state.grant.clone()?, state.told().clone(), state.compared?)
+        };
+        // The handle may write since somebody asked for a grant in its name.
+        let only_read = grant.grant.mode == GrantMode::Read && grant.epoch == remote.epoch;
+        if !only_read || attr.nlink == 0 {
+            return None;
+        }
+        let leased = self.shared.cluster.leased.lease_on(&attr).is_some();
+        Some((Kept { remote, grant, attr, compared }, leased))
     }
 
     /// A handle ends although its last commit was not answered. With the last one a new file's name is given up: nobody

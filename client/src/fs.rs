@@ -5,6 +5,7 @@ use crate::budget::Budget;
 use crate::cluster::{self, Cluster};
 use crate::error::ClientError;
 use crate::files::OpenFile;
+use crate::idle::Idle;
 use crate::inode::{OpenInode, Remote};
 use crate::unnamed::{Unnamed, Which};
 use ebb_dataplane_protocol::InodeId;
@@ -47,6 +48,8 @@ pub(crate) struct Shared {
     /// Closed handles the metadata plane has not been told of yet; sent every turn, or when there
     /// are many.
     lingering: Mutex<Vec<Remote>>,
+    /// Closed handles that it is not told of yet, in case the files are opened again.
+    pub(crate) idle: Idle,
     pub(crate) unnamed: Unnamed,
 }
 
@@ -77,10 +80,16 @@ impl FileSystem {
             files: Mutex::default(),
             next_file: AtomicU64::new(1),
             lingering: Mutex::default(),
+            idle: Idle::default(),
             unnamed: Unnamed::default(),
             cluster: Arc::clone(&cluster.shared),
         });
         tokio::spawn(look_after(Arc::downgrade(&shared)));
+        let files = Arc::downgrade(&shared);
+        cluster.shared.leased.tell(Box::new(move |inodes| {
+            let Some(shared) = files.upgrade() else { return };
+            shared.idle.recalled(inodes).into_iter().for_each(|kept| shared.linger(kept.remote));
+        }));
         Self { shared }
     }
 
@@ -162,8 +171,7 @@ impl FileSystem {
     }
 
     /// Has `forget` called with inodes that [`Self::lease_on`] is no longer true of, before anybody is told that
-    /// they changed: once it returns, nobody may use their attributes. Only the first one is called. It must not
-    /// call this file system.
+    /// they changed: once it returns, nobody may use their attributes. It must not call this file system.
     pub fn on_forget(&self, forget: crate::Forget) {
         self.shared.cluster.leased.tell(forget);
     }
@@ -415,6 +423,7 @@ async fn look_after(shared: Weak<Shared>) {
         turn.tick().await;
         let Some(shared) = shared.upgrade() else { return };
         shared.look_after_names(TURN);
+        shared.idle.expired(Instant::now()).into_iter().for_each(|kept| shared.linger(kept.remote));
         shared.release_lingering();
         let open: Vec<_> = shared.inodes().values().cloned().collect();
         let config = &shared.cluster.config;

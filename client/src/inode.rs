@@ -48,6 +48,8 @@ pub(crate) struct State {
     /// When the metadata plane last told.
     pub(crate) attr_at: Instant,
     pub(crate) lineage: Lineage,
+    /// When an open last had it compared with the object that it is in S3, if that is known.
+    pub(crate) compared: Option<Instant>,
     /// Handles at the metadata plane, by the local file that opened them.
     pub(crate) remotes: BTreeMap<u64, Remote>,
     /// Local files.
@@ -84,6 +86,7 @@ impl OpenInode {
         let segment = shared.cluster.config.segment_bytes;
         let state = State {
             lineage,
+            compared: None,
             attr_at: Instant::now(),
             remotes: BTreeMap::new(),
             opens: 0,
@@ -163,6 +166,11 @@ impl State {
     /// The size as this client's readers see it.
     pub(crate) fn size(&self) -> u64 {
         self.attr.size.max(self.local_end())
+    }
+
+    /// The attributes that the metadata plane told last.
+    pub(crate) fn told(&self) -> &Attr {
+        &self.attr
     }
 
     /// Attributes as they were at the create, of a file that only this client knows of.

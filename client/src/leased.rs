@@ -8,7 +8,7 @@ use ebb_metaplane_protocol::lease::{Cache, Counts, DROPPED_MAX, LEASE, Ticket, W
 use ebb_metaplane_protocol::{
     FsError, Op, Query, QueryReply, Request, Response, SessionCall, SessionReply,
 };
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 /// Pause after a call that gave no lease.
@@ -22,7 +22,7 @@ pub type Forget = Box<dyn Fn(&[InodeId]) + Send + Sync>;
 pub(crate) struct Leased {
     cache: Option<Mutex<Cache>>,
     /// Who else uses what is remembered.
-    others: OnceLock<Forget>,
+    others: RwLock<Vec<Forget>>,
     /// Everything is being forgotten: held until nobody uses it, before the leader may hear of it.
     forgetting: Mutex<()>,
 }
@@ -96,12 +96,13 @@ impl Leased {
 
     /// Has somebody told, from now on, of what is forgotten.
     pub(crate) fn tell(&self, forget: Forget) {
-        let _ = self.others.set(forget);
+        self.others.write().unwrap_or_else(PoisonError::into_inner).push(forget);
     }
 
     fn forgotten(&self, inodes: &[InodeId]) {
-        if let Some(others) = self.others.get().filter(|_| !inodes.is_empty()) {
-            others(inodes);
+        if !inodes.is_empty() {
+            let others = self.others.read().unwrap_or_else(PoisonError::into_inner);
+            others.iter().for_each(|forget| forget(inodes));
         }
     }
 

@@ -25,6 +25,7 @@ mod error;
 mod files;
 mod fs;
 mod grant;
+mod idle;
 mod inode;
 mod leased;
 mod map;

@@ -31,7 +31,7 @@ impl Machine {
                 }
                 Ok(QueryReply::Attr(n.attr()))
             }
-            Query::GetAttr(inode) | Query::Compare(inode) => {
+            Query::GetAttr(inode) | Query::Compare(inode) | Query::Freshen(inode) => {
                 Ok(QueryReply::Attr(r.inode(*inode)?.attr()))
             }
             Query::ReadDir { inode, after, limit } => {

@@ -53,6 +53,8 @@ pub enum Query {
     /// Attributes, after the file was compared with S3 now: a core found other bytes at its key than
     /// its view names (PROTOCOL §9, R35). Reply [`QueryReply::Attr`].
     Compare(InodeId),
+    /// Attributes as an open finds them: compared with S3 if the last time is a while ago. Reply [`QueryReply::Attr`].
+    Freshen(InodeId),
 }
 
 /// An entry of a directory page.

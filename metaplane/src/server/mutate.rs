@@ -168,10 +168,10 @@ impl Service {
                 if let Some(inode) = self.know(*parent, name).await?
                     && !exclusive
                 {
-                    self.settle(inode).await?;
+                    self.freshen(inode).await?;
                 }
             }
-            Op::Open { inode, .. } => self.settle(*inode).await?,
+            Op::Open { inode, .. } => self.freshen(*inode).await?,
             Op::Mkdir { parent, name, .. }
             | Op::Symlink { parent, name, .. }
             | Op::Unlink { parent, name }
@@ -194,7 +194,7 @@ impl Service {
     }
 
     /// Attributes and freshness of a file that is about to be opened.
-    async fn settle(&self, inode: InodeId) -> FsResult<()> {
+    pub(super) async fn freshen(&self, inode: InodeId) -> FsResult<()> {
         let due = self.voter.peek(|_, r| r.attr(inode)).map_err(fs_error)?;
         match due {
             Ok((_, true)) => self.hydrate(vec![inode]).await,

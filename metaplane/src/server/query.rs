@@ -47,10 +47,15 @@ impl Service {
                 }
                 Ok(QueryReply::Attr(attr))
             }
-            Query::GetAttr(inode) => Ok(match self.attr_leased(session, *inode).await? {
-                (attr, Some(lease)) => QueryReply::Leased(Some(attr), lease),
-                (attr, None) => QueryReply::Attr(attr),
-            }),
+            Query::GetAttr(inode) | Query::Freshen(inode) => {
+                if let Query::Freshen(_) = query {
+                    self.freshen(*inode).await?;
+                }
+                Ok(match self.attr_leased(session, *inode).await? {
+                    (attr, Some(lease)) => QueryReply::Leased(Some(attr), lease),
+                    (attr, None) => QueryReply::Attr(attr),
+                })
+            }
             Query::Compare(inode) => {
                 self.compare(*inode).await?;
                 Ok(QueryReply::Attr(self.attr(*inode).await?))
