@@ -226,6 +226,17 @@ impl Shared {
         same_session: Option<u64>,
         deadline: Instant,
     ) -> Result<(OpReply, u64)> {
+        self.mutate_until(op, same_session, deadline, None).await
+    }
+
+    /// The same; that it is to be asked again for this reason is an answer.
+    pub(crate) async fn mutate_until(
+        &self,
+        op: Op,
+        same_session: Option<u64>,
+        deadline: Instant,
+        reason: Option<&str>,
+    ) -> Result<(OpReply, u64)> {
         let ticket = self.meta_sequences.begin();
         let dropped = self.leased.forgets(&op);
         loop {
@@ -243,7 +254,7 @@ impl Shared {
             let (response, doubt) = self.meta.call_in_doubt(&request, left(deadline)).await?;
             let Response::Op(reply) = response else { return Err(unexpected(&response)) };
             match reply {
-                Err(FsError::Again { retry_after_ms, why }) => {
+                Err(FsError::Again { retry_after_ms, why }) if reason != Some(&why) => {
                     wait_again(deadline, retry_after_ms, why).await?;
                 }
                 Err(FsError::SessionExpired) => {
@@ -294,7 +305,8 @@ fn may_be_done_again(op: &Op) -> bool {
         | Op::Regrant { .. }
         | Op::Release { .. }
         | Op::ReleaseMany { .. }
-        | Op::ReturnNames { .. } => true,
+        | Op::ReturnNames { .. }
+        | Op::Lock { .. } => true,
         Op::Create { .. }
         | Op::Commit(_)
         | Op::SetAttr { .. }

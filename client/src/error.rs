@@ -58,6 +58,9 @@ pub enum ClientError {
     /// Past the largest file.
     #[error("file too large")]
     TooLarge,
+    /// A wait for a lock was given up.
+    #[error("interrupted")]
+    Interrupted,
     /// Too many symbolic links.
     #[error("too many levels of symbolic links")]
     Loop,
@@ -77,6 +80,7 @@ impl ClientError {
             Self::BadHandle => libc::EBADF,
             Self::Path(_) => libc::EINVAL,
             Self::TooLarge => libc::EFBIG,
+            Self::Interrupted => libc::EINTR,
             Self::Loop => libc::ELOOP,
         }
     }

@@ -14,8 +14,9 @@ use ebb_dataplane_protocol::{GrantMode, InodeId, Lineage};
 use ebb_metaplane_protocol::attr::{Attr, FileKind, SetAttr, without_privileges};
 use ebb_metaplane_protocol::op::{OpenMode, Opened};
 use ebb_metaplane_protocol::{FsError, Op, OpReply, Query, QueryReply};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// An open file of this client.
@@ -48,15 +49,21 @@ pub struct OpenedFile {
 
 pub(crate) struct OpenFile {
     id: u64,
-    inode: Arc<OpenInode>,
+    pub(crate) inode: Arc<OpenInode>,
     write: bool,
     detector: Mutex<Detector>,
     /// Failed background writes of the inode that this handle has reported, or that happened
     /// before it was opened.
     seen_failures: AtomicU64,
+    /// Who may have locked something by it.
+    lockers: Mutex<BTreeSet<u64>>,
 }
 
 impl OpenFile {
+    pub(crate) fn lockers(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.lockers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An error of a background write this handle has not reported yet: once per handle, by an fsync.
     fn take_failure(&self) -> Result<()> {
         let state = self.inode.state();
@@ -69,7 +76,7 @@ impl OpenFile {
 
     /// The same without taking note. Writes fail early; and a close tells it, but is not the one that had to be told: a child
     /// process closes its parent's descriptors, and nobody reads what that says.
-    fn peek_failure(&self) -> Result<()> {
+    pub(crate) fn peek_failure(&self) -> Result<()> {
         let state = self.inode.state();
         match &state.failure {
             Some(e) if state.failures > self.seen_failures.load(Ordering::Acquire) => {
@@ -81,7 +88,7 @@ impl OpenFile {
 }
 
 impl FileSystem {
-    fn file(&self, handle: FileHandle) -> Result<Arc<OpenFile>> {
+    pub(crate) fn file(&self, handle: FileHandle) -> Result<Arc<OpenFile>> {
         self.shared.files().get(&handle.0).cloned().ok_or(ClientError::BadHandle)
     }
 
@@ -251,6 +258,7 @@ impl FileSystem {
             write,
             detector: Mutex::default(),
             seen_failures: AtomicU64::new(failures),
+            lockers: Mutex::default(),
         };
         self.shared.files().insert(id, Arc::new(file));
         (FileHandle(id), attr)
@@ -383,6 +391,11 @@ impl FileSystem {
         let file = self.shared.files().remove(&handle.0).ok_or(ClientError::BadHandle)?;
         let inode = &file.inode;
         inode.drain().await;
+        if !file.lockers().is_empty() {
+            let committed = inode.commit().await;
+            self.unlock_everybody(&file).await;
+            committed.inspect_err(|_| self.abandon(&file))?;
+        }
         let result = self.release_remote(&file).await;
         inode.state().remotes.remove(&file.id);
         self.detach(inode);

@@ -7,6 +7,7 @@ use crate::error::ClientError;
 use crate::files::OpenFile;
 use crate::idle::Idle;
 use crate::inode::{OpenInode, Remote};
+use crate::locks::Locks;
 use crate::unnamed::{Unnamed, Which};
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::{Attr, SetAttr};
@@ -50,6 +51,7 @@ pub(crate) struct Shared {
     lingering: Mutex<Vec<Remote>>,
     /// Closed handles that it is not told of yet, in case the files are opened again.
     pub(crate) idle: Idle,
+    pub(crate) locks: Locks,
     pub(crate) unnamed: Unnamed,
 }
 
@@ -81,6 +83,7 @@ impl FileSystem {
             next_file: AtomicU64::new(1),
             lingering: Mutex::default(),
             idle: Idle::default(),
+            locks: Locks::default(),
             unnamed: Unnamed::default(),
             cluster: Arc::clone(&cluster.shared),
         });

@@ -121,6 +121,7 @@ impl OpenInode {
         bad: Option<&Arc<GrantState>>,
     ) -> Result<Option<Arc<GrantState>>> {
         let (_, epoch) = self.shared.cluster.session.current();
+        self.check_locks(epoch)?;
         let state = self.state();
         if state.stale {
             return Err(ClientError::Stale);
@@ -138,6 +139,7 @@ impl OpenInode {
     /// whose session expired. The lineage must be the old one (PROTOCOL §5).
     pub(crate) async fn live_remote(&self, write: bool, deadline: Instant) -> Result<Remote> {
         let (_, epoch) = self.shared.cluster.session.current();
+        self.check_locks(epoch)?;
         let old = {
             let state = self.state();
             if let Some(r) = state.remotes.values().find(|r| r.epoch == epoch) {

@@ -50,6 +50,8 @@ pub(crate) struct State {
     pub(crate) lineage: Lineage,
     /// When an open last had it compared with the object that it is in S3, if that is known.
     pub(crate) compared: Option<Instant>,
+    /// Epoch of the session under which locks were had last.
+    pub(crate) locked: Option<u64>,
     /// Handles at the metadata plane, by the local file that opened them.
     pub(crate) remotes: BTreeMap<u64, Remote>,
     /// Local files.
@@ -87,6 +89,7 @@ impl OpenInode {
         let state = State {
             lineage,
             compared: None,
+            locked: None,
             attr_at: Instant::now(),
             remotes: BTreeMap::new(),
             opens: 0,

@@ -141,7 +141,8 @@ impl Leased {
             | Op::Regrant { .. }
             | Op::Release { .. }
             | Op::ReleaseMany { .. }
-            | Op::Reserve { .. } => {}
+            | Op::Reserve { .. }
+            | Op::Lock { .. } => {}
         }
         let dropped = cache.forgets(&inodes);
         drop(cache);

@@ -92,6 +92,8 @@ pub(crate) struct Wakes {
     pub(crate) owner: Notify,
     /// A command was applied that may have left work to the loops.
     pub(crate) stirred: Notify,
+    /// Somebody's lock ended: for all who wait for one.
+    pub(crate) unlocked: Notify,
 }
 
 /// The shared parts.

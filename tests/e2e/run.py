@@ -31,6 +31,7 @@ MODULES = [
     "voters",
     "histories",
     "leases",
+    "locks",
     "disaster",
     "lost_nodes",
     "replicas",

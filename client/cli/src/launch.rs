@@ -180,13 +180,14 @@ pub(crate) async fn run_mount(
             "ro" => config.read_only = true,
             "rw" | "defaults" | "_netdev" | "nofail" | "auto" | "noauto" | "nosuid" | "nodev" => {}
             "allow_other" => config.allow_other = true,
+            "local_locks" => config.local_locks = true,
             "strict" => {
                 config.attr_ttl = std::time::Duration::ZERO;
                 config.entry_ttl = std::time::Duration::ZERO;
             }
             other => {
                 return Err(CliError::usage(format!(
-                    "unknown mount option {other:?}: known are ro, rw, allow_other, strict, nosuid, nodev, _netdev, nofail"
+                    "unknown mount option {other:?}: known are ro, rw, allow_other, strict, local_locks, nosuid, nodev, _netdev, nofail"
                 )));
             }
         }

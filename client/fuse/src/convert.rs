@@ -1,6 +1,6 @@
 //! Between the kernel's types and the library's.
 
-use ebb_client::{Attr, ClientError, FileKind, InodeId, SetAttr, Time, TimeChange};
+use ebb_client::{Attr, ClientError, FileKind, InodeId, OpenFlags, SetAttr, Time, TimeChange};
 use fuser::{Errno, FileAttr, FileType, INodeNo, TimeOrNow};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,6 +16,14 @@ pub(crate) fn errno(what: &str, e: &ClientError) -> Errno {
         n => tracing::debug!(what, errno = n, error = %e, "refused"),
     }
     Errno::from_i32(e.errno())
+}
+
+pub(crate) fn open_flags(flags: i32) -> OpenFlags {
+    OpenFlags {
+        write: flags & libc::O_ACCMODE != libc::O_RDONLY,
+        truncate: flags & libc::O_TRUNC != 0,
+        exclusive: flags & libc::O_EXCL != 0,
+    }
 }
 
 pub(crate) fn inode(ino: INodeNo) -> InodeId {

@@ -1,8 +1,9 @@
 //! The kernel's requests, one function each.
 
-use crate::convert::{attr, errno, inode, kind, set_attr};
+use crate::convert::{attr, errno, inode, kind, open_flags, set_attr};
 use crate::directory::{DirStream, FIRST};
 use crate::known::Known;
+use crate::locks::lock;
 use crate::mount::MountConfig;
 use crate::telling::Telling;
 use ebb_client::{
@@ -11,8 +12,8 @@ use ebb_client::{
 use fuser::{
     BsdFileFlags, Errno, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, Notifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -42,14 +43,15 @@ pub(crate) struct Shim {
     runtime: Handle,
 }
 
-struct Shared {
-    fs: FileSystem,
-    known: Known,
+pub(crate) struct Shared {
+    pub(crate) fs: FileSystem,
+    pub(crate) known: Known,
     streams: Mutex<Streams>,
     next_stream: AtomicU64,
     attr_ttl: Duration,
     entry_ttl: Duration,
-    telling: Telling,
+    local_locks: bool,
+    pub(crate) telling: Telling,
 }
 
 impl Shared {
@@ -134,14 +136,6 @@ fn may_not_keep_privileges(req: &Request) -> bool {
     req.uid() != 0
 }
 
-fn open_flags(flags: i32) -> OpenFlags {
-    OpenFlags {
-        write: flags & libc::O_ACCMODE != libc::O_RDONLY,
-        truncate: flags & libc::O_TRUNC != 0,
-        exclusive: flags & libc::O_EXCL != 0,
-    }
-}
-
 impl Shim {
     pub(crate) fn new(config: &MountConfig, runtime: Handle) -> Self {
         let shared = Shared {
@@ -152,6 +146,7 @@ impl Shim {
             attr_ttl: config.attr_ttl,
             entry_ttl: config.entry_ttl,
             telling: Telling::new(&config.fs, config.attr_ttl),
+            local_locks: config.local_locks,
         };
         Self { shared: Arc::new(shared), runtime }
     }
@@ -177,7 +172,11 @@ impl Filesystem for Shim {
         }
         let _ = config.set_max_background(BACKGROUND_MAX);
         let _ = config.set_congestion_threshold(BACKGROUND_MAX * 3 / 4);
-        for wish in [
+        let mut wishes = vec![InitFlags::FUSE_POSIX_LOCKS, InitFlags::FUSE_FLOCK_LOCKS];
+        if self.shared.local_locks {
+            wishes.clear();
+        }
+        wishes.extend([
             InitFlags::FUSE_ASYNC_READ,
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
@@ -188,7 +187,8 @@ impl Filesystem for Shim {
             // Set-user-ID and set-group-ID end here and at the metadata plane, not by a look at the
             // attributes before each chown.
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-        ] {
+        ]);
+        for wish in wishes {
             if config.add_capabilities(wish).is_err() {
                 tracing::debug!(?wish, "this kernel does without");
             }
@@ -497,10 +497,57 @@ impl Filesystem for Shim {
         _req: &Request,
         _ino: INodeNo,
         fh: fuser::FileHandle,
-        _lock_owner: LockOwner,
+        lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        self.start(async move |s| empty("flush", s.fs.flush(FileHandle(fh.0)).await, reply));
+        self.start(async move |s| {
+            empty("flush", s.close(FileHandle(fh.0), lock_owner).await, reply)
+        });
+    }
+
+    fn getlk(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: fuser::FileHandle,
+        lock_owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        reply: ReplyLock,
+    ) {
+        let Some(wanted) = lock(lock_owner, (start, end), typ, pid) else {
+            return reply.error(Errno::EINVAL);
+        };
+        self.start(async move |s| match s.in_the_way(FileHandle(fh.0), wanted).await {
+            Ok((start, end, typ, pid)) => reply.locked(start, end, typ, pid),
+            Err(e) => reply.error(errno("getlk", &e)),
+        });
+    }
+
+    fn setlk(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        fh: fuser::FileHandle,
+        lock_owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        let Some(wanted) = lock(lock_owner, (start, end), typ, pid) else {
+            return reply.error(Errno::EINVAL);
+        };
+        let caller = req.pid();
+        self.start(async move |s| {
+            let locked =
+                s.lock(inode(ino), FileHandle(fh.0), wanted, sleep.then_some(caller)).await;
+            empty("setlk", locked, reply);
+        });
     }
 
     fn release(

@@ -11,6 +11,7 @@ mod convert;
 mod directory;
 mod filesystem;
 mod known;
+mod locks;
 mod mount;
 mod mountinfo;
 mod telling;

@@ -36,6 +36,8 @@ pub struct MountConfig {
     pub attr_ttl: Duration,
     /// How long the kernel may use names without asking; zero: changes of others show at once.
     pub entry_ttl: Duration,
+    /// Locks of files are the kernel's own: programs on other mounts don't see them.
+    pub local_locks: bool,
     /// Threads that read requests from the kernel.
     pub threads: usize,
     /// How far the kernel reads ahead, in KiB. Root only; else the kernel's 128.
@@ -53,6 +55,7 @@ impl MountConfig {
             allow_other: nix::unistd::geteuid().is_root(),
             attr_ttl: Duration::from_secs(1),
             entry_ttl: Duration::from_secs(1),
+            local_locks: false,
             threads: 4,
             read_ahead_kib: 1024,
         }

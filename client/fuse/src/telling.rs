@@ -78,6 +78,21 @@ impl Telling {
     }
 }
 
+impl Telling {
+    /// Has the kernel read an inode's pages again.
+    pub(crate) async fn forget_pages(&self, inode: InodeId) {
+        let notifier = Arc::clone(&self.notifier);
+        // It may wait for reads and writes of these pages, which we answer.
+        let done = tokio::task::spawn_blocking(move || {
+            let Some(notifier) = notifier.get() else { return };
+            if let Err(e) = notifier.inval_inode(INodeNo(inode.0), 0, 0) {
+                tracing::debug!(inode = inode.0, error = %e, "the kernel has no pages");
+            }
+        });
+        let _ = done.await;
+    }
+}
+
 fn forget(notifier: &OnceLock<Notifier>, inode: InodeId) {
     let Some(notifier) = notifier.get() else { return };
     // Attributes only (a negative offset): takes no page lock, so it cannot wait for a read

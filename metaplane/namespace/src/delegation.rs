@@ -36,7 +36,8 @@ pub(crate) fn directories(op: &Op) -> [Option<InodeId>; 2] {
         | Op::SetAttr { .. }
         | Op::Reserve { .. }
         | Op::Publish(_)
-        | Op::ReturnNames { .. } => [None, None],
+        | Op::ReturnNames { .. }
+        | Op::Lock { .. } => [None, None],
     }
 }
 

@@ -13,6 +13,7 @@
 pub mod footprint;
 pub mod kv;
 pub mod limits;
+mod lock;
 
 mod abandon;
 mod apply;
@@ -68,6 +69,8 @@ pub mod why {
     pub const REPLIES: &str = "replies";
     /// Another session alone knows the names of a directory: it is asked to give them back.
     pub const DELEGATED: &str = "delegated";
+    /// Somebody else's lock is in the way of one that waits.
+    pub use ebb_metaplane_protocol::lock::LOCKED;
 }
 
 /// The state machine. It has no state of its own: all of it is behind [`Kv`].

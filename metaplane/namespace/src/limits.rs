@@ -1,5 +1,7 @@
 //! Every bound of the state machine (I9), in one place.
 
+/// Locked ranges of one file, of all clients.
+pub const LOCKS_PER_INODE_MAX: usize = 4_096;
 /// Open handles of one session.
 pub const HANDLES_PER_SESSION_MAX: u32 = 65_536;
 /// Live sessions.

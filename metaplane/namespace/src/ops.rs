@@ -91,6 +91,9 @@ impl<K: Kv> Ctx<'_, K> {
             Op::Reserve { files } => self.reserve_files(session, *files),
             Op::Publish(p) => self.publish(session, p),
             Op::ReturnNames { dirs } => self.return_names(session, dirs),
+            Op::Lock { inode, lock, wait } => {
+                self.lock(session, *inode, lock, *wait).map(|()| OpOutcome::Done)
+            }
             Op::SetAttr { inode, set } => self.set_attr(*inode, set),
             Op::Mkdir { parent, name, mode, uid, gid } => {
                 self.read().check_new_name(*parent, name, true)?;

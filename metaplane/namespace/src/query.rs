@@ -46,6 +46,7 @@ impl Machine {
                 }
                 Ok(QueryReply::Page { entries, end })
             }
+            Query::Locked(..) => Err(FsError::Invalid("who asks for a lock matters".into())),
             Query::ReadLink(inode) => {
                 let n = r.inode(*inode)?;
                 match n.kind {

@@ -13,6 +13,8 @@
 //! | `H` | handle | [`crate::handle::Handle`] |
 //! | `h` | session, inode, handle | write byte |
 //! | `O` | inode, handle | session |
+//! | `L` | inode | its locks: see [`crate::lock`] |
+//! | `l` | session, inode | – : it has locks there |
 //! | `B` | S3 key | the inode whose bytes are there |
 //! | `K` | S3 key | [`crate::key_state::KeyState`], only while it says more than `B` |
 //! | `A` | nonce | S3 key of the attempt |
@@ -40,6 +42,8 @@ pub(crate) const REPLY: u8 = b'R';
 pub(crate) const HANDLE: u8 = b'H';
 pub(crate) const SESSION_HANDLE: u8 = b'h';
 pub(crate) const OPEN: u8 = b'O';
+pub(crate) const LOCK: u8 = b'L';
+pub(crate) const SESSION_LOCK: u8 = b'l';
 pub(crate) const OWNER: u8 = b'B';
 pub(crate) const KEY: u8 = b'K';
 pub(crate) const ATTEMPT: u8 = b'A';

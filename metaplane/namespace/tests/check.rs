@@ -9,6 +9,8 @@ use ebb_metaplane_protocol::FileKind;
 use ebb_metaplane_protocol::check::{Finding, Repair, Rule};
 use ebb_metaplane_protocol::command::{Command, CommandReply, LogEntry};
 use ebb_metaplane_protocol::dump::{LoadStep, Record};
+use ebb_metaplane_protocol::lock::{Lock, LockMode};
+use ebb_metaplane_protocol::op::Op;
 use ebb_metaplane_protocol::{FsError, Query, QueryReply, Time};
 use ebb_namespace::{Machine, MemKv, Reader};
 use rand::rngs::StdRng;
@@ -35,6 +37,11 @@ fn world() -> World {
     // Open with a name, and without one.
     let mut f = w.create(s, b, "dirty").expect("made");
     w.write(&mut f, 0, b"not in S3").expect("written");
+    for (owner, start) in [(1, 0), (2, 50)] {
+        let lock = Lock { owner, start, end: start + 9, mode: LockMode::Exclusive, pid: 3 };
+        let inode = f.grant.inode;
+        w.op(s, Op::Lock { inode, lock, wait: false }).expect("locked");
+    }
     let mut f = w.create(s, a, "gone").expect("made");
     w.write(&mut f, 0, b"bytes").expect("written");
     w.unlink(s, a, "gone").expect("unlinked");

@@ -74,6 +74,12 @@ pub enum FsError {
     /// The cluster is being taken down, or is read-only.
     #[error("the cluster is shutting down")]
     ShuttingDown,
+    /// EAGAIN: somebody else's lock is in the way.
+    #[error("locked by somebody else")]
+    Locked,
+    /// ENOLCK.
+    #[error("too many locks on one file")]
+    NoLocks,
 }
 
 impl FsError {
@@ -94,7 +100,8 @@ impl FsError {
             Self::NoSpace => 28,
             Self::Io(_) | Self::S3Unavailable(_) | Self::TooOld | Self::SessionExpired => 5,
             Self::NotSupported(_) => 95,
-            Self::Again { .. } => 11,
+            Self::Again { .. } | Self::Locked => 11,
+            Self::NoLocks => 37,
             Self::NotLeader(_) | Self::ShuttingDown => 5,
         }
     }

@@ -4,6 +4,7 @@
 use crate::check::Repair;
 use crate::dump::{LoadStep, Object, Record};
 use crate::lease::{Watch, Watched};
+use crate::lock::{Lock, LockMode};
 use crate::*;
 use ebb_dataplane_protocol::hostile::{Decoder, archive};
 use ebb_dataplane_protocol::{Generation, HandleId, InodeId, codec};
@@ -102,6 +103,11 @@ fn requests() -> Vec<Vec<u8>> {
         mutate(publish()),
         mutate(Op::Reserve { files: 3 }),
         mutate(Op::ReturnNames { dirs: vec![(InodeId(1), 2)] }),
+        mutate(Op::Lock {
+            inode: InodeId(2),
+            lock: Lock { owner: 3, start: 4, end: 5, mode: LockMode::Exclusive, pid: 6 },
+            wait: true,
+        }),
         query,
         Request::Session(open),
         Request::Session(SessionCall::Watch(

@@ -14,6 +14,7 @@ pub mod error;
 pub mod flush;
 pub mod hostile;
 pub mod lease;
+pub mod lock;
 pub mod node;
 pub mod op;
 pub mod own;

@@ -1,6 +1,7 @@
 //! Mutations of a client. Each is one log entry, atomic, exactly once.
 
 use crate::attr::{Attr, SetAttr, Time};
+use crate::lock::Lock;
 use ebb_dataplane_protocol::{Generation, HandleId, InodeId, Lineage, SignedGrant};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -156,6 +157,16 @@ pub enum Op {
     ReturnNames {
         /// Directories, with the stamp of each delegation.
         dirs: Vec<(InodeId, u64)>,
+    },
+    /// Locks or unlocks a range of a file that the session has open. If somebody else's lock is in the way:
+    /// `Again` when it is to wait, else [`FsError::Locked`](crate::FsError::Locked). Reply [`OpReply::Done`].
+    Lock {
+        /// File.
+        inode: InodeId,
+        /// The range, and how.
+        lock: Lock,
+        /// The leader answers later, if it can't be had now.
+        wait: bool,
     },
 }
 

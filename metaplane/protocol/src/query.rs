@@ -2,6 +2,7 @@
 
 use crate::attr::Attr;
 use crate::lease::Lease;
+use crate::lock::{Lock, Locked};
 use crate::op::Name;
 use ebb_dataplane_protocol::{ClusterMap, InodeId, MapVersion};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -55,6 +56,8 @@ pub enum Query {
     Compare(InodeId),
     /// Attributes as an open finds them: compared with S3 if the last time is a while ago. Reply [`QueryReply::Attr`].
     Freshen(InodeId),
+    /// The lock that is in the way of one, if any is (F_GETLK). Reply [`QueryReply::Locked`].
+    Locked(InodeId, Lock),
 }
 
 /// An entry of a directory page.
@@ -96,6 +99,8 @@ pub enum QueryReply {
     Map(Option<ClusterMap>),
     /// Space and counts.
     StatFs(StatFs),
+    /// A lock that is in the way.
+    Locked(Option<Locked>),
 }
 
 /// Space and counts.

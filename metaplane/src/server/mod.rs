@@ -20,7 +20,7 @@ use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{Opcode, Status, codec};
 use ebb_metaplane_protocol::lease::DROPPED_MAX;
 use ebb_metaplane_protocol::{
-    Command, CommandReply, FsError, FsResult, Request, Response, SessionCall, SessionReply,
+    Command, CommandReply, FsError, FsResult, Op, Request, Response, SessionCall, SessionReply,
 };
 use ebb_namespace::limits::SESSION_TTL_MS;
 use ebb_rpc::Frame;
@@ -81,7 +81,11 @@ impl Port {
         };
         // Long waits (a flush, a shutdown) hold a permit of their connection, not of everybody.
         let watches = matches!(request, Request::Session(SessionCall::Watch(..)));
-        let waits = watches || matches!(request, Request::Admin(_));
+        let waits = watches
+            || matches!(
+                request,
+                Request::Admin(_) | Request::Mutate { op: Op::Lock { wait: true, .. }, .. }
+            );
         let _permit = if waits { None } else { self.permits.acquire().await.ok() };
         let _busy = (!watches).then(|| self.service.voter.busy());
         let response = self.service.respond(peer, request).await;

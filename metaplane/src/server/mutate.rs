@@ -5,6 +5,7 @@ use super::names::Adding;
 use crate::service::{Service, fs_error};
 use ebb_dataplane_protocol::{Grant, HandleId, InodeId, Sequence, SessionId, SignedGrant};
 use ebb_metaplane_protocol::command::OpOutcome;
+use ebb_metaplane_protocol::lock::LockMode;
 use ebb_metaplane_protocol::op::{Name, Published};
 use ebb_metaplane_protocol::{
     Attr, Command, CommandReply, FsError, FsResult, Made, Op, OpReply, Opened,
@@ -18,6 +19,10 @@ const WAIT_MAX: Duration = Duration::from_secs(2);
 /// How long a truncate waits for the acks of its cut. It has happened, so this is not the place to
 /// give up soon; but shorter than a client waits for one answer.
 const CUT_WAIT_MAX: Duration = Duration::from_secs(20);
+/// How long a lock that waits is waited for here before the client is asked to come again, and how often it
+/// is looked for.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(1);
+const LOCK_LOOK: Duration = Duration::from_millis(250);
 /// Longest pause between two tries.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Keys below a directory that a rename lists; more is EXDEV.
@@ -39,6 +44,7 @@ impl Service {
         let begun = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
+            self.until_unlocked(session, &op).await?;
             let command = Command::Client { session, sequence, answered_below, op: op.clone() };
             let outcome = match self.submit(command).await? {
                 CommandReply::Op(outcome) => outcome,
@@ -46,6 +52,11 @@ impl Service {
             };
             let why = match outcome {
                 Ok(outcome) => {
+                    if let Op::Lock { lock, .. } = &op
+                        && lock.mode != LockMode::Exclusive
+                    {
+                        self.wakes.unlocked.notify_waiters();
+                    }
                     self.cut_everywhere(session, &op, &outcome).await?;
                     return Ok(self.sign(session, &op, outcome));
                 }
@@ -63,6 +74,27 @@ impl Service {
             self.wakes.notices.notify_one();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Before a lock that waits is proposed: nobody else's is in its way. A try in vain is no entry in the log.
+    async fn until_unlocked(&self, session: SessionId, op: &Op) -> FsResult<()> {
+        let Op::Lock { inode, lock, wait: true } = op else { return Ok(()) };
+        let end = tokio::time::Instant::now() + LOCK_WAIT_MAX;
+        loop {
+            let unlocked = self.wakes.unlocked.notified();
+            tokio::pin!(unlocked);
+            unlocked.as_mut().enable();
+            let look = self.voter.peek(|_, r| r.locked(session, *inode, lock)).map_err(fs_error)?;
+            if look?.is_none() {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() >= end {
+                return Err(FsError::Again { retry_after_ms: 1, why: why::LOCKED.to_owned() });
+            }
+            // Locks also end with handles and sessions, of which nobody tells here.
+            let look_again = (tokio::time::Instant::now() + LOCK_LOOK).min(end);
+            let _ = tokio::time::timeout_at(look_again, unlocked).await;
         }
     }
 
@@ -188,7 +220,8 @@ impl Service {
             | Op::SetAttr { .. }
             | Op::Reserve { .. }
             | Op::Publish(_)
-            | Op::ReturnNames { .. } => {}
+            | Op::ReturnNames { .. }
+            | Op::Lock { .. } => {}
         }
         Ok(())
     }

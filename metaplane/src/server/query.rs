@@ -60,6 +60,10 @@ impl Service {
                 self.compare(*inode).await?;
                 Ok(QueryReply::Attr(self.attr(*inode).await?))
             }
+            Query::Locked(inode, lock) => {
+                let look = self.voter.read(|_, r| r.locked(session, *inode, lock)).await;
+                Ok(QueryReply::Locked(look.map_err(fs_error)??))
+            }
             Query::ReadDir { inode, after, limit } => {
                 self.read_dir(session, *inode, after, *limit).await
             }

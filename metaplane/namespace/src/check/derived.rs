@@ -110,6 +110,24 @@ impl<K: KvRead> Reader<'_, K> {
                     return wrong(Rule::Handle, format!("inode {inode} has no such handle {id}"));
                 }
             }
+            SESSION_LOCK => {
+                let (session, inode) = (SessionId(u64_at(k, 1)?), InodeId(u64_at(k, 9)?));
+                let held = self.locks(inode)?.iter().any(|h| h.session == session);
+                if !held || !self.session_has_open(session, inode) {
+                    let what = format!("session {session} has no lock on inode {inode}");
+                    return wrong(Rule::Handle, what);
+                }
+            }
+            LOCK => {
+                let inode = InodeId(u64_at(k, 1)?);
+                for h in self.locks(inode)? {
+                    let place = key(SESSION_LOCK, &[&be(h.session.0), &be(inode.0)]);
+                    if self.0.get(&place).is_none() {
+                        let what = format!("a lock of session {} on inode {inode}", h.session);
+                        return wrong(Rule::Handle, what);
+                    }
+                }
+            }
             ATTEMPT => {
                 let nonce = k.get(1..).and_then(|n| n.try_into().ok()).map(u128::from_be_bytes);
                 let s3_key = std::str::from_utf8(v).map_err(|_| corrupt("attempt"))?;

@@ -27,7 +27,7 @@ const PAGE: usize = 1_000;
 const CUTS_REMEMBERED_MAX: usize = 1 << 20;
 
 /// Tables, in the order in which they are looked at.
-const TABLES: [u8; 22] = [
+const TABLES: [u8; 24] = [
     NOTICE,
     MAP,
     INODE,
@@ -39,6 +39,8 @@ const TABLES: [u8; 22] = [
     HANDLE,
     SESSION_HANDLE,
     OPEN,
+    SESSION_LOCK,
+    LOCK,
     OWNER,
     KEY,
     ATTEMPT,
@@ -149,7 +151,7 @@ impl Check {
             INODE => self.inode(r, k, found),
             ENTRY => self.entry(r, (k, v), found),
             DIRTY | HELD | OWNER | CLIENT | REPLY | SESSION_HANDLE | OPEN | ATTEMPT | WINDOW
-            | TOMBSTONE_AGE | NODE_BOOT => {
+            | TOMBSTONE_AGE | NODE_BOOT | SESSION_LOCK | LOCK => {
                 if let Some((rule, what)) = r.stale(k, v)? {
                     found(finding(rule, what, Repair::Record(k.to_vec())));
                 }

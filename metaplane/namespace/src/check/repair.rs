@@ -250,6 +250,14 @@ impl<K: Kv> Ctx<'_, K> {
         if self.read().stale(k, &v)?.is_none() {
             return Ok(());
         }
+        match k[0] {
+            // Others' locks on the file stay.
+            SESSION_LOCK => {
+                return self.drop_locks(SessionId(u64_at(k, 1)?), InodeId(u64_at(k, 9)?));
+            }
+            LOCK => return self.mend_locks(InodeId(u64_at(k, 1)?)),
+            _ => {}
+        }
         self.kv.delete(k);
         match k[0] {
             // Its place may only be another one, or another inode's.
