@@ -92,7 +92,9 @@ impl<K: Kv> Ctx<'_, K> {
         self.kv.delete(&key(SESSION_HANDLE, &[&be(h.session.0), &be(h.inode.0), &be(id.0)]));
         self.kv.delete(&key(OPEN, &[&be(h.inode.0), &be(id.0)]));
         self.update_session(h.session, |s| s.handles = s.handles.saturating_sub(1))?;
-        if !self.read().session_has_open(h.session, h.inode) {
+        if self.read().has_locks(h.session, h.inode)
+            && !self.read().session_has_open(h.session, h.inode)
+        {
             self.drop_locks(h.session, h.inode)?;
         }
         match self.read().find_inode(h.inode)? {

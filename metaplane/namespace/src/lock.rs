@@ -96,6 +96,11 @@ impl<K: KvRead> Reader<'_, K> {
         }
     }
 
+    /// Whether a session has locks on a file.
+    pub(crate) fn has_locks(&self, session: SessionId, inode: InodeId) -> bool {
+        self.0.get(&key(SESSION_LOCK, &[&be(session.0), &be(inode.0)])).is_some()
+    }
+
     /// The first lock that is in the way of one, if any is.
     pub fn locked(
         &self,
@@ -159,11 +164,7 @@ impl<K: Kv> Ctx<'_, K> {
 
     /// A session's locks on a file end, if it has any.
     pub(crate) fn drop_locks(&mut self, session: SessionId, inode: InodeId) -> FsResult<()> {
-        let place = key(SESSION_LOCK, &[&be(session.0), &be(inode.0)]);
-        if self.kv.get(&place).is_none() {
-            return Ok(());
-        }
-        self.kv.delete(&place);
+        self.kv.delete(&key(SESSION_LOCK, &[&be(session.0), &be(inode.0)]));
         let mut held = self.read().locks(inode)?;
         held.retain(|h| h.session != session);
         self.put_locks(inode, &held);

@@ -5,7 +5,7 @@ use super::names::Adding;
 use crate::service::{Service, fs_error};
 use ebb_dataplane_protocol::{Grant, HandleId, InodeId, Sequence, SessionId, SignedGrant};
 use ebb_metaplane_protocol::command::OpOutcome;
-use ebb_metaplane_protocol::lock::LockMode;
+use ebb_metaplane_protocol::lock::{Lock, LockMode};
 use ebb_metaplane_protocol::op::{Name, Published};
 use ebb_metaplane_protocol::{
     Attr, Command, CommandReply, FsError, FsResult, Made, Op, OpReply, Opened,
@@ -44,7 +44,10 @@ impl Service {
         let begun = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
-            self.until_unlocked(session, &op).await?;
+            if let Op::Lock { inode, lock, wait: true } = &op {
+                // In a box, like all that is rare: what every call needs stays small.
+                Box::pin(self.until_unlocked(session, *inode, lock)).await?;
+            }
             let command = Command::Client { session, sequence, answered_below, op: op.clone() };
             let outcome = match self.submit(command).await? {
                 CommandReply::Op(outcome) => outcome,
@@ -78,14 +81,18 @@ impl Service {
     }
 
     /// Before a lock that waits is proposed: nobody else's is in its way. A try in vain is no entry in the log.
-    async fn until_unlocked(&self, session: SessionId, op: &Op) -> FsResult<()> {
-        let Op::Lock { inode, lock, wait: true } = op else { return Ok(()) };
+    async fn until_unlocked(
+        &self,
+        session: SessionId,
+        inode: InodeId,
+        lock: &Lock,
+    ) -> FsResult<()> {
         let end = tokio::time::Instant::now() + LOCK_WAIT_MAX;
         loop {
             let unlocked = self.wakes.unlocked.notified();
             tokio::pin!(unlocked);
             unlocked.as_mut().enable();
-            let look = self.voter.peek(|_, r| r.locked(session, *inode, lock)).map_err(fs_error)?;
+            let look = self.voter.peek(|_, r| r.locked(session, inode, lock)).map_err(fs_error)?;
             if look?.is_none() {
                 return Ok(());
             }

@@ -49,7 +49,7 @@ impl Service {
             }
             Query::GetAttr(inode) | Query::Freshen(inode) => {
                 if let Query::Freshen(_) = query {
-                    self.freshen(*inode).await?;
+                    Box::pin(self.freshen(*inode)).await?;
                 }
                 Ok(match self.attr_leased(session, *inode).await? {
                     (attr, Some(lease)) => QueryReply::Leased(Some(attr), lease),
@@ -61,7 +61,7 @@ impl Service {
                 Ok(QueryReply::Attr(self.attr(*inode).await?))
             }
             Query::Locked(inode, lock) => {
-                let look = self.voter.read(|_, r| r.locked(session, *inode, lock)).await;
+                let look = Box::pin(self.voter.read(|_, r| r.locked(session, *inode, lock))).await;
                 Ok(QueryReply::Locked(look.map_err(fs_error)??))
             }
             Query::ReadDir { inode, after, limit } => {
