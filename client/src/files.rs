@@ -391,12 +391,20 @@ impl FileSystem {
         let file = self.shared.files().remove(&handle.0).ok_or(ClientError::BadHandle)?;
         let inode = &file.inode;
         inode.drain().await;
-        if !file.lockers().is_empty() {
-            let committed = inode.commit().await;
+        let mut committed = Ok(());
+        let has_locked = !file.lockers().is_empty();
+        if has_locked {
+            // Who has the lock next sees what was written under it.
+            committed = inode.commit().await;
             self.unlock_everybody(&file).await;
-            committed.inspect_err(|_| self.abandon(&file))?;
         }
-        let result = self.release_remote(&file).await;
+        let result = match committed {
+            Ok(()) => self.release_remote(&file).await,
+            Err(e) => {
+                self.abandon(&file);
+                Err(e)
+            }
+        };
         inode.state().remotes.remove(&file.id);
         self.detach(inode);
         file.take_failure()?;

@@ -5,6 +5,8 @@ mod common;
 
 use common::{TestCluster, until};
 use ebb_client::{Config, FileSystem, InodeId, OpenFlags, Owner};
+use ebb_metaplane_protocol::AdminCall;
+use ebb_s3::{Bucket, Condition, Metadata};
 use std::time::{Duration, Instant};
 
 const OWNER: Owner = Owner { uid: 0, gid: 0 };
@@ -95,6 +97,30 @@ async fn what_changed_meanwhile_is_read_as_it_is() {
     make(&other, "f", b"another").await;
     for (who, fs) in &readers {
         assert_eq!(read(fs, "f").await, b"another", "{who}");
+    }
+    cluster.stop().await;
+}
+
+/// By somebody who does not know of us, in the bucket itself: seen by an open a second later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_others_put_in_its_place_is_read_by_the_next_open() {
+    let cluster = TestCluster::start(1).await;
+    let other = cluster.fs("other").await;
+    let inode = make(&other, "f", b"ours").await;
+    let call = AdminCall::Flush { inode, wait: true };
+    other.cluster().admin(call, Duration::from_secs(30)).await.expect("a flush");
+    let bucket = Bucket::connect(cluster.s3.bucket_config("tide")).await;
+    for (who, fs) in clients(&cluster).await.into_iter().filter(|(_, fs)| fs.has_leases()) {
+        for round in 0..3 {
+            read(&fs, "f").await;
+            let theirs = format!("r{round}!!");
+            let body = theirs.clone().into_bytes();
+            let put = bucket.put("f", body, &Metadata::new(), &Condition::None).await;
+            put.expect("a put");
+            // The metadata plane compares once a second.
+            tokio::time::sleep(Duration::from_millis(1_200)).await;
+            assert_eq!(read(&fs, "f").await, theirs.as_bytes(), "{who}, round {round}");
+        }
     }
     cluster.stop().await;
 }

@@ -61,6 +61,8 @@ def test_a_cluster_heals_when_a_node_loses_its_directory():
 
 def test_what_only_a_lost_node_had_waits_until_it_is_given_up():
     """`ebb node abandon` names it, gives it up when told, and the cluster is whole again."""
+    # Each is on one of two nodes, as chance has it: of so many some are on the one that is lost.
+    dirty = 40
     with cluster() as c:
         m = c.mount()
         for i in range(20):
@@ -70,7 +72,7 @@ def test_what_only_a_lost_node_had_waits_until_it_is_given_up():
         lost = id_of(c, "node-1")
         refused = c.ebb("node", "abandon", lost, "--yes", ok=False)
         check(refused.returncode != 0 and "not lost" in refused.stderr, f"alive: {refused.stderr}")
-        for i in range(8):
+        for i in range(dirty):
             write(m / f"dirty{i}", b"dirty %d" % i)
         write(m / "both", b"and never will be")
         lose(c, "node-1")
@@ -78,7 +80,7 @@ def test_what_only_a_lost_node_had_waits_until_it_is_given_up():
         warned = wait_for("the status to say so", lambda: [w for w in c.status()["warnings"] if f"node abandon {lost}`" in w])
         dry = json.loads(c.ebb("node", "abandon", lost, "--json").stdout)
         named = {f["path"]: f["stored_bytes"] for f in dry["files"]}
-        check(not dry["done"] and 0 < len(named) <= 9, f"{dry}")
+        check(not dry["done"] and 0 < len(named) <= dirty + 1, f"{dry}")
         again = json.loads(c.ebb("node", "abandon", lost, "--json").stdout)
         check(again["files"] == dry["files"], "a dry run changes nothing")
         wait_for("the other groups to have a stand-in",
@@ -88,7 +90,7 @@ def test_what_only_a_lost_node_had_waits_until_it_is_given_up():
         wait_for("the cluster to be whole", lambda: healed(c, lost), 60)
         for i in range(20):
             check((m / f"clean{i}").read_bytes() == b"clean %d" % i, f"clean{i}")
-        for i in range(8):
+        for i in range(dirty):
             path = m / f"dirty{i}"
             if f"/dirty{i}" not in named:
                 check(path.read_bytes() == b"dirty %d" % i, "the other node had it")
@@ -105,7 +107,7 @@ def test_what_only_a_lost_node_had_waits_until_it_is_given_up():
         check((m / "both").read_bytes() == want, "goes back to what is in S3")
         c.ebb("flush", "/", "--wait")
         check(not c.status()["warnings"], f"warnings: {c.status()['warnings']}")
-        return f"{len(named)} of 9 files given up; {warned[0]}"
+        return f"{len(named)} of {dirty + 1} files given up; {warned[0]}"
 
 
 def test_a_node_that_stood_still_serves_nothing_old():
