@@ -310,8 +310,10 @@ fn may_be_done_again(op: &Op) -> bool {
         Op::Create { .. }
         | Op::Commit(_)
         | Op::SetAttr { .. }
+        | Op::SetXattr { .. }
         | Op::Mkdir { .. }
         | Op::Symlink { .. }
+        | Op::Link { .. }
         | Op::Unlink { .. }
         | Op::Rmdir { .. }
         | Op::Rename { .. }

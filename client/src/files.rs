@@ -532,5 +532,6 @@ pub(crate) fn not_a_file(kind: FileKind) -> Option<FsError> {
         FileKind::File => None,
         FileKind::Directory => Some(FsError::IsDirectory),
         FileKind::Symlink => Some(FsError::Invalid("a symbolic link".into())),
+        FileKind::HardLink => Some(FsError::Stale),
     }
 }

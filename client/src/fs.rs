@@ -258,6 +258,22 @@ impl FileSystem {
         Ok(self.shared.made(op, parent, name).await?.0.attr)
     }
 
+    /// Gives a file or a symbolic link another name (a hard link); answers with the file's attributes.
+    /// EPERM for directories, EMLINK past [`LINKS_MAX`](ebb_metaplane_protocol::attr::LINKS_MAX) names. In the
+    /// bucket each name is an object of its own.
+    pub async fn link(&self, inode: InodeId, parent: InodeId, name: &[u8]) -> Result<Attr> {
+        if let Some(open) = self.shared.inode(inode).filter(|open| open.is_unnamed()) {
+            open.commit().await?;
+        }
+        self.shared.cluster.names.adds(parent, name);
+        let _ = self.shared.tell(Which::Name(parent, name)).await;
+        let op = Op::Link { inode, parent, name: name.to_vec() };
+        match self.shared.cluster.mutate(op, None).await? {
+            (OpReply::Attr(attr), _) => Ok(self.shared.noticed(attr)),
+            _ => Err(no_attr()),
+        }
+    }
+
     /// The target of a symbolic link.
     pub async fn readlink(&self, inode: InodeId) -> Result<Vec<u8>> {
         match self.shared.cluster.query(Query::ReadLink(inode)).await? {
@@ -327,7 +343,7 @@ impl Shared {
     }
 
     /// Takes note of attributes of an open file, and lays its uncommitted changes over them.
-    fn noticed(&self, attr: Attr) -> Attr {
+    pub(crate) fn noticed(&self, attr: Attr) -> Attr {
         match self.inode(attr.inode) {
             None => attr,
             Some(open) => {

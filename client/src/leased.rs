@@ -129,10 +129,11 @@ impl Leased {
                 inodes.extend(cache.remembers(*parent, name));
                 inodes.extend(cache.remembers(*new_parent, new_name));
             }
+            Op::Link { inode, parent, .. } => inodes.extend([*inode, *parent]),
             Op::Publish(p) => inodes.extend([p.parent, p.commit.inode]),
             Op::Open { inode, open } if open.write || open.truncate => inodes.push(*inode),
             Op::Commit(commit) => inodes.push(commit.inode),
-            Op::SetAttr { inode, .. } => inodes.push(*inode),
+            Op::SetAttr { inode, .. } | Op::SetXattr { inode, .. } => inodes.push(*inode),
             Op::Release { commit: Some(commit), .. } => inodes.push(commit.inode),
             Op::ReturnNames { dirs } => {
                 inodes.extend(dirs.iter().map(|d| d.0).take(DROPPED_MAX));

@@ -41,6 +41,7 @@ mod status;
 mod transfer;
 mod unnamed;
 mod writer;
+mod xattr;
 
 pub use begin::begin;
 pub use cluster::Cluster;
@@ -50,6 +51,7 @@ pub use ebb_metaplane_protocol::attr::{Attr, FileKind, SetAttr, Time, TimeChange
 pub use ebb_metaplane_protocol::lease::Counts as LeaseCounts;
 pub use ebb_metaplane_protocol::lock::{Lock, LockMode, Locked};
 pub use ebb_metaplane_protocol::query::{DirEntry, StatFs};
+pub use ebb_metaplane_protocol::xattr::{XattrMode, Xattrs};
 pub use error::ClientError;
 pub use files::{FileHandle, OpenFlags, OpenedFile};
 pub use fs::{FileSystem, Owner};

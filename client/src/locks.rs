@@ -13,7 +13,7 @@ use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::Attr;
 use ebb_metaplane_protocol::lock::{LOCKED, Lock, LockMode, Locked};
 use ebb_metaplane_protocol::{FsError, Op, Query, QueryReply};
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -26,7 +26,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// Who may have locks.
 pub(crate) struct Locks {
-    owners: Mutex<HashSet<(InodeId, u64)>>,
+    /// By file and owner: so many locks were asked for. Threads of one process are one owner, so an answer says
+    /// that there are none only if nobody has asked since.
+    owners: Mutex<HashMap<InodeId, HashMap<u64, u64>>>,
     waits: Semaphore,
 }
 
@@ -37,8 +39,35 @@ impl Default for Locks {
 }
 
 impl Locks {
-    fn owners(&self) -> MutexGuard<'_, HashSet<(InodeId, u64)>> {
+    fn owners(&self) -> MutexGuard<'_, HashMap<InodeId, HashMap<u64, u64>>> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many locks an owner has asked for since it had none.
+    fn asked(&self, (inode, owner): (InodeId, u64)) -> u64 {
+        self.owners().get(&inode).and_then(|o| o.get(&owner)).copied().unwrap_or(0)
+    }
+
+    /// It asks for one more.
+    fn asks(&self, (inode, owner): (InodeId, u64)) -> u64 {
+        let mut owners = self.owners();
+        let asked = owners.entry(inode).or_default().entry(owner).or_default();
+        *asked += 1;
+        *asked
+    }
+
+    /// It has none, unless it has asked since.
+    fn has_none(&self, inode: &OpenInode, owner: u64, asked: u64) {
+        let mut owners = self.owners();
+        let Some(of_file) = owners.get_mut(&inode.id) else { return };
+        if of_file.get(&owner) == Some(&asked) {
+            of_file.remove(&owner);
+        }
+        if of_file.is_empty() {
+            owners.remove(&inode.id);
+            // While nobody can ask for another one.
+            inode.state().locked = None;
+        }
     }
 }
 
@@ -63,17 +92,18 @@ impl FileSystem {
         if inode.is_unnamed() {
             inode.commit().await?;
         }
-        let has_some = self.shared.locks.owners().contains(&(inode.id, lock.owner));
+        let has_some = self.shared.locks.asked((inode.id, lock.owner)) > 0;
         if lock.mode == LockMode::Unlock && !has_some {
             return Ok(None);
         }
+        let mut committed = Ok(());
         if has_some {
             // Who locks next sees what was written under it.
             inode.drain().await;
-            let committed = inode.commit().await;
-            if lock.mode != LockMode::Unlock {
-                committed?;
-            }
+            committed = inode.commit().await;
+        }
+        if lock.mode != LockMode::Unlock {
+            committed.clone()?;
         }
         loop {
             match self.try_lock(&file, lock, wait).await {
@@ -88,7 +118,7 @@ impl FileSystem {
         }
         if lock.mode == LockMode::Unlock {
             file.peek_failure()?;
-            return Ok(None);
+            return committed.map(|()| None);
         }
         inode.forget_blocks();
         self.shared.getattr(inode.id).await.map(Some)
@@ -102,26 +132,26 @@ impl FileSystem {
         let deadline = self.shared.cluster.deadline();
         let remote = inode.live_remote(false, deadline).await?;
         // From here on it may be had, whatever the answer.
-        let is_new = lock.mode != LockMode::Unlock && locks.owners().insert(place);
+        let unlocks = lock.mode == LockMode::Unlock;
+        let asked = if unlocks { locks.asked(place) } else { locks.asks(place) };
         file.lockers().insert(lock.owner);
         let op = Op::Lock { inode: inode.id, lock, wait: permit.is_some() };
         let cluster = &self.shared.cluster;
         let answer = cluster.mutate_until(op, Some(remote.epoch), deadline, Some(LOCKED)).await;
         match &answer {
-            Ok(_) if lock.mode == LockMode::Unlock => {
-                if (lock.start, lock.end) == (0, u64::MAX) {
-                    locks.owners().remove(&place);
-                }
+            Ok(_) if !unlocks => inode.state().locked = Some(remote.epoch),
+            Ok(_) if (lock.start, lock.end) == (0, u64::MAX) => {
+                locks.has_none(inode, lock.owner, asked);
             }
-            Ok(_) => inode.state().locked = Some(remote.epoch),
+            Ok(_) => {}
+            // Refused for certain, and there was none before.
             Err(ClientError::Fs(FsError::Locked | FsError::NoLocks | FsError::Invalid(_)))
-                if is_new =>
+                if asked == 1 =>
             {
-                locks.owners().remove(&place);
+                locks.has_none(inode, lock.owner, asked);
             }
-            Err(ClientError::Fs(FsError::Again { why, .. })) if is_new && why == LOCKED => {
-                locks.owners().remove(&place);
-            }
+            // They went with the session.
+            Err(ClientError::Fs(FsError::SessionExpired)) if unlocks => return Ok(()),
             Err(ClientError::Fs(FsError::SessionExpired)) => {
                 // Nothing is had any more; what was is noticed at the next try.
                 return Err(FsError::Again { retry_after_ms: 0, why: LOCKED.to_owned() }.into());
@@ -152,14 +182,14 @@ impl FileSystem {
     pub(crate) async fn unlock_everybody(&self, file: &OpenFile) {
         let lockers = std::mem::take(&mut *file.lockers());
         for owner in lockers {
-            let has_some = self.shared.locks.owners().contains(&(file.inode.id, owner));
-            if !has_some {
+            let asked = self.shared.locks.asked((file.inode.id, owner));
+            if asked == 0 {
                 continue;
             }
             if let Err(e) = self.try_lock(file, nothing(owner), false).await {
                 tracing::debug!(inode = file.inode.id.0, error = %e, "a lock stays with the handle");
             }
-            self.shared.locks.owners().remove(&(file.inode.id, owner));
+            self.shared.locks.has_none(&file.inode, owner, asked);
         }
     }
 }

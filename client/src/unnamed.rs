@@ -12,7 +12,7 @@
 use crate::OpenFlags;
 use crate::Result;
 use crate::error::ClientError;
-use crate::files::OpenedFile;
+use crate::files::{FileHandle, OpenedFile};
 use crate::fs::{FileSystem, Owner, Shared};
 use crate::inode::{OpenInode, Remote};
 use ebb_dataplane_protocol::InodeId;
@@ -204,6 +204,16 @@ impl Held {
 }
 
 impl FileSystem {
+    /// The directory in which an open file gets its name with its next commit; `None`: it has its name.
+    pub fn unnamed_in(&self, handle: FileHandle) -> Option<InodeId> {
+        self.file(handle).ok()?.inode.state().place.as_ref().map(|p| p.parent)
+    }
+
+    /// Attributes of a directory in which this client alone makes names.
+    pub fn own_directory(&self, dir: InodeId) -> Option<Attr> {
+        self.shared.unnamed.state().held.get(&dir)?.attr.clone()
+    }
+
     /// Makes a file that the metadata plane hears of with its first commit. `None`: it has to be asked.
     pub(crate) fn create_unnamed(
         &self,
@@ -512,6 +522,7 @@ mod tests {
             content: ContentId(0),
             lineage: Lineage(1),
             dirty: false,
+            xattrs: false,
         }
     }
 

@@ -134,6 +134,44 @@ async fn what_was_written_under_a_lock_is_seen_under_the_next() {
     cluster.stop().await;
 }
 
+/// Threads of a process are one owner: that one of them is refused says nothing of what another one got.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_refused_lock_forgets_no_other_of_its_owner() {
+    let cluster = TestCluster::start(1).await;
+    let (a, b) = (cluster.fs("a").await, cluster.fs("b").await);
+    let (fa, fb) = (open(&a, "f").await, open(&b, "f").await);
+    assert!(tries(&b, fb, range(0, 9, LockMode::Exclusive)).await);
+    for round in 0..50 {
+        let refused = tries(&a, fa, range(0, 0, LockMode::Shared));
+        let (refused, got) =
+            tokio::join!(refused, tries(&a, fa, range(100, 110, LockMode::Exclusive)));
+        assert_eq!((refused, got), (false, true), "round {round}");
+        assert!(!tries(&b, fb, range(105, 105, LockMode::Shared)).await, "round {round}");
+        a.unlock_all(fa, ME).await.expect("an unlock");
+        assert!(tries(&b, fb, range(105, 105, LockMode::Shared)).await, "round {round}");
+        b.lock(fb, range(100, 110, LockMode::Unlock), false, || true).await.expect("an unlock");
+    }
+    cluster.stop().await;
+}
+
+/// Who has given its locks up loses none with its session.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn who_has_no_lock_outlives_its_session() {
+    let cluster = TestCluster::start(1).await;
+    let a = cluster.fs("a").await;
+    let file = open(&a, "f").await;
+    a.write(file, 0, b"before").await.expect("a write");
+    assert!(tries(&a, file, whole(LockMode::Exclusive)).await);
+    a.unlock_all(file, ME).await.expect("an unlock");
+    cluster.end_session(a.cluster().session()).await;
+    a.mkdir(InodeId::ROOT, b"d", 0o755, OWNER).await.expect("under another session");
+    assert_eq!(a.read(file, 0, 10).await.expect("a read"), &b"before"[..]);
+    a.write(file, 0, b"after!").await.expect("a write");
+    a.fsync(file).await.expect("an fsync");
+    assert!(tries(&a, file, whole(LockMode::Exclusive)).await);
+    cluster.stop().await;
+}
+
 /// A session's end ends its locks. Its client does not go on as if it had them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn who_lost_its_session_lost_its_locks_and_hears_it() {

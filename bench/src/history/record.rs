@@ -188,7 +188,9 @@ pub(super) fn seen(attr: &Attr) -> Result<Seen, Answer> {
     let kind = match attr.kind {
         FileKind::File => Kind::File,
         FileKind::Directory => Kind::Directory,
-        FileKind::Symlink => return Err(Answer::Odd(format!("inode {} is a link", attr.inode.0))),
+        FileKind::Symlink | FileKind::HardLink => {
+            return Err(Answer::Odd(format!("inode {} is a link", attr.inode.0)));
+        }
     };
     Ok(Seen { inode: attr.inode.0, kind, size: attr.size, links: attr.nlink })
 }

@@ -298,7 +298,7 @@ impl Copier {
                     std::os::unix::fs::symlink(OsStr::from_bytes(&link), &path).map_err(told)?;
                     self.copied.files += 1;
                 }
-                FileKind::File => {
+                FileKind::File | FileKind::HardLink => {
                     let (fs, bar) = (self.fs.clone(), self.bar.clone());
                     self.spawn(
                         async move { file_out(&fs, &bar, &entry.attr, &path, keep_owner).await },

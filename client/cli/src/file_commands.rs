@@ -206,15 +206,15 @@ pub(crate) async fn stat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
 fn describe(name: &[u8], a: &Attr) -> serde_json::Value {
     serde_json::json!({
         "name": String::from_utf8_lossy(name), "inode": a.inode.0,
-        "kind": match a.kind { FileKind::File => "file", FileKind::Directory => "directory", FileKind::Symlink => "symlink" },
-        "mode": format!("{:04o}", a.mode), "uid": a.uid, "gid": a.gid, "size": a.size,
+        "kind": match a.kind { FileKind::File | FileKind::HardLink => "file", FileKind::Directory => "directory", FileKind::Symlink => "symlink" },
+        "mode": format!("{:04o}", a.mode), "uid": a.uid, "gid": a.gid, "size": a.size, "links": a.nlink,
         "mtime_ns": a.mtime.0, "generation": a.generation.0, "dirty": a.dirty,
     })
 }
 
 fn long(name: &str, a: &Attr) -> String {
     let kind = match a.kind {
-        FileKind::File => '-',
+        FileKind::File | FileKind::HardLink => '-',
         FileKind::Directory => 'd',
         FileKind::Symlink => 'l',
     };

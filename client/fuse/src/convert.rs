@@ -32,7 +32,7 @@ pub(crate) fn inode(ino: INodeNo) -> InodeId {
 
 pub(crate) fn kind(kind: FileKind) -> FileType {
     match kind {
-        FileKind::File => FileType::RegularFile,
+        FileKind::File | FileKind::HardLink => FileType::RegularFile,
         FileKind::Directory => FileType::Directory,
         FileKind::Symlink => FileType::Symlink,
     }

@@ -1,14 +1,12 @@
 //! The kernel's requests, one function each.
 
 use crate::convert::{attr, errno, inode, kind, open_flags, set_attr};
-use crate::directory::{DirStream, FIRST};
+use crate::directory::{DirStream, fill};
 use crate::known::Known;
 use crate::locks::lock;
 use crate::mount::MountConfig;
 use crate::telling::Telling;
-use ebb_client::{
-    Attr, FileHandle, FileKind, FileSystem, InodeId, OpenFlags, OpenedFile, Owner, Result,
-};
+use ebb_client::{Attr, FileHandle, FileKind, FileSystem, OpenFlags, OpenedFile, Owner, Result};
 use fuser::{
     BsdFileFlags, Errno, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, Notifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
@@ -39,7 +37,7 @@ type Streams = HashMap<u64, Arc<tokio::sync::Mutex<DirStream>>>;
 
 /// The file system as the kernel sees it.
 pub(crate) struct Shim {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     runtime: Handle,
 }
 
@@ -48,7 +46,7 @@ pub(crate) struct Shared {
     pub(crate) known: Known,
     streams: Mutex<Streams>,
     next_stream: AtomicU64,
-    attr_ttl: Duration,
+    pub(crate) attr_ttl: Duration,
     entry_ttl: Duration,
     local_locks: bool,
     pub(crate) telling: Telling,
@@ -156,7 +154,10 @@ impl Shim {
         self.shared.telling.notifier_slot()
     }
 
-    fn start<F: Future<Output = ()> + Send + 'static>(&self, f: impl FnOnce(Arc<Shared>) -> F) {
+    pub(crate) fn start<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        f: impl FnOnce(Arc<Shared>) -> F,
+    ) {
         ebb_client::begin(&self.runtime, f(Arc::clone(&self.shared)));
     }
 }
@@ -371,13 +372,17 @@ impl Filesystem for Shim {
     fn link(
         &self,
         _req: &Request,
-        _ino: INodeNo,
-        _newparent: INodeNo,
-        _newname: &OsStr,
+        ino: INodeNo,
+        newparent: INodeNo,
+        newname: &OsStr,
         reply: ReplyEntry,
     ) {
-        // link(2): EPERM when the file system has no hard links.
-        reply.error(Errno::EPERM);
+        let (file, parent, name) = (inode(ino), inode(newparent), newname.as_bytes().to_vec());
+        self.start(async move |s| {
+            let result = s.fs.link(file, parent, &name).await;
+            s.known.directory_changed(parent);
+            s.entry("link", result, reply);
+        });
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
@@ -715,31 +720,29 @@ impl Filesystem for Shim {
         });
     }
 
-    // ENOSYS makes the kernel answer EOPNOTSUPP itself from then on, or do without us.
-
     fn setxattr(
         &self,
         _req: &Request,
-        _ino: INodeNo,
-        _name: &OsStr,
-        _value: &[u8],
-        _flags: i32,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        reply.error(Errno::ENOSYS);
+        self.set_xattr(inode(ino), name, value, flags, reply);
     }
 
-    fn getxattr(&self, _r: &Request, _i: INodeNo, _n: &OsStr, _size: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn getxattr(&self, _r: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.get_xattr(inode(ino), name, size, reply);
     }
 
-    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
+    fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        self.list_xattrs(inode(ino), req.uid() == 0, size, reply);
     }
 
-    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
+    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.remove_xattr(inode(ino), name, reply);
     }
 
     fn lseek(
@@ -751,48 +754,7 @@ impl Filesystem for Shim {
         _whence: i32,
         reply: ReplyLseek,
     ) {
+        // The kernel does without us from then on.
         reply.error(Errno::ENOSYS);
-    }
-}
-
-/// Adds entries from `offset` on until `add` says that the reply is full. `add` gets the offset that
-/// follows the entry.
-async fn fill(
-    shared: &Shared,
-    stream: &tokio::sync::Mutex<DirStream>,
-    offset: u64,
-    mut add: impl FnMut(u64, &[u8], &Attr) -> bool,
-) -> Result<()> {
-    let mut stream = stream.lock().await;
-    let mut position = offset;
-    if offset == 0 {
-        stream.rewind();
-        let own = shared.fs.getattr(stream.inode).await?;
-        if add(1, b".", &own) {
-            return Ok(());
-        }
-        position = 1;
-    }
-    if position == 1 {
-        let parent = match stream.inode {
-            InodeId::ROOT => shared.fs.getattr(InodeId::ROOT).await?,
-            inode => shared.fs.parent(inode).await?,
-        };
-        if add(FIRST, b"..", &parent) {
-            return Ok(());
-        }
-        position = FIRST;
-    }
-    loop {
-        let entries = stream.from(&shared.fs, position).await?;
-        if entries.is_empty() {
-            return Ok(());
-        }
-        for entry in entries {
-            position += 1;
-            if add(position, &entry.name, &entry.attr) {
-                return Ok(());
-            }
-        }
     }
 }

@@ -31,6 +31,16 @@ struct Entry {
     pages: Option<Key>,
     /// A directory's attributes from the answer to a create, and when that came.
     directory: Option<(Attr, Instant)>,
+    /// When it was last heard that it has no extended attributes, if that is the last that was heard of them.
+    without_xattrs: Option<Instant>,
+    /// This client changed some: an answer may be from before.
+    xattrs_changed: bool,
+}
+
+impl Entry {
+    fn note_xattrs(&mut self, a: &Attr) {
+        self.without_xattrs = (!a.xattrs).then(Instant::now);
+    }
 }
 
 /// What to do at an open.
@@ -66,7 +76,14 @@ impl Known {
 
     /// The kernel gets these attributes.
     pub(crate) fn told(&self, a: &Attr) {
-        self.with(a.inode, |e| e.told = Some(key(a)));
+        self.with(a.inode, |e| {
+            e.told = Some(key(a));
+            // A file that got its name with its close changed its directory once more since the create.
+            if e.directory.as_ref().is_some_and(|(kept, _)| kept.ctime < a.ctime) {
+                e.directory = None;
+            }
+            e.note_xattrs(a);
+        });
     }
 
     /// The kernel's pages are this client's own writes, or will be.
@@ -78,6 +95,7 @@ impl Known {
     pub(crate) fn opened(&self, a: &Attr, write: bool) -> AtOpen {
         self.with(a.inode, |e| {
             let now = key(a);
+            e.note_xattrs(a);
             let keep_cache = e.pages == Some(now);
             let attributes_old = e.told.is_some_and(|told| told != now);
             e.pages = (!write).then_some(now);
@@ -131,6 +149,18 @@ impl Known {
         Some((a.clone(), left))
     }
 
+    /// This client is about to change extended attributes.
+    pub(crate) fn xattrs_change(&self, inode: InodeId) {
+        self.with(inode, |e| e.xattrs_changed = true);
+    }
+
+    /// Whether attributes that the kernel may still use say that there are no extended ones.
+    pub(crate) fn has_no_xattrs(&self, inode: InodeId, ttl: Duration) -> bool {
+        let entries = self.entries();
+        let heard = entries.get(&inode).filter(|e| !e.xattrs_changed);
+        heard.and_then(|e| e.without_xattrs).is_some_and(|since| since.elapsed() < ttl)
+    }
+
     /// The kernel forgot the inode.
     pub(crate) fn forget(&self, inode: InodeId) {
         self.entries().remove(&inode);
@@ -159,6 +189,7 @@ mod tests {
             content: ContentId(1),
             lineage: Lineage(1),
             dirty: false,
+            xattrs: false,
         }
     }
 
@@ -194,8 +225,29 @@ mod tests {
         assert!(k.directory(dir, ttl).is_none(), "it may have been this one");
         k.directory_told(k.changes(), dir, Some(&file(0, 9)));
         assert!(k.directory(dir, ttl).is_some());
+        k.told(&file(0, 9));
+        assert!(k.directory(dir, ttl).is_some(), "nothing new");
+        k.told(&file(0, 10));
+        assert!(k.directory(dir, ttl).is_none(), "times never go back");
+        k.directory_told(k.changes(), dir, Some(&file(0, 11)));
         k.directory_told(k.changes(), dir, None);
         assert!(k.directory(dir, ttl).is_none(), "changed, nobody knows how");
+    }
+
+    #[test]
+    fn that_there_are_no_extended_attributes_is_known_for_a_while() {
+        let (k, ttl) = (Known::default(), Duration::from_secs(60));
+        let inode = InodeId(5);
+        assert!(!k.has_no_xattrs(inode, ttl), "never seen");
+        k.told(&file(0, 1));
+        assert!(k.has_no_xattrs(inode, ttl) && !k.has_no_xattrs(inode, Duration::ZERO));
+        k.told(&Attr { xattrs: true, ..file(0, 2) });
+        assert!(!k.has_no_xattrs(inode, ttl));
+        k.opened(&file(0, 3), true);
+        assert!(k.has_no_xattrs(inode, ttl));
+        k.xattrs_change(inode);
+        k.told(&file(0, 1));
+        assert!(!k.has_no_xattrs(inode, ttl), "that may be from before the change");
     }
 
     #[test]

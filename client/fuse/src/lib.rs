@@ -15,5 +15,6 @@ mod locks;
 mod mount;
 mod mountinfo;
 mod telling;
+mod xattr;
 
 pub use mount::{MountConfig, MountError, mount, stop_signal, unmount};

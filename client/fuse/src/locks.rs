@@ -36,7 +36,12 @@ fn has_signal(thread: u32) -> bool {
 impl Shared {
     /// The close of a descriptor: it ends the process's locks on the file, by whichever they were made.
     pub(crate) async fn close(&self, handle: FileHandle, owner: LockOwner) -> Result<()> {
+        let (dir, changes) = (self.fs.unnamed_in(handle), self.known.changes());
         let flushed = self.fs.flush(handle).await;
+        if let Some(dir) = dir {
+            // It got its name, and its directory another time.
+            self.known.directory_told(changes, dir, self.fs.own_directory(dir).as_ref());
+        }
         let unlocked = self.fs.unlock_all(handle, owner.0).await;
         flushed.and(unlocked)
     }

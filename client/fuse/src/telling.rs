@@ -76,9 +76,7 @@ impl Telling {
     pub(crate) fn forget(&self, inode: InodeId) {
         forget(&self.notifier, inode);
     }
-}
 
-impl Telling {
     /// Has the kernel read an inode's pages again.
     pub(crate) async fn forget_pages(&self, inode: InodeId) {
         let notifier = Arc::clone(&self.notifier);

@@ -12,6 +12,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::types::Metadata;
 
@@ -24,6 +25,10 @@ const AGENT: &str = "user-agent";
 const AGENT_EBB: &str = "ebbtide";
 /// Metadata name of the [`EbbTag`].
 pub const EBB: &str = "ebb";
+/// Metadata name of the [`LinkMark`].
+pub const EBB_LINK: &str = "ebb-link";
+/// Metadata name of extended attributes, all in one text that is not this module's (docs/SEMANTICS.md).
+pub const XATTRS: &str = "ebb-xattrs";
 
 const S_IFMT: u32 = 0o170000;
 const S_IFREG: u32 = 0o100000;
@@ -239,9 +244,77 @@ impl fmt::Display for EbbTag {
     }
 }
 
+/// Says of an object that it is one of several names of a file: those that say the same hold the same. Whoever copies
+/// such an object to another key copies this with the rest; it counts only at the key that it was made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LinkMark {
+    pub cluster: u128,
+    pub file: u64,
+    pub content: u64,
+    pub meta_version: u64,
+}
+
+impl LinkMark {
+    /// Version of the text form.
+    const VERSION: &'static str = "1";
+
+    /// The mark of an object at `key`, relative to the prefix. One that is damaged, or of another key, is none.
+    pub fn from_metadata(key: &str, metadata: &Metadata) -> Option<Self> {
+        let mut fields = metadata.get(EBB_LINK)?.trim().split('.');
+        if fields.next()? != Self::VERSION {
+            return None;
+        }
+        let mut hex = || fields.next().filter(|t| t.bytes().all(|b| b.is_ascii_hexdigit()));
+        let (cluster, numbers) = (hex()?, [hex()?, hex()?, hex()?, hex()?]);
+        if fields.next().is_some() {
+            return None;
+        }
+        let number = |text: &str| u64::from_str_radix(text, 16).ok();
+        let [file, content, meta_version, at] = numbers.map(number);
+        (at? == Self::hash(key)).then_some(())?;
+        Some(Self {
+            cluster: u128::from_str_radix(cluster, 16).ok()?,
+            file: file?,
+            content: content?,
+            meta_version: meta_version?,
+        })
+    }
+
+    /// `1.CLUSTER.FILE.CONTENT.META.KEY`, all in hexadecimal; KEY: the first eight bytes of the SHA-256 of the key.
+    pub fn write_to(&self, key: &str, metadata: &mut Metadata) {
+        let Self { cluster, file, content, meta_version } = self;
+        let (version, at) = (Self::VERSION, Self::hash(key));
+        let text = format!("{version}.{cluster:x}.{file:x}.{content:x}.{meta_version:x}.{at:x}");
+        metadata.insert(EBB_LINK.into(), text);
+    }
+
+    fn hash(key: &str) -> u64 {
+        let digest = Sha256::digest(key.as_bytes());
+        digest.iter().take(8).fold(0, |hash, byte| hash << 8 | u64::from(*byte))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_mark_counts_only_at_its_own_key() {
+        let mark = LinkMark { cluster: u128::MAX, file: 7, content: 0, meta_version: u64::MAX };
+        let mut metadata = Metadata::default();
+        assert_eq!(LinkMark::from_metadata("a/b", &metadata), None);
+        mark.write_to("a/b", &mut metadata);
+        assert_eq!(LinkMark::from_metadata("a/b", &metadata), Some(mark));
+        for other in ["a/c", "b", "backup/a/b", ""] {
+            assert_eq!(LinkMark::from_metadata(other, &metadata), None, "{other}");
+        }
+        let text = metadata[EBB_LINK].clone();
+        assert!(text.len() <= 102, "{text}");
+        for bad in ["", "1", "2.1.1.1.1.1", "1.1.1.1.1", "1.1.1.1.1.+1", &format!("{text}.1")] {
+            metadata.insert(EBB_LINK.into(), bad.to_owned());
+            assert_eq!(LinkMark::from_metadata("a/b", &metadata), None, "{bad}");
+        }
+    }
 
     /// A small xorshift: the seed is in the failure's text.
     struct Random(u64);

@@ -21,7 +21,7 @@ pub mod probe;
 pub mod server;
 pub mod types;
 
-pub use attributes::{Attributes, EbbTag, FileKind, Timestamp};
+pub use attributes::{Attributes, EbbTag, FileKind, LinkMark, Timestamp};
 pub use client::{Bucket, GetBody, UploadBody};
 pub use config::{BucketConfig, StaticCredentials, Timeouts};
 pub use error::{ErrorKind, S3Error};

@@ -17,7 +17,7 @@ use crate::tables::*;
 use ebb_dataplane_protocol::{
     HandleId, InodeId, Lineage, MapVersion, NodeId, PgEpoch, PgId, SessionId,
 };
-use ebb_metaplane_protocol::flush::{IngestAttrs, IngestObject, Notice};
+use ebb_metaplane_protocol::flush::{IngestAttrs, IngestObject, More, Notice};
 use ebb_metaplane_protocol::{FileKind, FsError, FsResult};
 
 /// A file that would be given up.
@@ -102,16 +102,18 @@ impl<K: Kv> Ctx<'_, K> {
             };
         }
         let (parent, name) = (n.parent, n.name.clone());
-        let (owner, size, times) = ((n.mode, n.uid, n.gid), n.size, (n.atime, n.mtime));
+        let (owner, size, times) = ((n.mode(), n.uid, n.gid), n.size, (n.atime, n.mtime));
+        let xattrs = self.read().xattrs(&n)?;
         let base = base_of(&n).cloned();
         let alloc_limit = n.reach();
+        let linked = n.has_links();
         if let Some(b) = n.view.backing.take() {
             // Its object stays: either the new inode has it, or it is a stranger's.
             self.disown(&b.key, id)?;
         }
         self.erase(n)?;
         self.notify(Notice::Drop { inode: id, alloc_limit })?;
-        match base {
+        let new = match base {
             Some(b) => {
                 let attrs = IngestAttrs {
                     kind: FileKind::File,
@@ -119,7 +121,7 @@ impl<K: Kv> Ctx<'_, K> {
                     uid: owner.1,
                     gid: owner.2,
                     mtime: times.1,
-                    target: None,
+                    more: More::None,
                     // As they were when that object was stored: its HEAD says.
                     complete: false,
                 };
@@ -130,16 +132,22 @@ impl<K: Kv> Ctx<'_, K> {
                     let now = self.now;
                     self.update(new, |n| n.mark_dirty(now))?;
                 }
+                new
             }
             None => {
                 let new = self.new_inode_id(parent, FileKind::File)?;
                 let mut n = Inode::new(new, FileKind::File, (parent, &name), owner, self.now);
                 (n.size, n.atime, n.mtime) = (size, times.0, times.1);
                 n.lost = true;
+                self.put_xattrs(&mut n, &xattrs);
                 self.save(Loaded::created(n))?;
                 self.put_entry(parent, &name, new);
                 self.brought(parent)?;
+                new
             }
+        };
+        if linked {
+            self.relink(id, new)?;
         }
         self.touch_dir(parent, 0)
     }

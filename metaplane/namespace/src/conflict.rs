@@ -6,7 +6,7 @@ use crate::kv::Kv;
 use crate::limits::KEY_BYTES_MAX;
 use crate::tables::Ctx;
 use ebb_dataplane_protocol::{InodeId, NAME_BYTES_MAX};
-use ebb_metaplane_protocol::flush::{ForeignObject, IngestAttrs, IngestObject};
+use ebb_metaplane_protocol::flush::{ForeignObject, IngestAttrs, IngestObject, More};
 use ebb_metaplane_protocol::{FileKind, FsResult};
 
 /// Room in a key for `/<offset>-<length>` (R36).
@@ -36,7 +36,7 @@ impl<K: Kv> Ctx<'_, K> {
         let (parent, old) = (n.parent, n.name.clone());
         let new = self.conflict_name(parent, &old, id)?;
         self.delete_entry(parent, &old);
-        self.put_entry(parent, &new, id);
+        self.put_entry_of(parent, &new, &n);
         self.brought(parent)?;
         self.note_depth(parent, new.len() + RANGE_NAME_BYTES)?;
         let now = self.now;
@@ -116,7 +116,7 @@ impl<K: Kv> Ctx<'_, K> {
             uid: object.attrs.uid,
             gid: object.attrs.gid,
             mtime: self.now,
-            target: None,
+            more: More::None,
             complete: true,
         };
         let id = self.create_found(parent, name, None, &attrs)?;

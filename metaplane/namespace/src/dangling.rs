@@ -195,6 +195,7 @@ impl<K: Kv> Ctx<'_, K> {
             length: found.length,
             limit: b.valid_bytes().min(found.length),
         });
+        // Its other names' objects stay: the base that they hold makes the same of what is dirty.
         self.save(n)?;
         self.put_key(s3_key, &state)
     }

@@ -25,6 +25,7 @@ pub(crate) fn directories(op: &Op) -> [Option<InodeId>; 2] {
         Op::Create { parent, .. }
         | Op::Mkdir { parent, .. }
         | Op::Symlink { parent, .. }
+        | Op::Link { parent, .. }
         | Op::Unlink { parent, .. }
         | Op::Rmdir { parent, .. } => [Some(*parent), None],
         Op::Rename { parent, new_parent, .. } => [Some(*parent), Some(*new_parent)],
@@ -37,7 +38,8 @@ pub(crate) fn directories(op: &Op) -> [Option<InodeId>; 2] {
         | Op::Reserve { .. }
         | Op::Publish(_)
         | Op::ReturnNames { .. }
-        | Op::Lock { .. } => [None, None],
+        | Op::Lock { .. }
+        | Op::SetXattr { .. } => [None, None],
     }
 }
 
@@ -169,7 +171,8 @@ impl<K: Kv> Ctx<'_, K> {
             return Err(FsError::NotFound);
         }
         self.read().check_key_length(p.parent, p.name.len())?;
-        (n.mode, n.uid, n.gid) = (p.mode & 0o7777, p.uid, p.gid);
+        n.set_mode(p.mode);
+        (n.uid, n.gid) = (p.uid, p.gid);
         (n.atime, n.mtime) = (self.now, self.now);
         // The last that may be refused; from here on things change.
         n.merge_commit(&p.commit, self.now)?;

@@ -101,6 +101,7 @@ pub(crate) fn temporary_key(inode: InodeId) -> String {
 }
 
 impl<K: KvRead> Reader<'_, K> {
+    /// The inode that a name shows.
     pub(crate) fn entry(&self, dir: InodeId, name: &[u8]) -> FsResult<Option<InodeId>> {
         match self.0.get(&key(ENTRY, &[&be(dir.0), name])) {
             None => Ok(None),
@@ -125,12 +126,32 @@ impl<K: KvRead> Reader<'_, K> {
         self.any_with_prefix(&key(ENTRY, &[&be(dir.0)]))
     }
 
-    /// Entries in name order after `after_name` (empty: from the start).
+    /// Entries in name order after `after_name` (empty: from the start), each with the inode that it shows.
     pub fn entries(
         &self,
         dir: InodeId,
         after_name: &[u8],
         limit: usize,
+    ) -> FsResult<Vec<(Vec<u8>, InodeId)>> {
+        let shown = |v: &[u8]| u64_at(v, 0).map(InodeId);
+        self.entries_by(dir, (after_name, limit), shown)
+    }
+
+    /// The same, each with the inode whose own name it is.
+    pub fn entries_held(
+        &self,
+        dir: InodeId,
+        after_name: &[u8],
+        limit: usize,
+    ) -> FsResult<Vec<(Vec<u8>, InodeId)>> {
+        self.entries_by(dir, (after_name, limit), crate::link::holder_in)
+    }
+
+    fn entries_by(
+        &self,
+        dir: InodeId,
+        (after_name, limit): (&[u8], usize),
+        inode: impl Fn(&[u8]) -> FsResult<InodeId>,
     ) -> FsResult<Vec<(Vec<u8>, InodeId)>> {
         let prefix = key(ENTRY, &[&be(dir.0)]);
         let from = if after_name.is_empty() {
@@ -140,7 +161,7 @@ impl<K: KvRead> Reader<'_, K> {
         };
         self.scan_prefix(&prefix, Some(&from), limit)
             .into_iter()
-            .map(|(k, v)| Ok((k[prefix.len()..].to_vec(), InodeId(u64_at(&v, 0)?))))
+            .map(|(k, v)| Ok((k[prefix.len()..].to_vec(), inode(&v)?)))
             .collect()
     }
 
@@ -188,7 +209,7 @@ impl<K: KvRead> Reader<'_, K> {
         Ok(Some(self.key_in(&self.prefix_of(n.parent)?, &n.name, n.is_dir())?))
     }
 
-    /// The inode whose path names `s3_key`.
+    /// The inode whose own path names `s3_key`.
     pub(crate) fn inode_at_key(&self, s3_key: &str) -> FsResult<Option<InodeId>> {
         let (path, wants_dir) = match s3_key.strip_suffix('/') {
             Some(p) => (p, true),
@@ -196,7 +217,7 @@ impl<K: KvRead> Reader<'_, K> {
         };
         let mut at = InodeId::ROOT;
         for name in path.split('/') {
-            match self.entry(at, name.as_bytes())? {
+            match self.holder(at, name.as_bytes())? {
                 Some(next) => at = next,
                 None => return Ok(None),
             }

@@ -16,12 +16,22 @@ use crate::limits::SYMLINK_BYTES_MAX;
 use crate::moves::Walk;
 use crate::tables::*;
 use ebb_dataplane_protocol::{Backing, ContentId, InodeId};
+use ebb_metaplane_protocol::attr::LINKS_MAX;
 use ebb_metaplane_protocol::dump::{LoadStep, Object, Record};
-use ebb_metaplane_protocol::{FileKind, FsError, FsResult, Time};
+use ebb_metaplane_protocol::{FileKind, FsError, FsResult, Time, xattr};
 use std::str;
 
 fn refuse<T>(path: &str, why: &str) -> FsResult<T> {
     Err(FsError::Invalid(format!("'{path}' in the dump: {why}")))
+}
+
+fn object_of(n: &Inode) -> Option<Object> {
+    n.view.backing.as_ref().filter(|_| !n.base_lost).map(|b| Object {
+        key: b.key.clone(),
+        etag: b.etag.clone(),
+        length: b.length,
+        valid: b.valid_bytes(),
+    })
 }
 
 impl<K: KvRead> Reader<'_, K> {
@@ -51,37 +61,71 @@ impl<K: KvRead> Reader<'_, K> {
                 _ => self.prefix_of(n.parent)?,
             };
             let name = str::from_utf8(&n.name).map_err(|_| corrupt("name"))?;
-            records.push(self.dump_record(&n, format!("{within}{name}"))?);
+            let path = format!("{within}{name}");
+            records.push(match n.has_links() || n.link_of().is_some() {
+                true => self.dump_name(&n, path)?,
+                false => self.dump_record(&n, path)?,
+            });
             prefix = Some((n.parent, within));
         }
         Ok(records)
     }
 
+    /// One of several names of a file. The first of them in the order of a walk has the file, the others its path.
+    fn dump_name(&self, n: &Inode, path: String) -> FsResult<Record> {
+        let own = self.inode(n.file_id())?;
+        let mut first = (self.path_of(own.id)?, own.id);
+        for id in self.links(own.id)? {
+            first = first.min((self.path_of(id)?, id));
+        }
+        let holder = self.inode(first.1)?;
+        // Objects that are copies of each other: each name keeps the one at its key.
+        let alike = own.is_clean_copy() && holder.is_clean_copy();
+        if n.id == holder.id {
+            let mut record = self.dump_record(&own, path)?;
+            if alike {
+                record.object = object_of(&holder);
+            }
+            return Ok(record);
+        }
+        let stored = if n.id != own.id {
+            n
+        } else if alike {
+            &own
+        } else {
+            &holder
+        };
+        let mut record = self.dump_record(stored, path)?;
+        record.kind = FileKind::HardLink;
+        record.size = 0;
+        record.target = first.0.join(&b'/');
+        record.dirty = !stored.is_clean_copy() || (n.id == own.id && !alike);
+        (record.unstored, record.unseen, record.lost) = (false, false, false);
+        (record.atime, record.mtime, record.ctime) = (own.atime, own.mtime, own.ctime);
+        (record.mode, record.uid, record.gid) = (own.mode(), own.uid, own.gid);
+        Ok(record)
+    }
+
     fn dump_record(&self, n: &Inode, path: String) -> FsResult<Record> {
         let unstored = n.may_hold_dirty_data();
-        let backing = n.view.backing.as_ref().filter(|_| !n.base_lost);
         Ok(Record {
             path,
             kind: n.kind,
-            mode: n.mode,
+            mode: n.mode(),
             uid: n.uid,
             gid: n.gid,
             size: if n.is_dir() { 0 } else { n.size },
             atime: n.atime,
             mtime: n.mtime,
             ctime: n.ctime,
-            target: n.target.clone(),
-            object: backing.map(|b| Object {
-                key: b.key.clone(),
-                etag: b.etag.clone(),
-                length: b.length,
-                valid: b.valid_bytes(),
-            }),
+            target: if n.kind == FileKind::Symlink { n.target.clone() } else { Vec::new() },
+            object: object_of(n),
             unseen: !n.attrs_complete,
             dirty: n.phase != Phase::Clean && n.id != InodeId::ROOT,
             unstored,
             lost: n.lost,
             listed: n.dir.as_ref().is_some_and(Directory::is_complete),
+            xattrs: xattr::text(&self.xattrs(n)?),
         })
     }
 }
@@ -143,6 +187,9 @@ impl<K: Kv> Ctx<'_, K> {
         if !self.read().dir_inode(parent).is_ok_and(|p| p.is_dir()) {
             return refuse(&d.path, "it is not in a directory");
         }
+        if d.kind == FileKind::HardLink {
+            return self.load_link(d, (parent, name));
+        }
         let is_dir = d.kind == FileKind::Directory;
         let below = name.len() + usize::from(is_dir);
         if self.read().check_key_length(parent, below).is_err() {
@@ -172,9 +219,53 @@ impl<K: Kv> Ctx<'_, K> {
         Ok(())
     }
 
+    /// Another name of a file that was loaded before.
+    fn load_link(&mut self, d: &Record, (parent, name): (InodeId, &str)) -> FsResult<()> {
+        let path = str::from_utf8(&d.target).unwrap_or_default();
+        let file = match self.read().resolve(path)? {
+            Some(file) if !path.is_empty() => self.read().inode(file)?,
+            _ => return refuse(&d.path, "the file that it names is not before it"),
+        };
+        if file.is_dir() || file.nlink >= LINKS_MAX {
+            return refuse(&d.path, "what it names can have no other name");
+        }
+        if self.read().check_key_length(parent, name.len()).is_err() {
+            return refuse(&d.path, "too long");
+        }
+        let id = self.new_inode_id(parent, FileKind::HardLink)?;
+        let place = (parent, name.as_bytes());
+        let mut link = Inode::new(id, FileKind::HardLink, place, (0, 0, 0), self.now);
+        link.target = be(file.id.0).to_vec();
+        let object = match &d.object {
+            Some(o) if self.read().owner_of(&o.key)?.is_none() => Some(o),
+            _ => None,
+        };
+        if let Some(o) = object {
+            let limit = o.valid.min(o.length);
+            link.view.backing =
+                Some(Backing { key: o.key.clone(), etag: o.etag.clone(), length: o.length, limit });
+        }
+        if !d.dirty && !file.lost {
+            link.stored_meta = link.meta_version;
+        }
+        link.lost = file.lost;
+        if !link.is_settled_at(&d.path) {
+            let now = self.now;
+            link.mark_dirty(now);
+        }
+        self.put_link(Loaded::created(link))?;
+        if let Some(o) = object {
+            self.set_owner(&o.key, id);
+        }
+        self.note_depth(parent, name.len())?;
+        self.update(file.id, |n| n.nlink += 1)
+    }
+
     fn load_root(&mut self, d: &Record) -> FsResult<()> {
         let mut n = self.read().inode(InodeId::ROOT)?;
-        (n.mode, n.uid, n.gid) = (d.mode & 0o7777, d.uid, d.gid);
+        n.set_mode(d.mode);
+        (n.uid, n.gid) = (d.uid, d.gid);
+        self.load_xattrs(&mut n, d)?;
         (n.atime, n.mtime, n.ctime) = (d.atime, d.mtime, d.ctime);
         let was_listed = n.dir.as_ref().is_some_and(Directory::is_complete);
         if let Some(dir) = n.dir.as_mut().filter(|_| d.listed && !was_listed) {
@@ -185,12 +276,21 @@ impl<K: Kv> Ctx<'_, K> {
         self.save(n)
     }
 
+    fn load_xattrs(&mut self, n: &mut Inode, d: &Record) -> FsResult<()> {
+        match xattr::of_text(&d.xattrs) {
+            Some(xattrs) => self.put_xattrs(n, &xattrs),
+            None => return refuse(&d.path, "its extended attributes are not readable"),
+        }
+        Ok(())
+    }
+
     /// What the dump says of an inode.
     fn fill(&mut self, n: &mut Inode, d: &Record) -> FsResult<()> {
         (n.atime, n.mtime, n.ctime) = (d.atime, d.mtime, d.ctime);
         n.attrs_complete = !d.unseen;
         n.validated = Time(0);
         n.target.clone_from(&d.target);
+        self.load_xattrs(n, d)?;
         n.size = if n.is_dir() { 0 } else { d.size };
         if n.is_dir() {
             let dir = if d.listed { Directory::complete(Time(0)) } else { Directory::listing() };

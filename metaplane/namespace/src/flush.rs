@@ -3,15 +3,61 @@
 use crate::dangling::{Intent, base_at};
 use crate::directory::temporary_key;
 use crate::dirtiness::{Flush, Phase};
-use crate::inode::Loaded;
+use crate::inode::{Inode, Loaded};
 use crate::key_state::{Attempt, Mutation};
 use crate::kv::Kv;
+use crate::link::Source;
 use crate::lost_base::needs_lost_base;
 use crate::tables::Ctx;
-use ebb_dataplane_protocol::InodeId;
 use ebb_dataplane_protocol::control::PutCondition;
+use ebb_dataplane_protocol::{FileView, InodeId};
 use ebb_metaplane_protocol::flush::*;
-use ebb_metaplane_protocol::{FileKind, FsResult};
+use ebb_metaplane_protocol::xattr::Xattrs;
+use ebb_metaplane_protocol::{Attr, FileKind, FsResult};
+
+/// What a store makes its object of.
+pub(crate) struct Body {
+    pub(crate) attr: Attr,
+    pub(crate) xattrs: Xattrs,
+    /// Where the clean bytes are.
+    pub(crate) view: FileView,
+    /// Of a symbolic link.
+    pub(crate) target: Option<Vec<u8>>,
+    pub(crate) length: u64,
+    /// Nodes send it.
+    pub(crate) from_nodes: bool,
+    /// S3 copies the clean object.
+    pub(crate) copied: bool,
+    /// Of a file with several names: what all their objects say.
+    pub(crate) link: Option<LinkTag>,
+}
+
+impl Body {
+    pub(crate) fn of(n: &Inode, has_data: bool, xattrs: Xattrs) -> Self {
+        let length = match n.kind {
+            FileKind::File => n.size,
+            FileKind::Symlink => n.target.len() as u64,
+            FileKind::Directory | FileKind::HardLink => 0,
+        };
+        // The leader writes empty bodies, links and markers itself; a body of a file comes from the
+        // nodes when there is dirt in it or when the base is not exactly the file.
+        let whole_base =
+            n.view.backing.as_ref().is_some_and(|b| b.length == n.size && b.limit >= b.length);
+        let is_long = n.is_file() && n.size > 0;
+        let from_nodes = is_long && (has_data || !whole_base);
+        Self {
+            attr: n.attr(),
+            xattrs,
+            link: (n.is_file() && n.has_links())
+                .then(|| n.link_tag(n.next_content(), n.meta_version)),
+            view: n.view.clone(),
+            target: (n.kind == FileKind::Symlink).then(|| n.target.clone()),
+            length,
+            from_nodes,
+            copied: is_long && !from_nodes,
+        }
+    }
+}
 
 impl<K: Kv> Ctx<'_, K> {
     /// Dirty(g) → Sealing(g). Skipped: what is not dirty, has unacked cuts (its seal would report
@@ -105,35 +151,43 @@ impl<K: Kv> Ctx<'_, K> {
                 view: n.view.clone(),
                 has_data,
                 target: None,
+                xattrs: self.read().xattrs(&n)?,
+                link: None,
             };
             n.phase = Phase::Sealing(f);
             self.save(n)?;
             return Ok(FlushPlan::Rescue(Box::new(plan)));
         }
+        let body = match n.link_of() {
+            None => Body::of(&n, has_data, self.read().xattrs(&n)?),
+            Some(file) => match self.read().link_source(file)? {
+                Source::Stored(body) => *body,
+                Source::Unstored(file) => {
+                    self.give_up(n, f)?;
+                    return Ok(FlushPlan::Blocked { blocker: Some(file) });
+                }
+                Source::Lost => {
+                    n.lost = true;
+                    n.phase = Phase::Clean;
+                    self.save(n)?;
+                    return Ok(FlushPlan::Clean);
+                }
+            },
+        };
         let mut state = self.read().key_state_or_owner(&target)?;
         let blocker = self.read().owner_of(&target)?.filter(|&o| o != n.id);
-        let length = match n.kind {
-            FileKind::File => n.size,
-            FileKind::Symlink => n.target.len() as u64,
-            FileKind::Directory => 0,
-        };
         let store = Mutation::Store {
             inode: n.id,
             generation: f.generation,
-            length,
+            length: body.length,
             meta_version: n.meta_version,
         };
-        // The leader writes empty bodies, links and markers itself; a body of a file comes from the
-        // nodes when there is dirt in it or when the base is not exactly the file.
-        let whole_base =
-            n.view.backing.as_ref().is_some_and(|b| b.length == n.size && b.limit >= b.length);
-        let body = n.is_file() && n.size > 0 && (has_data || !whole_base);
-        let copied = n.view.backing.as_ref().filter(|_| !body && n.is_file() && n.size > 0);
+        let copied = body.view.backing.as_ref().filter(|_| body.copied);
         let intent = Intent {
             what: &store,
-            length,
+            length: body.length,
             same_as: copied.map(|b| b.etag.as_str()),
-            base: if body { base_at(&n, &target) } else { None },
+            base: if body.from_nodes { base_at(&n, &target) } else { None },
         };
         let waits = state.attempt.is_some() || state.store_waits(&intent);
         if waits || blocker.is_some() || self.nonce_key(s.nonce)?.is_some() {
@@ -150,18 +204,20 @@ impl<K: Kv> Ctx<'_, K> {
         f.nonce = s.nonce;
         f.key.clone_from(&target);
         f.meta_version = n.meta_version;
-        f.copies_base = n.is_file() && n.size > 0 && !body;
+        f.copies_base = body.copied;
         f.old_valid_bytes = n.view.backing.as_ref().map_or(0, |b| b.valid_bytes());
         let plan = StorePlan {
             inode: n.id,
             generation: f.generation,
-            attr: n.attr(),
+            attr: body.attr,
             key: target,
             condition: state.expected.condition(),
             nonce: s.nonce,
-            view: n.view.clone(),
-            has_data: body,
-            target: (n.kind == FileKind::Symlink).then(|| n.target.clone()),
+            view: body.view,
+            has_data: body.from_nodes,
+            target: body.target,
+            xattrs: body.xattrs,
+            link: body.link,
         };
         n.phase = Phase::Flushing(f);
         self.save(n)?;

@@ -6,7 +6,7 @@ use crate::inode::Loaded;
 use crate::key_state::{Expected, KeyState};
 use crate::kv::Kv;
 use crate::tables::Ctx;
-use ebb_dataplane_protocol::{Backing, ContentId, InodeId, ViewVersion};
+use ebb_dataplane_protocol::{Backing, InodeId, ViewVersion};
 use ebb_metaplane_protocol::FsResult;
 use ebb_metaplane_protocol::flush::{Adopt, AttemptResult, FlushOutcome, Notice};
 
@@ -107,12 +107,13 @@ impl<K: Kv> Ctx<'_, K> {
     fn commit(&mut self, mut n: Loaded, f: Flush, etag: &str, length: u64) -> FsResult<()> {
         let old = n.view.backing.take();
         let old_content = n.view.content;
-        n.view.content = ContentId(old_content.0 + 1);
+        n.view.content = n.next_content();
         n.view.version = ViewVersion(n.view.version.0 + 1);
         n.view.clean_generation = n.view.clean_generation.max(f.generation);
         let limit = length.min(f.limit);
         n.view.backing = Some(Backing { key: f.key.clone(), etag: etag.to_owned(), length, limit });
         n.base_lost = false;
+        let links_since = n.has_links().then_some(n.dirty_since);
         n.stored_meta = f.meta_version;
         n.validated = self.now;
         let settled = n.generation == f.generation
@@ -136,6 +137,9 @@ impl<K: Kv> Ctx<'_, K> {
         }
         self.save(n)?;
         self.set_owner(&f.key, id);
+        if let Some(since) = links_since {
+            self.links_are_old(id, since)?;
+        }
         if file {
             self.notify(notice)?;
         }

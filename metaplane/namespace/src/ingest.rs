@@ -14,7 +14,7 @@ use crate::limits::{KEY_BYTES_MAX, SYMLINK_BYTES_MAX};
 use crate::tables::*;
 use ebb_dataplane_protocol::{Backing, ContentId, Generation, InodeId, Lineage, ViewVersion};
 use ebb_metaplane_protocol::command::IngestPage;
-use ebb_metaplane_protocol::flush::{Adopt, IngestAttrs, IngestEntry, IngestObject};
+use ebb_metaplane_protocol::flush::{Adopt, ForeignObject, IngestAttrs, IngestEntry, IngestObject};
 use ebb_metaplane_protocol::{FileKind, FsError, FsResult};
 
 /// Remembered deletes looked at for one directory of a listing. It comes with a later listing if there are more.
@@ -77,14 +77,17 @@ impl<K: Kv> Ctx<'_, K> {
         if !fits {
             return Ok(());
         }
-        if let Some(existing) = self.read().entry(dir, &e.name)? {
+        if let Some(existing) = self.read().holder(dir, &e.name)? {
             return self.ingest_existing(existing, e);
         }
         if self.is_ours(&s3_key, is_dir, listed_at)? {
             return Ok(());
         }
-        self.create_found(dir, &e.name, e.object.as_ref(), &e.attrs)?;
-        Ok(())
+        let id = self.create_found(dir, &e.name, e.object.as_ref(), &e.attrs)?;
+        match e.attrs.more.link().filter(|_| e.attrs.complete) {
+            Some(tag) => self.join(id, tag),
+            None => Ok(()),
+        }
     }
 
     /// The name is known: only what nobody looked up yet may still change.
@@ -157,7 +160,7 @@ impl<K: Kv> Ctx<'_, K> {
             n.view.content = ContentId(1);
             n.size = if is_dir { 0 } else { o.size };
         }
-        set_attrs(&mut n, attrs);
+        self.set_attrs(&mut n, attrs);
         self.save(Loaded::created(n))?;
         if let Some(o) = object {
             self.set_owner(&o.key, id);
@@ -186,6 +189,7 @@ impl<K: Kv> Ctx<'_, K> {
         etag: &str,
         attrs: &IngestAttrs,
     ) -> FsResult<()> {
+        let id = self.read().file_of(id)?;
         let Some(mut n) = self.read().find_inode(id)? else { return Ok(()) };
         let same = match &n.view.backing {
             Some(b) => b.etag == etag,
@@ -196,12 +200,12 @@ impl<K: Kv> Ctx<'_, K> {
         }
         // A LIST can't tell a link from a file.
         let kind_fits = n.kind == attrs.kind
-            || (n.is_file() && attrs.kind == FileKind::Symlink && attrs.target.is_some());
+            || (n.is_file() && attrs.kind == FileKind::Symlink && attrs.more.target().is_some());
         if !kind_fits {
             return Ok(());
         }
         n.kind = attrs.kind;
-        set_attrs(&mut n, attrs);
+        self.set_attrs(&mut n, attrs);
         let marker = (n.is_dir() && n.view.backing.is_none() && !etag.is_empty())
             .then(|| self.read().target_key(&n))
             .transpose()?
@@ -214,7 +218,10 @@ impl<K: Kv> Ctx<'_, K> {
         if let Some(k) = marker {
             self.set_owner(&k, id);
         }
-        Ok(())
+        match attrs.more.link() {
+            Some(tag) => self.join(id, tag),
+            None => Ok(()),
+        }
     }
 
     /// An outside change, found by looking. Changes nothing (and says so) unless the inode is as it
@@ -237,6 +244,9 @@ impl<K: Kv> Ctx<'_, K> {
             return Ok(false);
         }
         n.validated = self.now;
+        if n.link_of().is_some() {
+            return self.adopt_name(n, &backing, a.object.as_ref()).map(|()| true);
+        }
         match &a.object {
             Some(o) if o.etag == backing.etag => {
                 self.save(n)?;
@@ -262,14 +272,19 @@ impl<K: Kv> Ctx<'_, K> {
                 let ours = n.meta_version != n.stored_meta;
                 let kind_fits =
                     o.attrs.kind == n.kind || (!n.is_dir() && o.attrs.kind != FileKind::Directory);
+                self.unjoin(&mut n);
                 if ours {
                     n.mtime = o.attrs.mtime;
                 } else if kind_fits {
                     n.kind = o.attrs.kind;
-                    set_attrs(&mut n, &o.attrs);
+                    self.set_attrs(&mut n, &o.attrs);
                 }
                 n.ctime = self.now;
+                let linked = n.has_links();
                 self.save(n)?;
+                if linked {
+                    self.links_are_old(a.inode, self.now)?;
+                }
                 if let Some(k) = self.read().key_state(&backing.key)? {
                     let expected = Expected::Etag(o.etag.clone());
                     self.put_key(&backing.key, &KeyState { expected, ..k })?;
@@ -282,7 +297,9 @@ impl<K: Kv> Ctx<'_, K> {
             }
             None => {
                 let (parent, name) = (n.parent, n.name.clone());
-                n.view.lineage = Lineage(n.view.lineage.0 + 1);
+                if !n.has_links() {
+                    n.view.lineage = Lineage(n.view.lineage.0 + 1);
+                }
                 let named = self.read().target_key(&n)?;
                 self.save(n)?;
                 self.disown(&backing.key, a.inode)?;
@@ -295,16 +312,44 @@ impl<K: Kv> Ctx<'_, K> {
     }
 }
 
-/// Copies looked-up attributes.
+impl<K: Kv> Ctx<'_, K> {
+    /// The object of another name of a file was looked at. If it is a stranger's, that is what the name shows from now
+    /// on; if it is gone, so is the name. The file has its data elsewhere.
+    fn adopt_name(
+        &mut self,
+        link: Loaded,
+        backing: &Backing,
+        object: Option<&ForeignObject>,
+    ) -> FsResult<()> {
+        if object.is_some_and(|o| o.etag == backing.etag) {
+            return self.save(link);
+        }
+        let (id, parent, name) = (link.id, link.parent, link.name.clone());
+        let named = self.read().target_key(&link)?;
+        self.save(link)?;
+        self.disown(&backing.key, id)?;
+        self.delete_entry(parent, &name);
+        self.touch_dir(parent, 0)?;
+        self.drop_name(id, named.as_deref())?;
+        object.map_or(Ok(()), |o| self.adopt_at_key(&backing.key, o))
+    }
+
+    /// Takes looked-up attributes over, and the extended ones with them.
+    fn set_attrs(&mut self, n: &mut Inode, attrs: &IngestAttrs) {
+        self.put_xattrs(n, attrs.more.xattrs());
+        set_attrs(n, attrs);
+    }
+}
+
 fn set_attrs(n: &mut Inode, attrs: &IngestAttrs) {
-    n.mode = attrs.mode & 0o7777;
+    n.set_mode(attrs.mode);
     n.uid = attrs.uid;
     n.gid = attrs.gid;
     n.mtime = attrs.mtime;
     n.atime = attrs.mtime;
     n.ctime = attrs.mtime;
     n.attrs_complete = attrs.complete;
-    if let (FileKind::Symlink, Some(target)) = (attrs.kind, &attrs.target) {
+    if let (FileKind::Symlink, Some(target)) = (attrs.kind, attrs.more.target()) {
         n.target = target[..target.len().min(SYMLINK_BYTES_MAX)].to_vec();
         n.size = n.target.len() as u64;
     }

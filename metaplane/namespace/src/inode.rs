@@ -16,12 +16,16 @@ use ebb_metaplane_protocol::{Attr, FileKind, FsError, FsResult, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 use std::ops::{Deref, DerefMut};
 
+/// Beside the permission bits: the inode has a record of extended attributes ([`crate::xattr`]).
+const HAS_XATTRS: u32 = 1 << 31;
+
 /// An inode.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub(crate) struct Inode {
     pub(crate) id: InodeId,
     pub(crate) kind: FileKind,
-    pub(crate) mode: u32,
+    /// Permission bits, and [`HAS_XATTRS`].
+    mode_and_flags: u32,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) nlink: u32,
@@ -56,7 +60,8 @@ pub(crate) struct Inode {
     pub(crate) base_lost: bool,
     /// Its data was lost with a node that was abandoned: it is not opened (see [`crate::abandon`]).
     pub(crate) lost: bool,
-    /// Target of a symbolic link.
+    /// Target of a symbolic link. Of another name of a file ([`crate::link`]), that file's number, big-endian; of a
+    /// file that was found with several names, what the objects of all of them say.
     pub(crate) target: Vec<u8>,
     /// Of directories.
     pub(crate) dir: Option<Directory>,
@@ -74,7 +79,7 @@ impl Inode {
         Self {
             id,
             kind,
-            mode: mode & 0o7777,
+            mode_and_flags: mode & 0o7777,
             uid,
             gid,
             nlink: if kind == FileKind::Directory { 2 } else { 1 },
@@ -114,11 +119,26 @@ impl Inode {
         self.kind == FileKind::File
     }
 
+    /// Permission bits.
+    pub(crate) fn mode(&self) -> u32 {
+        self.mode_and_flags & 0o7777
+    }
+    pub(crate) fn set_mode(&mut self, mode: u32) {
+        self.mode_and_flags = (self.mode_and_flags & !0o7777) | (mode & 0o7777);
+    }
+    pub(crate) fn has_xattrs(&self) -> bool {
+        self.mode_and_flags & HAS_XATTRS != 0
+    }
+    pub(crate) fn set_has_xattrs(&mut self, has: bool) {
+        self.mode_and_flags &= !HAS_XATTRS;
+        self.mode_and_flags |= if has { HAS_XATTRS } else { 0 };
+    }
+
     pub(crate) fn attr(&self) -> Attr {
         Attr {
             inode: self.id,
             kind: self.kind,
-            mode: self.mode,
+            mode: self.mode(),
             uid: self.uid,
             gid: self.gid,
             nlink: self.nlink,
@@ -130,7 +150,13 @@ impl Inode {
             content: self.view.content,
             lineage: self.view.lineage,
             dirty: self.queued().is_some(),
+            xattrs: self.has_xattrs(),
         }
+    }
+
+    /// Names what its next object holds.
+    pub(crate) fn next_content(&self) -> ContentId {
+        ContentId(self.view.content.0 + 1)
     }
 
     /// Its place in the dirty queue.
@@ -210,6 +236,7 @@ impl<K: KvRead> Reader<'_, K> {
         match file.kind {
             FileKind::File => Ok(file),
             FileKind::Directory => Err(FsError::IsDirectory),
+            FileKind::HardLink => Err(FsError::Stale),
             FileKind::Symlink => Err(FsError::Invalid("a symbolic link is not opened".into())),
         }
     }
@@ -262,7 +289,7 @@ impl<K: Kv> Ctx<'_, K> {
     }
 
     /// Forgets an inode: record, queue, counters.
-    pub(crate) fn erase(&mut self, n: Loaded) -> FsResult<()> {
+    pub(crate) fn erase(&mut self, mut n: Loaded) -> FsResult<()> {
         let id = be(n.id.0);
         if let Some((since, _)) = n.queued {
             self.kv.delete(&key(DIRTY, &[&be_time(since), &id]));
@@ -272,6 +299,13 @@ impl<K: Kv> Ctx<'_, K> {
         self.add(Counter::LostFiles, -i64::from(n.lost))?;
         self.add(Counter::UsedBytes, (n.used as i64).wrapping_neg())?;
         self.add(Counter::Inodes, -1)?;
+        if let Some(file) = n.inode.link_of() {
+            self.kv.delete(&key(LINK, &[&be(file.0), &id]));
+        }
+        self.unjoin(&mut n.inode);
+        if n.has_xattrs() {
+            self.kv.delete(&key(XATTR, &[&id]));
+        }
         self.kv.delete(&key(INODE, &[&id]));
         Ok(())
     }

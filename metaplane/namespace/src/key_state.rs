@@ -408,16 +408,20 @@ impl<K: Kv> Ctx<'_, K> {
         Ok(())
     }
 
-    /// An inode lost its name: it goes, unless someone has it open. Its entry is gone already (or
+    /// An inode lost its name: it goes, unless it has another one or someone has it open. Its entry is gone already (or
     /// names another inode by now). `old_key`: the key of the name.
     pub(crate) fn drop_name(&mut self, id: InodeId, old_key: Option<&str>) -> FsResult<()> {
         let mut n = self.read().inode(id)?;
-        n.nlink = 0;
-        n.ctime = self.now;
-        if !n.is_dir() && self.read().is_open(id) {
-            self.save(n)?;
-        } else {
-            self.remove_inode(n)?;
+        if let Some(file) = n.link_of() {
+            self.drop_link(n, file)?;
+        } else if !n.has_links() || !self.take_other_name(n.clone())? {
+            n.nlink = 0;
+            n.ctime = self.now;
+            if !n.is_dir() && self.read().is_open(id) {
+                self.save(n)?;
+            } else {
+                self.remove_inode(n)?;
+            }
         }
         match old_key {
             Some(k) => self.reconsider(k),

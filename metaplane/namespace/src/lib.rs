@@ -34,6 +34,7 @@ mod held;
 mod ingest;
 mod inode;
 mod key_state;
+mod link;
 mod lost_base;
 mod map;
 mod members;
@@ -46,6 +47,7 @@ mod rename;
 mod session;
 mod tables;
 mod windows;
+mod xattr;
 
 pub use abandon::GivenUp;
 pub use check::Check;

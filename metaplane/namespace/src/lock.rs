@@ -174,8 +174,8 @@ impl<K: Kv> Ctx<'_, K> {
     /// Locks without a session's record of them go (a repair).
     pub(crate) fn mend_locks(&mut self, inode: InodeId) -> FsResult<()> {
         let mut held = self.read().locks(inode)?;
-        let kv = &self.kv;
-        held.retain(|h| kv.get(&key(SESSION_LOCK, &[&be(h.session.0), &be(inode.0)])).is_some());
+        let r = self.read();
+        held.retain(|h| r.has_locks(h.session, inode));
         self.put_locks(inode, &held);
         Ok(())
     }

@@ -14,16 +14,20 @@ use crate::kv::Kv;
 use crate::tables::Ctx;
 use ebb_dataplane_protocol::{Backing, InodeId};
 use ebb_metaplane_protocol::flush::{
-    Adopt, BaseChange, BaseFound, ForeignObject, IngestAttrs, IngestObject, Rescue,
+    Adopt, BaseChange, BaseFound, ForeignObject, IngestAttrs, IngestObject, More, Rescue,
 };
 use ebb_metaplane_protocol::{FileKind, FsResult};
 
 impl<K: Kv> Ctx<'_, K> {
     /// Changes nothing unless the file's base is still the one that the flush looked for.
     pub(crate) fn base_changed(&mut self, c: &BaseChange) -> FsResult<()> {
-        let Some(n) = self.read().find_inode(c.inode)? else { return Ok(()) };
+        // Another name's object is made of its file's.
+        let id = self.read().file_of(c.inode)?;
+        let Some(n) = self.read().find_inode(id)? else { return Ok(()) };
         let same = |b: &Backing| b.key == c.key && b.etag == c.etag;
-        if !n.view.backing.as_ref().is_some_and(same) {
+        let busy = self.read().key_state(&c.key)?.is_some_and(|k| k.attempt.is_some());
+        if busy || !n.view.backing.as_ref().is_some_and(same) {
+            // Seen again when what is under way there is settled.
             return Ok(());
         }
         let object = match &c.found {
@@ -33,8 +37,9 @@ impl<K: Kv> Ctx<'_, K> {
             BaseFound::Gone => None,
         };
         let (lineage, old_etag) = (n.view.lineage, Some(c.etag.clone()));
-        let change = Adopt { inode: c.inode, lineage, old_etag, object };
-        if self.adopt(&change)? {
+        let change = Adopt { inode: id, lineage, old_etag, object };
+        // Whether the file needs its base its own flush finds out.
+        if self.adopt(&change)? || id != c.inode {
             return Ok(());
         }
         self.lose_base(n, &c.key, change.object.as_ref())
@@ -60,6 +65,18 @@ impl<K: Kv> Ctx<'_, K> {
             return Ok(());
         }
         let owned = self.read().owner_of(s3_key)? == Some(id);
+        let here = self.read().target_key(&n)?.as_deref() == Some(s3_key);
+        if owned && here && self.read().copied_link(id)?.is_some() {
+            // Another name's object holds the same: only this name goes.
+            let (parent, name) = (n.parent, n.name.clone());
+            self.disown(s3_key, id)?;
+            state.expected = Expected::Absent;
+            self.put_key(s3_key, &state)?;
+            self.delete_entry(parent, &name);
+            self.touch_dir(parent, 0)?;
+            self.drop_name(id, None)?;
+            return object.map_or(Ok(()), |object| self.adopt_at_key(s3_key, object));
+        }
         n.base_lost = true;
         self.save(n)?;
         if owned {
@@ -85,15 +102,15 @@ impl<K: Kv> Ctx<'_, K> {
         };
         let (id, parent, name, named) = (n.id, n.parent, n.name.clone(), n.nlink > 0);
         // Who may read the file may look into the directory.
-        let mode = 0o700 | n.mode | ((n.mode & 0o444) >> 2);
+        let mode = 0o700 | n.mode() | ((n.mode() & 0o444) >> 2);
         let owner = (mode, n.uid, n.gid);
         let attrs = IngestAttrs {
             kind: FileKind::File,
-            mode: n.mode,
+            mode: n.mode(),
             uid: n.uid,
             gid: n.gid,
             mtime: n.mtime,
-            target: None,
+            more: More::of(None, self.read().xattrs(&n)?, None),
             complete: true,
         };
         // Whoever has it open keeps what the nodes hold.
@@ -101,6 +118,7 @@ impl<K: Kv> Ctx<'_, K> {
         if !named {
             return Ok(());
         }
+        self.part_links(id)?;
         self.delete_entry(parent, &name);
         self.drop_name(id, None)?;
         if r.ranges.is_empty() {

@@ -37,12 +37,12 @@ pub(crate) struct Move {
 }
 
 impl<K: KvRead> Reader<'_, K> {
-    /// Goes up to `limit` entries further; the inodes visited.
+    /// Goes up to `limit` entries further; the inodes whose own names were visited.
     pub(crate) fn walk_on(&self, walk: &mut Walk, limit: usize) -> FsResult<Vec<InodeId>> {
         let mut seen = Vec::new();
         while seen.len() < limit {
             let Some((dir, last)) = walk.0.last_mut() else { break };
-            let page = self.entries(*dir, last, limit - seen.len())?;
+            let page = self.entries_held(*dir, last, limit - seen.len())?;
             if page.is_empty() {
                 walk.0.pop();
                 continue;

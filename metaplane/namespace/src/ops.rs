@@ -24,7 +24,12 @@ impl<K: KvRead> Reader<'_, K> {
     }
 
     /// Checks that a new name may be made in a directory.
-    fn check_new_name(&self, parent: InodeId, name: &[u8], is_dir: bool) -> FsResult<()> {
+    pub(crate) fn check_new_name(
+        &self,
+        parent: InodeId,
+        name: &[u8],
+        is_dir: bool,
+    ) -> FsResult<()> {
         let dir = self.dir_inode(parent)?;
         check_name(parent, name)?;
         if self.entry(parent, name)?.is_some() {
@@ -37,7 +42,7 @@ impl<K: KvRead> Reader<'_, K> {
         self.refuse_in_shutdown()
     }
 
-    /// The entry that an unlink or rmdir means.
+    /// What a name shows.
     pub(crate) fn existing(&self, parent: InodeId, name: &[u8]) -> FsResult<Loaded> {
         self.dir_inode(parent)?;
         if name.len() > ebb_dataplane_protocol::NAME_BYTES_MAX {
@@ -95,6 +100,9 @@ impl<K: Kv> Ctx<'_, K> {
                 self.lock(session, *inode, lock, *wait).map(|()| OpOutcome::Done)
             }
             Op::SetAttr { inode, set } => self.set_attr(*inode, set),
+            Op::SetXattr { inode, name, value, how } => {
+                self.set_xattr(*inode, name, value.as_deref(), *how).map(OpOutcome::Attr)
+            }
             Op::Mkdir { parent, name, mode, uid, gid } => {
                 self.read().check_new_name(*parent, name, true)?;
                 let kind = FileKind::Directory;
@@ -113,8 +121,9 @@ impl<K: Kv> Ctx<'_, K> {
                 let n = self.make(*parent, name, FileKind::Symlink, owner, target)?;
                 Ok(OpOutcome::Attr(n.attr()))
             }
+            Op::Link { inode, parent, name } => self.link(*inode, *parent, name),
             Op::Unlink { parent, name } => {
-                let n = self.read().existing(*parent, name)?;
+                let n = self.read().existing_holder(*parent, name)?;
                 if n.is_dir() {
                     return Err(FsError::IsDirectory);
                 }
@@ -124,7 +133,7 @@ impl<K: Kv> Ctx<'_, K> {
                 if name == b"." {
                     return Err(FsError::Invalid("rmdir of '.'".into()));
                 }
-                let n = self.read().existing(*parent, name)?;
+                let n = self.read().existing_holder(*parent, name)?;
                 if !n.is_dir() {
                     return Err(FsError::NotDirectory);
                 }
@@ -303,6 +312,9 @@ impl<K: Kv> Ctx<'_, K> {
 
     fn set_attr(&mut self, inode: InodeId, set: &SetAttr) -> FsResult<OpOutcome> {
         let mut n = self.read().inode(inode)?;
+        if n.link_of().is_some() {
+            return Err(FsError::Stale);
+        }
         self.read().refuse_in_shutdown()?;
         if !n.attrs_complete {
             return Err(crate::again(crate::why::ATTRIBUTES));
@@ -319,6 +331,7 @@ impl<K: Kv> Ctx<'_, K> {
                 FileKind::Symlink => {
                     return Err(FsError::Invalid("a symbolic link has no size to set".into()));
                 }
+                FileKind::HardLink => {}
             }
             n.mtime = self.now;
         }
@@ -370,7 +383,7 @@ fn apply_attrs(n: &mut Inode, set: &SetAttr, now: Time) -> bool {
         TimeChange::Now => now,
         TimeChange::At(t) => t,
     };
-    n.mode = set.mode_over(n.mode, n.kind);
+    n.set_mode(set.mode_over(n.mode(), n.kind));
     if let Some(uid) = set.uid {
         n.uid = uid;
     }

@@ -47,6 +47,7 @@ impl Machine {
                 Ok(QueryReply::Page { entries, end })
             }
             Query::Locked(..) => Err(FsError::Invalid("who asks for a lock matters".into())),
+            Query::Xattrs(inode) => Ok(QueryReply::Xattrs(r.xattrs(&*r.inode(*inode)?)?)),
             Query::ReadLink(inode) => {
                 let n = r.inode(*inode)?;
                 match n.kind {

@@ -124,14 +124,15 @@ impl<K: KvRead> Reader<'_, K> {
 
     /// Attributes of an inode; whether a HEAD is due first.
     pub fn attr(&self, inode: InodeId) -> FsResult<(Attr, bool)> {
-        let n = self.inode(inode)?;
+        // What was found a moment ago may have turned out to be another name of a file.
+        let n = self.inode(self.file_of(inode)?)?;
         Ok((n.attr(), !n.attrs_complete))
     }
 
     /// Key and etag for the HEAD that an inode's attributes wait for. `None`: nothing is due. A
     /// directory without a known marker gives its marker's key and an empty etag.
     pub fn attrs_source(&self, inode: InodeId) -> FsResult<Option<(String, String)>> {
-        let n = self.inode(inode)?;
+        let n = self.inode(self.file_of(inode)?)?;
         if n.attrs_complete {
             return Ok(None);
         }
@@ -139,6 +140,10 @@ impl<K: KvRead> Reader<'_, K> {
             Some(b) => Ok(Some((b.key.clone(), b.etag.clone()))),
             None => Ok(self.target_key(&n)?.map(|k| (k, String::new()))),
         }
+    }
+
+    fn lacks_attrs(&self, inode: InodeId) -> bool {
+        matches!(self.find_inode(inode), Ok(Some(n)) if !n.attrs_complete)
     }
 
     fn dirty_inode(&self, inode: InodeId) -> FsResult<Option<DirtyInode>> {
@@ -155,7 +160,8 @@ impl<K: KvRead> Reader<'_, K> {
             inode,
             since: n.dirty_since,
             stage,
-            needs_attrs: !n.attrs_complete,
+            needs_attrs: !n.attrs_complete
+                || n.link_of().is_some_and(|file| self.lacks_attrs(file)),
             cuts_pending: !n.view.cuts.is_empty(),
         }))
     }
@@ -222,6 +228,24 @@ impl<K: KvRead> Reader<'_, K> {
         let mut dirty = Vec::new();
         for id in self.walk_on(walk, limit)? {
             dirty.extend(self.dirty_inode(id)?);
+            let file = self.file_of(id)?;
+            if file != id {
+                // Its file has its own name elsewhere.
+                dirty.extend(self.dirty_inode(file)?);
+            }
+        }
+        Ok(dirty)
+    }
+
+    /// Other names of these, as far as S3 doesn't hold them.
+    pub fn dirty_links(&self, files: &[InodeId]) -> FsResult<Vec<InodeId>> {
+        let mut dirty = Vec::new();
+        for &file in files {
+            if self.find_inode(file)?.is_some_and(|n| n.has_links()) {
+                for link in self.links(file)? {
+                    dirty.extend(self.dirty_inode(link)?.map(|d| d.inode));
+                }
+            }
         }
         Ok(dirty)
     }
@@ -235,7 +259,7 @@ impl<K: KvRead> Reader<'_, K> {
 
     /// Every inode below a directory (evict, warm), as [`Reader::dirty_under`] walks.
     pub fn inodes_under(&self, walk: &mut Walk, limit: usize) -> FsResult<Vec<InodeId>> {
-        self.walk_on(walk, limit)
+        self.walk_on(walk, limit)?.into_iter().map(|id| self.file_of(id)).collect()
     }
 
     /// How an inode compares with S3. `None`: it is dirty, or has no object.

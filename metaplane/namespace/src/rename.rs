@@ -63,12 +63,12 @@ impl<K: Kv> Ctx<'_, K> {
             return Err(FsError::Invalid("rename flags".into()));
         }
         self.read().refuse_in_shutdown()?;
-        let source = self.read().existing(from.0, from.1)?;
+        let source = self.read().existing_holder(from.0, from.1)?;
         if self.read().dir_inode(to.0)?.nlink == 0 {
             return Err(FsError::NotFound);
         }
         check_name(to.0, to.1)?;
-        let target = match self.read().entry(to.0, to.1)? {
+        let target = match self.read().holder(to.0, to.1)? {
             Some(id) => Some(self.read().inode(id)?),
             None => None,
         };
@@ -85,7 +85,8 @@ impl<K: Kv> Ctx<'_, K> {
             if t.is_dir() && self.read().is_within(from.0, t.id)? {
                 return Err(if exchange { cycle() } else { FsError::NotEmpty });
             }
-            if t.id == source.id {
+            // Two names of one file stay as they are.
+            if t.file_id() == source.file_id() {
                 return Ok(OpOutcome::Done);
             }
             if !exchange {
@@ -108,8 +109,8 @@ impl<K: Kv> Ctx<'_, K> {
         if exchange && let Some(t) = target {
             self.read().check_move(&t, from)?;
             let target_key = self.read().target_key(&t)?;
-            self.put_entry(from.0, from.1, t.id);
-            self.put_entry(to.0, to.1, source.id);
+            self.put_entry_of(from.0, from.1, &t);
+            self.put_entry_of(to.0, to.1, &source);
             self.moved(&source, to, old_key.as_deref())?;
             self.moved(&t, from, target_key.as_deref())?;
             let (s, t) = (i32::from(source.is_dir()), i32::from(t.is_dir()));
@@ -120,7 +121,7 @@ impl<K: Kv> Ctx<'_, K> {
             }
         } else {
             self.delete_entry(from.0, from.1);
-            self.put_entry(to.0, to.1, source.id);
+            self.put_entry_of(to.0, to.1, &source);
             self.moved(&source, to, old_key.as_deref())?;
             let is_dir = i32::from(source.is_dir());
             self.touch_dir(from.0, -is_dir)?;
@@ -149,6 +150,9 @@ impl<K: Kv> Ctx<'_, K> {
             n.ctime = now;
             n.mark_dirty(now);
         })?;
+        if let Some(file) = n.link_of() {
+            self.update(file, |n| n.ctime = now)?;
+        }
         let below = match &n.dir {
             Some(d) => to.1.len() + 1 + d.deepest as usize,
             None => to.1.len(),

@@ -5,7 +5,9 @@
 //! | `M` | counter | u64 little-endian, see [`crate::counters`] |
 //! | `P` | – | the cluster map |
 //! | `I` | inode | [`crate::inode::Inode`] |
-//! | `E` | directory, name | inode |
+//! | `E` | directory, name | the file's inode; of another name of a file also that name's own inode |
+//! | `N` | file, inode of another name of it | – : see [`crate::link`] |
+//! | `J` | what objects of several names of a file say | the file, the content it was found with: see [`crate::link`] |
 //! | `D` | dirty since, inode | stage byte |
 //! | `S` | session | [`crate::session::Session`] |
 //! | `C` | client | session |
@@ -15,6 +17,7 @@
 //! | `O` | inode, handle | session |
 //! | `L` | inode | its locks: see [`crate::lock`] |
 //! | `l` | session, inode | – : it has locks there |
+//! | `x` | inode | its extended attributes, if it has any: see [`crate::xattr`] |
 //! | `B` | S3 key | the inode whose bytes are there |
 //! | `K` | S3 key | [`crate::key_state::KeyState`], only while it says more than `B` |
 //! | `A` | nonce | S3 key of the attempt |
@@ -35,6 +38,8 @@ pub(crate) const META: u8 = b'M';
 pub(crate) const MAP: u8 = b'P';
 pub(crate) const INODE: u8 = b'I';
 pub(crate) const ENTRY: u8 = b'E';
+pub(crate) const LINK: u8 = b'N';
+pub(crate) const JOIN: u8 = b'J';
 pub(crate) const DIRTY: u8 = b'D';
 pub(crate) const SESSION: u8 = b'S';
 pub(crate) const CLIENT: u8 = b'C';
@@ -44,6 +49,7 @@ pub(crate) const SESSION_HANDLE: u8 = b'h';
 pub(crate) const OPEN: u8 = b'O';
 pub(crate) const LOCK: u8 = b'L';
 pub(crate) const SESSION_LOCK: u8 = b'l';
+pub(crate) const XATTR: u8 = b'x';
 pub(crate) const OWNER: u8 = b'B';
 pub(crate) const KEY: u8 = b'K';
 pub(crate) const ATTEMPT: u8 = b'A';

@@ -9,6 +9,7 @@ use ebb_metaplane_protocol::attr::SetAttr;
 use ebb_metaplane_protocol::command::{Command, CommandReply, OpOutcome};
 use ebb_metaplane_protocol::flush::*;
 use ebb_metaplane_protocol::op::{Op, OpenMode, RENAME_EXCHANGE};
+use ebb_metaplane_protocol::xattr::XattrMode;
 use ebb_metaplane_protocol::{FsError, Time};
 
 const ROOT: InodeId = InodeId::ROOT;
@@ -596,6 +597,8 @@ fn the_dirty_queue_is_by_age_and_steps_over_its_head() {
 fn without_base(w: &mut World, replaced: bool) -> InodeId {
     let s = w.session();
     let f = w.put_file(s, ROOT, "f", b"0123456789");
+    let (name, value) = (b"user.a".to_vec(), Some(b"of f".to_vec()));
+    w.op(s, Op::SetXattr { inode: f, name, value, how: XattrMode::Any }).expect("set");
     w.settle_all();
     let mut open = w.open(s, f, WRITE).expect("opened");
     w.write(&mut open, 3, b"XY").expect("written");
@@ -623,7 +626,11 @@ fn what_is_dirty_of_a_file_without_its_base_is_stored_and_nothing_else_of_it() {
         let dir = w.lookup(ROOT, &name).expect("it gave way").inode;
         assert_eq!(w.names(dir), ["3-2"]);
         assert_eq!(w.bucket.objects[&format!("{name}/3-2")].body, b"XY");
-        assert_eq!(w.lookup(dir, "3-2").expect("there").size, 2);
+        let range = w.lookup(dir, "3-2").expect("there");
+        assert_eq!(
+            (range.size, w.xattrs(range.inode)),
+            (2, vec![("user.a".into(), "of f".into())])
+        );
         assert!(w.read().attr(f).is_err() && !w.node.contains_key(&f), "nobody keeps it");
         assert_eq!(w.lookup(ROOT, "f").is_ok(), replaced, "the name is the stranger's");
         assert_eq!(

@@ -13,7 +13,7 @@ use ebb_namespace::{LookupState, Origin};
 const ROOT: InodeId = InodeId::ROOT;
 
 fn attrs(kind: FileKind, complete: bool) -> IngestAttrs {
-    IngestAttrs { kind, mode: 0o644, uid: 0, gid: 0, mtime: Time(5), target: None, complete }
+    IngestAttrs { kind, mode: 0o644, uid: 0, gid: 0, mtime: Time(5), more: More::None, complete }
 }
 fn file(w: &World, prefix: &str, name: &str, complete: bool) -> IngestEntry {
     let key = format!("{prefix}{name}");
@@ -81,7 +81,7 @@ fn attributes_come_before_anyone_sees_or_changes_them() {
     // It turns out to be a link; the HEAD of another object is ignored.
     let link = IngestAttrs {
         kind: FileKind::Symlink,
-        target: Some(b"target".to_vec()),
+        more: More::Target(b"target".to_vec()),
         ..attrs(FileKind::File, true)
     };
     w.done(Command::SetIngestAttrs(vec![(id, "\"other\"".into(), link.clone())]));

@@ -15,6 +15,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
+const EPERM: i32 = 1;
 const ENOENT: i32 = 2;
 const EEXIST: i32 = 17;
 const ENOTDIR: i32 = 20;
@@ -71,8 +72,8 @@ impl Model {
     }
     fn drop_name(&mut self, id: u64) {
         let n = self.0.get_mut(&id).expect("it was there");
-        n.nlink = 0;
-        if n.open == 0 {
+        n.nlink = if matches!(n.what, What::Dir(_)) { 0 } else { n.nlink - 1 };
+        if n.open == 0 && n.nlink == 0 {
             self.0.remove(&id);
         }
     }
@@ -160,6 +161,7 @@ struct Run {
     rng: StdRng,
     model: Model,
     handles: Vec<(SessionId, HandleId, u64)>,
+    linked: usize,
 }
 
 impl Run {
@@ -234,7 +236,12 @@ impl Run {
             }
         }
         let counts = Reader(&self.kv).counts().expect("readable");
-        assert_eq!(counts.inodes, self.model.0.len() as u64);
+        let more = |n: &Node| match n.what {
+            What::Dir(_) => 0,
+            _ => u64::from(n.nlink.saturating_sub(1)),
+        };
+        let other_names: u64 = self.model.0.values().map(more).sum();
+        assert_eq!(counts.inodes, self.model.0.len() as u64 + other_names);
         let used = self.model.0.values().filter(|n| matches!(n.what, What::File));
         assert_eq!(counts.used_bytes, used.map(|n| n.size).sum::<u64>());
         let dirty = Reader(&self.kv).dirty_batch(10_000, Time(i64::MAX), None).expect("readable");
@@ -256,7 +263,7 @@ impl Run {
         let n = *names.choose(&mut self.rng).expect("names");
         let m = *names.choose(&mut self.rng).expect("names");
         let (parent, name) = (InodeId(p), Vec::from(n));
-        match self.rng.random_range(0..11) {
+        match self.rng.random_range(0..13) {
             0 | 1 => {
                 let exclusive = self.rng.random_bool(0.3);
                 let open = OpenMode { write: true, truncate: self.rng.random_bool(0.3) };
@@ -367,6 +374,25 @@ impl Run {
                     node.size = size.unwrap_or(node.size);
                 }
             }
+            11 | 12 => {
+                let id = *ids.choose(&mut self.rng).expect("the root");
+                let node = self.model.0[&id].clone();
+                let want = match (&node.what, self.model.dir(p).map(|d| d.contains_key(n))) {
+                    (What::Dir(_), _) => Err(EPERM),
+                    (_, Err(e)) => Err(e),
+                    (_, Ok(true)) => Err(EEXIST),
+                    (_, Ok(false)) if node.nlink == 0 => Err(ENOENT),
+                    _ => Ok(()),
+                };
+                let got = self.op(s, Op::Link { inode: InodeId(id), parent, name });
+                self.check(&got, &want, "link");
+                if let Ok(OpOutcome::Attr(a)) = got {
+                    assert_eq!((a.inode.0, a.nlink), (id, node.nlink + 1));
+                    self.model.entries(p).insert(n.into(), id);
+                    self.model.0.get_mut(&id).expect("linked").nlink += 1;
+                    self.linked += 1;
+                }
+            }
             _ if !self.handles.is_empty() => {
                 let i = self.rng.random_range(0..self.handles.len());
                 let (s, handle, id) = self.handles.swap_remove(i);
@@ -403,6 +429,7 @@ fn the_tree_is_posix() {
             rng: StdRng::seed_from_u64(seed),
             model: Model([(1, root)].into()),
             handles: Vec::new(),
+            linked: 0,
         };
         r.apply(Command::Format {
             cluster: ClusterId(1),
@@ -430,5 +457,6 @@ fn the_tree_is_posix() {
             Machine::apply(&mut other, entry);
         }
         assert!(other == r.kv, "seed {seed}: two voters differ");
+        assert!(r.linked > 0, "no file got another name");
     }
 }

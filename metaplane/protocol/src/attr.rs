@@ -22,6 +22,9 @@ use rkyv::{Archive, Deserialize, Serialize};
 )]
 pub struct Time(pub i64);
 
+/// Names of one file at most (its hard links). Each is an object of its own in the bucket.
+pub const LINKS_MAX: u32 = 1_000;
+
 /// Kind of an inode.
 #[derive(
     Clone,
@@ -44,6 +47,8 @@ pub enum FileKind {
     Directory,
     /// A symbolic link.
     Symlink,
+    /// Another name of a file: in dumps, and within the state machine. `stat` shows the file.
+    HardLink,
 }
 
 /// What `stat` shows, and what a client needs to cache.
@@ -77,6 +82,8 @@ pub struct Attr {
     pub lineage: Lineage,
     /// Whether S3 does not hold this yet (data, attributes or name).
     pub dirty: bool,
+    /// Whether there are extended attributes ([`crate::xattr`]).
+    pub xattrs: bool,
 }
 
 /// A change of attributes; `None` leaves a field as it is.

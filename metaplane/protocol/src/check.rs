@@ -38,7 +38,8 @@ pub enum Rule {
     Loop,
     /// An inode without a name is open, or goes.
     Unnamed,
-    /// A directory has two links and one more for each directory in it.
+    /// A directory has two links and one more for each directory in it; a file one for each of its names, which
+    /// know each other.
     Links,
     /// A directory counts those of its subtree that are not completely listed.
     Listed,
@@ -74,6 +75,8 @@ pub enum Rule {
     Map,
     /// A count is what there is.
     Count,
+    /// An inode with extended attributes says so, and no other does.
+    Xattrs,
 }
 
 /// A rule that does not hold.

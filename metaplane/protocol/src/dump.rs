@@ -125,6 +125,9 @@ pub struct Record {
     /// Of a directory: all that is below its prefix is known.
     #[serde(default, skip_serializing_if = "is_false")]
     pub listed: bool,
+    /// Extended attributes, as an object's metadata has them ([`crate::xattr::text`]).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub xattrs: String,
 }
 
 /// A page of a dump.

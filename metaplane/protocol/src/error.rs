@@ -80,6 +80,18 @@ pub enum FsError {
     /// ENOLCK.
     #[error("too many locks on one file")]
     NoLocks,
+    /// EMLINK.
+    #[error("the file has as many names as one can have")]
+    TooManyLinks,
+    /// ENODATA.
+    #[error("no such extended attribute")]
+    NoAttribute,
+    /// ERANGE.
+    #[error("the name of an extended attribute has 255 bytes at most")]
+    AttributeNameTooLong,
+    /// E2BIG.
+    #[error("the value of an extended attribute has 64 KiB at most")]
+    AttributeTooLarge,
 }
 
 impl FsError {
@@ -102,6 +114,10 @@ impl FsError {
             Self::NotSupported(_) => 95,
             Self::Again { .. } | Self::Locked => 11,
             Self::NoLocks => 37,
+            Self::TooManyLinks => 31,
+            Self::NoAttribute => 61,
+            Self::AttributeNameTooLong => 34,
+            Self::AttributeTooLarge => 7,
             Self::NotLeader(_) | Self::ShuttingDown => 5,
         }
     }

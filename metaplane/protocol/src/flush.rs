@@ -2,6 +2,7 @@
 //! (PROTOCOL §3, §8–9).
 
 use crate::attr::{Attr, FileKind};
+use crate::xattr::Xattrs;
 use ebb_dataplane_protocol::control::{PutCondition, StoreOutcome};
 use ebb_dataplane_protocol::{ContentId, FileView, Generation, InodeId, Lineage};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -79,6 +80,10 @@ pub struct StorePlan {
     pub has_data: bool,
     /// Symlinks: the target (the object's body).
     pub target: Option<Vec<u8>>,
+    /// Extended attributes, for the object's metadata.
+    pub xattrs: Xattrs,
+    /// Of a file with several names, for the same place.
+    pub link: Option<LinkTag>,
 }
 
 /// What became of an attempt.
@@ -215,10 +220,95 @@ pub struct IngestAttrs {
     pub gid: u32,
     /// Modification time (of the metadata, else Last-Modified).
     pub mtime: crate::attr::Time,
-    /// Target of a symlink.
-    pub target: Option<Vec<u8>>,
+    /// What few objects have.
+    pub more: More,
     /// True: from a HEAD. False: only what a LIST shows; a HEAD is due before anyone sees them.
     pub complete: bool,
+}
+
+/// What few objects have besides: one field of [`IngestAttrs`], whose encoding stays that of the time when it was the
+/// target alone, as an `Option`. The log has entries with it.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub enum More {
+    /// Nothing.
+    None,
+    /// Target of a symlink.
+    Target(Vec<u8>),
+    /// Extended attributes.
+    Xattrs(Xattrs),
+    /// More than one of them, or that it is one of several names.
+    Several(Box<Several>),
+}
+
+/// See [`More::Several`].
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Several {
+    /// Target of a symlink.
+    pub target: Option<Vec<u8>>,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
+    /// Of which file it was one of several names.
+    pub link: Option<LinkTag>,
+}
+
+/// What the objects of all names of a file say: those that say the same hold the same (docs/PROTOCOL.md, R58). Without
+/// the key, which each has for itself in its metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Archive, Serialize, Deserialize)]
+pub struct LinkTag {
+    /// The cluster that stored them; 0 in a plan: this one.
+    pub cluster: u128,
+    /// The file's inode there.
+    pub file: u64,
+    /// Its content ([`ContentId`](ebb_dataplane_protocol::ContentId)).
+    pub content: u64,
+    /// The version of its attributes.
+    pub meta_version: u64,
+}
+
+impl LinkTag {
+    /// Its bytes, as a key of a table.
+    pub fn bytes(&self) -> Vec<u8> {
+        let numbers = [self.file, self.content, self.meta_version].map(u64::to_be_bytes);
+        [&self.cluster.to_be_bytes()[..], &numbers.concat()].concat()
+    }
+}
+
+impl More {
+    /// A symlink has a target; `xattrs` may be empty; the objects of a file with several names have a `link`.
+    pub fn of(target: Option<Vec<u8>>, xattrs: Xattrs, link: Option<LinkTag>) -> Self {
+        match (target, xattrs.is_empty(), link) {
+            (None, true, None) => Self::None,
+            (None, false, None) => Self::Xattrs(xattrs),
+            (Some(target), true, None) => Self::Target(target),
+            (target, _, link) => Self::Several(Box::new(Several { target, xattrs, link })),
+        }
+    }
+
+    /// Target of a symlink.
+    pub fn target(&self) -> Option<&[u8]> {
+        match self {
+            Self::Target(target) => Some(target),
+            Self::Several(several) => several.target.as_deref(),
+            Self::None | Self::Xattrs(_) => None,
+        }
+    }
+
+    /// Extended attributes; empty: none.
+    pub fn xattrs(&self) -> &[(Vec<u8>, Vec<u8>)] {
+        match self {
+            Self::Xattrs(xattrs) => xattrs,
+            Self::Several(several) => &several.xattrs,
+            Self::None | Self::Target(_) => &[],
+        }
+    }
+
+    /// Of which file it was one of several names.
+    pub fn link(&self) -> Option<LinkTag> {
+        match self {
+            Self::Several(several) => several.link,
+            Self::None | Self::Target(_) | Self::Xattrs(_) => None,
+        }
+    }
 }
 
 /// An entry found by LIST or HEAD.
@@ -342,4 +432,88 @@ pub struct Adopt {
     pub old_etag: Option<String>,
     /// What is there now; `None`: the object is gone.
     pub object: Option<ForeignObject>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attr::Time;
+    use ebb_dataplane_protocol::codec;
+
+    /// As they were before there were extended attributes.
+    #[derive(Archive, Serialize)]
+    struct Before {
+        kind: FileKind,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+        mtime: Time,
+        target: Option<Vec<u8>>,
+        complete: bool,
+    }
+
+    /// The log and remembered replies of an earlier version are read as they were written.
+    #[test]
+    fn what_an_earlier_version_wrote_is_read_as_it_was() {
+        for target in [None, Some(b"../target".to_vec())] {
+            let kind = FileKind::Symlink;
+            let before = |uid| {
+                let target = target.clone();
+                Before { kind, mode: 1, uid, gid: 3, mtime: Time(4), target, complete: true }
+            };
+            let encoded = codec::encode(&vec![(7u64, before(2)), (8, before(5))]);
+            let read: Vec<(u64, IngestAttrs)> = codec::decode(&encoded).expect("read");
+            let now = |uid| {
+                let more = More::of(target.clone(), Xattrs::new(), None);
+                IngestAttrs { kind, mode: 1, uid, gid: 3, mtime: Time(4), more, complete: true }
+            };
+            assert_eq!(read, [(7, now(2)), (8, now(5))]);
+        }
+    }
+
+    #[derive(Archive, Serialize)]
+    struct AttrBefore {
+        inode: InodeId,
+        kind: FileKind,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+        nlink: u32,
+        size: u64,
+        atime: Time,
+        mtime: Time,
+        ctime: Time,
+        generation: Generation,
+        content: ContentId,
+        lineage: Lineage,
+        dirty: bool,
+    }
+
+    #[test]
+    fn attributes_of_an_earlier_version_name_no_extended_ones() {
+        let before = |size| AttrBefore {
+            inode: InodeId(1),
+            kind: FileKind::File,
+            mode: 2,
+            uid: 3,
+            gid: 4,
+            nlink: 5,
+            size,
+            atime: Time(7),
+            mtime: Time(8),
+            ctime: Time(9),
+            generation: Generation(10),
+            content: ContentId(11),
+            lineage: Lineage(12),
+            dirty: true,
+        };
+        let read: Vec<Attr> =
+            codec::decode(&codec::encode(&vec![before(6), before(66)])).expect("read");
+        assert_eq!(read.len(), 2);
+        for (attr, size) in read.iter().zip([6, 66]) {
+            let (inode, lineage) = (InodeId(1), Lineage(12));
+            assert_eq!((attr.inode, attr.size, attr.lineage), (inode, size, lineage));
+            assert_eq!((attr.dirty, attr.xattrs), (true, false));
+        }
+    }
 }

@@ -65,6 +65,11 @@ fn commit() -> Op {
     }
 }
 
+fn set_xattr() -> Op {
+    let (name, value) = (b"user.a".to_vec(), Some(b"value".to_vec()));
+    Op::SetXattr { inode: InodeId(2), name, value, how: xattr::XattrMode::Create }
+}
+
 fn record() -> Record {
     let object = Object { key: "a/b".into(), etag: "e".into(), length: 5, valid: 4 };
     Record {
@@ -84,6 +89,7 @@ fn record() -> Record {
         unstored: false,
         lost: false,
         listed: false,
+        xattrs: "user.a=b".into(),
     }
 }
 
@@ -108,6 +114,7 @@ fn requests() -> Vec<Vec<u8>> {
             lock: Lock { owner: 3, start: 4, end: 5, mode: LockMode::Exclusive, pid: 6 },
             wait: true,
         }),
+        mutate(set_xattr()),
         query,
         Request::Session(open),
         Request::Session(SessionCall::Watch(
@@ -132,10 +139,12 @@ fn responses() -> Vec<Vec<u8>> {
     let recalled = vec![InodeId(4), InodeId(5)];
     let watched = Watched { epoch: 1, lease_ms: 1_000, recalled, through: 7 };
     let link = QueryReply::Link(b"target".to_vec());
+    let xattrs = QueryReply::Xattrs(vec![(b"user.a".to_vec(), b"value".to_vec())]);
     [
         Response::Session(Ok(opened)),
         Response::Session(Ok(SessionReply::Watched(watched))),
         Response::Query(Ok(link)),
+        Response::Query(Ok(xattrs)),
         Response::Op(Err(FsError::NotFound)),
     ]
     .iter()
@@ -153,6 +162,7 @@ fn log_entries() -> Vec<Vec<u8>> {
     let commands = vec![
         client(create()),
         client(commit()),
+        client(set_xattr()),
         Command::KeyBegin(vec![("a/b".into(), 9), ("c".into(), 8)]),
         Command::EndSessions(vec![SessionId(4)]),
     ];

@@ -20,6 +20,7 @@ pub mod op;
 pub mod own;
 pub mod placement;
 pub mod query;
+pub mod xattr;
 
 pub use admin::{AdminCall, AdminReply, ClusterStatus};
 pub use attr::{Attr, FileKind, Time};

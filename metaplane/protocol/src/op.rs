@@ -2,6 +2,7 @@
 
 use crate::attr::{Attr, SetAttr, Time};
 use crate::lock::Lock;
+use crate::xattr::XattrMode;
 use ebb_dataplane_protocol::{Generation, HandleId, InodeId, Lineage, SignedGrant};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -167,6 +168,28 @@ pub enum Op {
         lock: Lock,
         /// The leader answers later, if it can't be had now.
         wait: bool,
+    },
+    /// Gives a file or a symbolic link another name, at most
+    /// [`LINKS_MAX`](crate::attr::LINKS_MAX) in all. Reply [`OpReply::Attr`].
+    Link {
+        /// The file.
+        inode: InodeId,
+        /// Directory of the new name.
+        parent: InodeId,
+        /// The new name.
+        name: Name,
+    },
+    /// Sets or removes an extended attribute ([`crate::xattr`]): `Exists` or `NoAttribute` where that is not as `how`
+    /// wants it, `NoSpace` if all of the inode's would not fit into an object's metadata. Reply [`OpReply::Attr`].
+    SetXattr {
+        /// The inode.
+        inode: InodeId,
+        /// Its name.
+        name: Name,
+        /// Its value; `None`: it is removed.
+        value: Option<Vec<u8>>,
+        /// Whether it must, or must not, be there; a removed one must be.
+        how: XattrMode,
     },
 }
 

@@ -4,6 +4,7 @@ use crate::attr::Attr;
 use crate::lease::Lease;
 use crate::lock::{Lock, Locked};
 use crate::op::Name;
+use crate::xattr::Xattrs;
 use ebb_dataplane_protocol::{ClusterMap, InodeId, MapVersion};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -58,6 +59,8 @@ pub enum Query {
     Freshen(InodeId),
     /// The lock that is in the way of one, if any is (F_GETLK). Reply [`QueryReply::Locked`].
     Locked(InodeId, Lock),
+    /// Extended attributes. Reply [`QueryReply::Xattrs`].
+    Xattrs(InodeId),
 }
 
 /// An entry of a directory page.
@@ -101,6 +104,8 @@ pub enum QueryReply {
     StatFs(StatFs),
     /// A lock that is in the way.
     Locked(Option<Locked>),
+    /// Extended attributes, of [`XATTRS_TEXT_BYTES_MAX`](crate::xattr::XATTRS_TEXT_BYTES_MAX) at most.
+    Xattrs(Xattrs),
 }
 
 /// Space and counts.

@@ -43,6 +43,8 @@ impl Service {
     }
 
     async fn head_attrs(&self, inode: InodeId) -> FsResult<Found> {
+        let file = self.voter.peek(|_, r| r.file_of(inode)).map_err(fs_error)?;
+        let Ok(inode) = file else { return Ok(Found::Known) };
         let source = self.voter.peek(|_, r| r.attrs_source(inode)).map_err(fs_error)?;
         // Gone meanwhile: whoever asked sees that.
         let Ok(Some((key, etag))) = source else { return Ok(Found::Known) };

@@ -175,13 +175,14 @@ impl Service {
                 let (mut new, mut changed) = (Vec::new(), Vec::new());
                 for e in entries {
                     match r.lookup_state(dir, &e.name) {
-                        Ok(LookupState::Found { attr, .. }) => {
-                            let known = r.revalidation(attr.inode)?;
+                        Ok(LookupState::Found { .. }) => {
+                            let Some(inode) = r.holder(dir, &e.name)? else { continue };
+                            let known = r.revalidation(inode)?;
                             let differs = e.object.as_ref().zip(known).is_some_and(|(o, k)| {
                                 o.key == k.key && o.etag != k.etag && k.validated < begun
                             });
                             if differs {
-                                changed.push(attr.inode);
+                                changed.push(inode);
                             }
                         }
                         Ok(_) => new.push(e),
@@ -218,7 +219,7 @@ impl Service {
             let (missing, last) = self
                 .voter
                 .peek(|_, r| -> FsResult<_> {
-                    let page = r.entries(dir, &after, STEP)?;
+                    let page = r.entries_held(dir, &after, STEP)?;
                     let last = page.last().map(|(name, _)| name.clone());
                     let mut missing = Vec::new();
                     for (name, inode) in page {

@@ -105,7 +105,7 @@ pub(crate) fn length_of(plan: &StorePlan) -> u64 {
     match plan.attr.kind {
         FileKind::File => plan.attr.size,
         FileKind::Symlink => plan.target.as_ref().map_or(0, |t| t.len() as u64),
-        FileKind::Directory => 0,
+        FileKind::Directory | FileKind::HardLink => 0,
     }
 }
 

@@ -36,7 +36,9 @@ const RAFT: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("raft")
 const APPLIED: &str = "applied";
 const FORMAT: &str = "format";
 /// Encoding of the pairs and of the log's commands; counts up when a type of either changes.
-const FORMAT_VERSION: u32 = 5;
+const FORMAT_VERSION: u32 = 6;
+/// The oldest that is read as it is: what came since are records that it has none of.
+const FORMAT_READ_MIN: u32 = 5;
 
 /// Entries of one transaction at most.
 const BATCH_ENTRIES_MAX: usize = 512;
@@ -297,7 +299,11 @@ impl StateStore {
             let known = raft.get(APPLIED).map_err(failed)?.map(|json| json.value().to_vec());
             let format = raft.get(FORMAT).map_err(failed)?.map(|f| f.value().to_vec());
             let current = FORMAT_VERSION.to_le_bytes();
-            if format.as_deref().is_some_and(|f| f != current)
+            let readable = |f: &[u8]| {
+                let version = f.try_into().map(u32::from_le_bytes);
+                version.is_ok_and(|v| (FORMAT_READ_MIN..=FORMAT_VERSION).contains(&v))
+            };
+            if format.as_deref().is_some_and(|f| !readable(f))
                 || known.is_some() && format.is_none()
             {
                 return Err(another_format(dir));

@@ -210,7 +210,10 @@ impl Service {
                 found.extend(dirty.into_iter().map(|d| d.inode));
             }
             if found.len() >= WALK_STEP || walk.is_done() {
-                self.flush_these(term, std::mem::take(&mut found), &mut report).await?;
+                let these = std::mem::take(&mut found);
+                self.flush_these(term, these.clone(), &mut report).await?;
+                let links = self.voter.peek(|_, r| r.dirty_links(&these)).map_err(fs_error)??;
+                self.flush_these(term, links, &mut report).await?;
             }
             if walk.is_done() && found.is_empty() {
                 return Ok(report);

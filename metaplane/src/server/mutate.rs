@@ -217,6 +217,11 @@ impl Service {
             | Op::Rmdir { parent, name } => {
                 self.know(*parent, name).await?;
             }
+            // What has names besides this one is known by its number.
+            Op::Link { inode, parent, name } => {
+                self.know(*parent, name).await?;
+                self.freshen(*inode).await?;
+            }
             Op::Rename { parent, name, new_parent, new_name, .. } => {
                 tokio::try_join!(self.know(*parent, name), self.know(*new_parent, new_name))?;
             }
@@ -228,7 +233,8 @@ impl Service {
             | Op::Reserve { .. }
             | Op::Publish(_)
             | Op::ReturnNames { .. }
-            | Op::Lock { .. } => {}
+            | Op::Lock { .. }
+            | Op::SetXattr { .. } => {}
         }
         Ok(())
     }
@@ -251,7 +257,9 @@ impl Service {
             async move { self.know(parent, &name).await }
         };
         let inodes: Vec<InodeId> = match op {
-            Op::Open { inode, .. } | Op::SetAttr { inode, .. } => vec![*inode],
+            Op::Open { inode, .. } | Op::SetAttr { inode, .. } | Op::SetXattr { inode, .. } => {
+                vec![*inode]
+            }
             Op::Create { parent, name, .. } | Op::Rmdir { parent, name } => {
                 find(*parent, name).await?.into_iter().collect()
             }

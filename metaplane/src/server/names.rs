@@ -51,6 +51,7 @@ impl Service {
         let (Op::Create { parent: dir, .. }
         | Op::Mkdir { parent: dir, .. }
         | Op::Symlink { parent: dir, .. }
+        | Op::Link { parent: dir, .. }
         | Op::Rename { new_parent: dir, .. }) = op
         else {
             return None;
@@ -123,6 +124,7 @@ impl Service {
             Op::Create { parent, .. }
             | Op::Mkdir { parent, .. }
             | Op::Symlink { parent, .. }
+            | Op::Link { parent, .. }
             | Op::Unlink { parent, .. } => recall(*parent, session),
             Op::Rmdir { parent, name } | Op::Rename { new_parent: parent, new_name: name, .. } => {
                 if let Op::Rename { parent, .. } = op {

@@ -67,7 +67,7 @@ impl Service {
             Query::ReadDir { inode, after, limit } => {
                 self.read_dir(session, *inode, after, *limit).await
             }
-            Query::ReadLink(inode) => {
+            Query::ReadLink(inode) | Query::Xattrs(inode) => {
                 self.attr(*inode).await?;
                 self.plain(&query).await
             }

@@ -9,6 +9,7 @@ mod names;
 mod owner;
 mod truncates;
 mod voters;
+mod xattrs;
 
 /// The server of the kill tests, when this program runs itself as one; otherwise nothing.
 #[test]

@@ -31,6 +31,14 @@ impl<K: KvRead> Reader<'_, K> {
         {
             missing.push((Rule::Owner, format!("it does not own its object at '{}'", b.key)));
         }
+        if let Some(file) = n.link_of()
+            && self.0.get(&key(LINK, &[&be(file.0), &be(n.id.0)])).is_none()
+        {
+            missing.push((Rule::Links, format!("file {file} does not know this name of it")));
+        }
+        if n.has_xattrs() && !matches!(self.xattr_record(n.id), Ok(Some(_))) {
+            missing.push((Rule::Xattrs, "its extended attributes are missing".to_owned()));
+        }
         Ok(missing)
     }
 
@@ -45,6 +53,22 @@ impl<K: KvRead> Reader<'_, K> {
     pub(crate) fn stale(&self, k: &[u8], v: &[u8]) -> FsResult<Option<(Rule, String)>> {
         let wrong = |rule, what: String| Ok(Some((rule, what)));
         match k[0] {
+            LINK => {
+                let (file, id) = (InodeId(u64_at(k, 1)?), InodeId(u64_at(k, 9)?));
+                let of = self.find_inode(id)?.and_then(|n| n.link_of());
+                if of != Some(file) {
+                    return wrong(Rule::Links, format!("inode {id} is no other name of {file}"));
+                }
+            }
+            JOIN => {
+                let id = InodeId(u64_at(v, 0)?);
+                u64_at(v, 8)?;
+                let says = self.find_inode(id)?.filter(|n| n.is_file()).map(|n| n.target.clone());
+                if says.as_deref() != Some(&k[1..]) {
+                    let what = format!("inode {id} was not found with these other names");
+                    return wrong(Rule::Links, what);
+                }
+            }
             DIRTY => {
                 let (since, id) = (time_at(k, 1)?, InodeId(u64_at(k, 9)?));
                 let queued = self.find_inode(id)?.and_then(|n| n.queued());
@@ -121,11 +145,18 @@ impl<K: KvRead> Reader<'_, K> {
             LOCK => {
                 let inode = InodeId(u64_at(k, 1)?);
                 for h in self.locks(inode)? {
-                    let place = key(SESSION_LOCK, &[&be(h.session.0), &be(inode.0)]);
-                    if self.0.get(&place).is_none() {
+                    if !self.has_locks(h.session, inode) {
                         let what = format!("a lock of session {} on inode {inode}", h.session);
                         return wrong(Rule::Handle, what);
                     }
+                }
+            }
+            XATTR => {
+                let id = InodeId(u64_at(k, 1)?);
+                let says = self.find_inode(id)?.is_some_and(|n| n.has_xattrs());
+                if !says || self.xattr_record(id).is_err() {
+                    let what = format!("extended attributes of inode {id}, which has none");
+                    return wrong(Rule::Xattrs, what);
                 }
             }
             ATTEMPT => {

@@ -40,7 +40,7 @@ impl<K: KvRead> Reader<'_, K> {
         let mut sum = Below::default();
         let mut from = Vec::new();
         loop {
-            let page = self.entries(dir, &from, super::PAGE)?;
+            let page = self.entries_held(dir, &from, super::PAGE)?;
             let Some((last, _)) = page.last() else { return Ok(sum) };
             from.clone_from(last);
             for (name, id) in page {
@@ -62,7 +62,7 @@ impl<K: KvRead> Reader<'_, K> {
         }
         let dir = self.find_inode(n.parent)?;
         let is_dir = dir.as_ref().is_some_and(|d| d.is_dir() && d.nlink > 0);
-        if !is_dir || self.entry(n.parent, &n.name)? != Some(n.id) {
+        if !is_dir || self.holder(n.parent, &n.name)? != Some(n.id) {
             return Ok(Place::Lost);
         }
         if !n.is_dir() {
@@ -106,6 +106,22 @@ impl<K: KvRead> Reader<'_, K> {
         let Phase::Flushing(f) = &n.phase else { return Ok(true) };
         let state = self.key_state(&f.key)?;
         Ok(state.and_then(|k| k.attempt).is_some_and(|a| a.nonce == f.nonce))
+    }
+}
+
+/// Whether an inode is one that other names may be of.
+fn may_have_links(n: &Inode) -> bool {
+    !n.is_dir() && n.link_of().is_none() && n.nlink > 0
+}
+
+impl<K: KvRead> Reader<'_, K> {
+    /// How many names a file has.
+    pub(crate) fn names_of(&self, n: &Inode) -> FsResult<u32> {
+        let mut names = 1;
+        for id in self.links(n.id)? {
+            names += u32::from(self.find_inode(id)?.is_some_and(|l| l.link_of() == Some(n.id)));
+        }
+        Ok(names)
     }
 }
 
@@ -154,6 +170,19 @@ impl Check {
         } else if !r.may_stay_unnamed(&n) {
             let what = format!("inode {id} has no name and is not open");
             found(finding(Rule::Unnamed, what, Repair::Orphan(id)));
+        }
+        if let Some(file) = n.link_of()
+            && !r.find_inode(file)?.is_some_and(|f| may_have_links(&f))
+        {
+            let what = format!("inode {id} {name} is another name of {file}, which isn't there");
+            found(finding(Rule::Links, what, Repair::Orphan(id)));
+        }
+        if may_have_links(&n) {
+            let links = r.names_of(&n)?;
+            if n.nlink != links {
+                let what = format!("file {id} {name} has {} links and not {links}", n.nlink);
+                found(finding(Rule::Links, what, derive.clone()));
+            }
         }
         if let Some(d) = &n.dir {
             let below = r.below(id)?;
@@ -209,7 +238,7 @@ impl Check {
         found: Found<'_>,
     ) -> FsResult<()> {
         self.checked.names += 1;
-        let (dir, id) = (InodeId(u64_at(k, 1)?), InodeId(u64_at(v, 0)?));
+        let (dir, id) = (InodeId(u64_at(k, 1)?), crate::link::holder_in(v)?);
         let name = &k[9..];
         if let Some(why) = r.wrong_name(dir, name, id)? {
             let what = format!("directory {dir} has {} for inode {id}: {why}", shown(name));
@@ -234,6 +263,9 @@ impl<K: KvRead> Reader<'_, K> {
         let Some(n) = self.find_inode(id)? else { return Ok(Some("there is no such inode")) };
         if n.nlink == 0 || id == InodeId::ROOT {
             return Ok(Some("it has no name"));
+        }
+        if self.entry(dir, name)? != Some(n.file_id()) {
+            return Ok(Some("it shows another file"));
         }
         let agrees = n.parent == dir && n.name == name;
         Ok((!agrees).then_some("it has another name"))

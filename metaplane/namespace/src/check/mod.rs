@@ -27,11 +27,13 @@ const PAGE: usize = 1_000;
 const CUTS_REMEMBERED_MAX: usize = 1 << 20;
 
 /// Tables, in the order in which they are looked at.
-const TABLES: [u8; 24] = [
+const TABLES: [u8; 27] = [
     NOTICE,
     MAP,
     INODE,
     ENTRY,
+    LINK,
+    JOIN,
     DIRTY,
     SESSION,
     CLIENT,
@@ -41,6 +43,7 @@ const TABLES: [u8; 24] = [
     OPEN,
     SESSION_LOCK,
     LOCK,
+    XATTR,
     OWNER,
     KEY,
     ATTEMPT,
@@ -150,8 +153,8 @@ impl Check {
         match k[0] {
             INODE => self.inode(r, k, found),
             ENTRY => self.entry(r, (k, v), found),
-            DIRTY | HELD | OWNER | CLIENT | REPLY | SESSION_HANDLE | OPEN | ATTEMPT | WINDOW
-            | TOMBSTONE_AGE | NODE_BOOT | SESSION_LOCK | LOCK => {
+            LINK | JOIN | DIRTY | HELD | OWNER | CLIENT | REPLY | SESSION_HANDLE | OPEN
+            | ATTEMPT | WINDOW | TOMBSTONE_AGE | NODE_BOOT | SESSION_LOCK | LOCK | XATTR => {
                 if let Some((rule, what)) = r.stale(k, v)? {
                     found(finding(rule, what, Repair::Record(k.to_vec())));
                 }

@@ -54,6 +54,10 @@ impl<K: Kv> Ctx<'_, K> {
                 self.kv.put(&place, &be(0));
             }
         }
+        if !matches!(self.read().xattr_record(id), Ok(Some(_))) && n.has_xattrs() {
+            self.miss_xattrs(n)?;
+            return self.derive(id);
+        }
         let own = self.read().should_own(&n)?;
         if let Some(b) = n.view.backing.as_ref().filter(|_| own) {
             let other = self.read().owner_of(&b.key)?.filter(|o| *o != id);
@@ -68,6 +72,11 @@ impl<K: Kv> Ctx<'_, K> {
             let generation = n.view.cuts.iter().map(|c| c.generation).max().unwrap_or_default();
             self.notify(Notice::ApplyView { inode: id, generation, alloc_limit })?;
         }
+        if let Some(file) = n.link_of() {
+            self.put_if_other(&key(LINK, &[&be(file.0), &be(id.0)]), &[]);
+            return self.mend_links(file);
+        }
+        self.mend_links(id)?;
         let mut at = id;
         while n.is_dir() {
             let below = self.read().below(at)?;
@@ -99,6 +108,19 @@ impl<K: Kv> Ctx<'_, K> {
         Ok(())
     }
 
+    /// A file's links are its names.
+    fn mend_links(&mut self, file: InodeId) -> FsResult<()> {
+        let Some(mut n) = self.read().find_inode(file)? else { return Ok(()) };
+        if !n.is_dir() && n.link_of().is_none() && n.nlink > 0 {
+            let links = self.read().names_of(&n)?;
+            if n.nlink != links {
+                n.nlink = links;
+                self.save(n)?;
+            }
+        }
+        Ok(())
+    }
+
     fn put_if_other(&mut self, k: &[u8], v: &[u8]) {
         if self.kv.get(k).as_deref() != Some(v) {
             self.kv.put(k, v);
@@ -106,11 +128,21 @@ impl<K: Kv> Ctx<'_, K> {
     }
 
     fn mend_name(&mut self, dir: InodeId, name: &[u8]) -> FsResult<()> {
-        let Some(id) = self.read().entry(dir, name)? else { return Ok(()) };
+        let Some(id) = self.read().holder(dir, name)? else { return Ok(()) };
         if self.read().wrong_name(dir, name, id)?.is_none() {
             return Ok(());
         }
         let d = self.read().find_inode(dir)?.filter(|d| d.is_dir() && d.nlink > 0);
+        if let (Some(_), Some(n)) = (&d, self.read().find_inode(id)?)
+            && n.nlink > 0
+            && id != InodeId::ROOT
+            && n.parent == dir
+            && n.name == name
+        {
+            // Only what it shows is wrong.
+            self.put_entry_of(dir, name, &n);
+            return Ok(());
+        }
         if let (Some(_), Some(mut n)) = (&d, self.read().find_inode(id)?)
             && n.nlink > 0
             && id != InodeId::ROOT
@@ -120,6 +152,7 @@ impl<K: Kv> Ctx<'_, K> {
             (n.parent, n.name) = (dir, name.to_vec());
             let now = self.now;
             n.mark_dirty(now);
+            self.put_entry_of(dir, name, &n);
             self.save(n)?;
             return self.derive(dir);
         }
@@ -133,6 +166,17 @@ impl<K: Kv> Ctx<'_, K> {
             let stays = self.read().may_stay_unnamed(&n);
             return if stays { Ok(()) } else { self.remove_inode(n) };
         }
+        if let Some(file) = n.link_of()
+            && self.read().find_inode(file)?.is_none_or(|f| f.nlink == 0)
+        {
+            // A name of nothing.
+            if self.read().holder(n.parent, &n.name)? == Some(id) {
+                self.delete_entry(n.parent, &n.name);
+            }
+            let parent = n.parent;
+            self.remove_inode(n)?;
+            return self.derive(parent);
+        }
         if self.read().place(&n)? == Place::Named {
             return Ok(());
         }
@@ -143,10 +187,10 @@ impl<K: Kv> Ctx<'_, K> {
             && self.read().place(dir)? == Place::Named
             && self.read().path_of(parent)?.len() < crate::limits::PATH_COMPONENTS_MAX
         {
-            self.put_entry(parent, &name, id);
+            self.put_entry_of(parent, &name, &n);
             return self.derive(parent);
         }
-        if self.read().entry(parent, &name)? == Some(id) {
+        if self.read().holder(parent, &name)? == Some(id) {
             self.delete_entry(parent, &name);
         }
         self.put_in_root(n)
@@ -156,15 +200,15 @@ impl<K: Kv> Ctx<'_, K> {
     fn put_in_root(&mut self, mut n: Loaded) -> FsResult<()> {
         let (id, old) = (n.id, n.parent);
         let name = format!("lost+found-{:x}", id.0).into_bytes();
-        if self.read().entry(InodeId::ROOT, &name)?.is_some_and(|other| other != id) {
+        if self.read().holder(InodeId::ROOT, &name)?.is_some_and(|other| other != id) {
             return Ok(());
         }
         (n.parent, n.name) = (InodeId::ROOT, name.clone());
         let now = self.now;
         n.mark_dirty(now);
         let is_dir = n.is_dir();
+        self.put_entry_of(InodeId::ROOT, &name, &n);
         self.save(n)?;
-        self.put_entry(InodeId::ROOT, &name, id);
         if is_dir {
             // Whose objects lie under its former path looks for them.
             self.begin_move(id, String::new())?;
@@ -256,10 +300,12 @@ impl<K: Kv> Ctx<'_, K> {
                 return self.drop_locks(SessionId(u64_at(k, 1)?), InodeId(u64_at(k, 9)?));
             }
             LOCK => return self.mend_locks(InodeId(u64_at(k, 1)?)),
+            XATTR => return self.mend_xattrs(InodeId(u64_at(k, 1)?)),
             _ => {}
         }
         self.kv.delete(k);
         match k[0] {
+            LINK => self.mend_links(InodeId(u64_at(k, 1)?)),
             // Its place may only be another one, or another inode's.
             DIRTY => self.derive(InodeId(u64_at(k, 9)?)),
             SESSION_HANDLE | REPLY => self.mend_session(SessionId(u64_at(k, 1)?)),

@@ -1,7 +1,11 @@
 //! A bucket that obeys conditions.
 
+use ebb_dataplane_protocol::InodeId;
 use ebb_dataplane_protocol::control::PutCondition;
-use ebb_metaplane_protocol::{FileKind, Time};
+use ebb_metaplane_protocol::flush::LinkTag;
+use ebb_metaplane_protocol::xattr::Xattrs;
+use ebb_metaplane_protocol::{FileKind, Query, QueryReply, Time};
+use ebb_namespace::Machine;
 use std::collections::BTreeMap;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +16,9 @@ pub struct Object {
     pub mode: u32,
     pub kind: FileKind,
     pub mtime: Time,
+    pub xattrs: Xattrs,
+    /// Of which file it is one of several names, and the key for which that was said.
+    pub link: Option<(LinkTag, String)>,
 }
 
 /// A bucket that obeys conditions.
@@ -56,9 +63,21 @@ impl Bucket {
             mode: 0o644,
             kind: FileKind::File,
             mtime: Time(5),
+            xattrs: Xattrs::new(),
+            link: None,
         };
         self.foreign.push(body.to_vec());
         self.put(key, &PutCondition::None, o);
         self.objects[key].etag.clone()
+    }
+}
+
+impl super::World {
+    /// The extended attributes of an inode; its attributes say whether there are any.
+    pub fn xattrs(&self, inode: InodeId) -> Xattrs {
+        let reply = Machine::query(&self.kv, &Query::Xattrs(inode));
+        let Ok(QueryReply::Xattrs(xattrs)) = reply else { panic!("{inode}: {reply:?}") };
+        assert_eq!(self.attr(inode).xattrs, !xattrs.is_empty());
+        xattrs
     }
 }

@@ -28,6 +28,8 @@ impl World {
                 mode: plan.attr.mode,
                 kind: FileKind::File,
                 mtime: plan.attr.mtime,
+                xattrs: plan.xattrs.clone(),
+                link: None,
             };
             self.bucket.put(&key, &PutCondition::None, object);
             let etag = self.bucket.objects[&key].etag.clone();
@@ -64,9 +66,9 @@ impl World {
         }
     }
     /// The base of a copy is not what it was: an outside change, unless there is dirt of ours.
-    pub fn look_at_base(&mut self, inode: InodeId) {
-        let Ok(grant) = self.read().grant_view(inode) else { return };
-        let Some(b) = grant.view.backing else { return };
+    pub fn look_at_base(&mut self, plan: &StorePlan) {
+        let inode = plan.inode;
+        let Some(b) = plan.view.backing.clone() else { return };
         let found = match self.bucket.objects.get(&b.key) {
             Some(o) if o.etag == b.etag => return,
             Some(o) if self.is_given_up(&b.key, o) => BaseFound::LeftOver(left_over(o)),
@@ -111,7 +113,8 @@ impl World {
         let r = self.read();
         if let Some(owner) = r.owner_of(&key).expect("readable") {
             // Without a name nothing is credited any more.
-            let dirty = r.attr(owner).is_ok_and(|(a, _)| a.dirty || a.nlink == 0);
+            let queued = r.dirty_walk(owner).is_ok_and(|(_, own)| own.is_some());
+            let dirty = queued || r.attr(owner).is_ok_and(|(a, _)| a.nlink == 0);
             assert!(dirty, "what was credited at {key} was changed by a late request");
         }
     }

@@ -1,14 +1,17 @@
 //! A small world around the state machine: one node, one bucket, a leader that can crash, clients
 //! that write under grants. Everything is decided by a seed; nothing is timed.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
+#![allow(dead_code, unreachable_pub, unused_imports, reason = "each test binary uses its part")]
 
 mod bucket;
+mod cold;
 mod late;
 mod node;
+mod states;
 mod unnamed;
 pub use bucket::{Bucket, Object};
 use late::left_over;
 use node::Held;
+pub use states::{check, dump, load};
 
 use ebb_dataplane_protocol::control::PutCondition;
 use ebb_dataplane_protocol::*;
@@ -339,6 +342,18 @@ impl World {
         self.expected.entry(inode).or_default().resize(size as usize, 0);
         Ok(())
     }
+    pub fn link(
+        &mut self,
+        s: SessionId,
+        inode: InodeId,
+        parent: InodeId,
+        name: &str,
+    ) -> FsResult<Attr> {
+        match self.op(s, Op::Link { inode, parent, name: name.into() })? {
+            OpOutcome::Attr(a) => Ok(a),
+            other => panic!("{other:?}"),
+        }
+    }
     /// Creates (or opens), writes and closes.
     pub fn put_file(&mut self, s: SessionId, parent: InodeId, name: &str, bytes: &[u8]) -> InodeId {
         let mut f = self.create(s, parent, name).expect("create");
@@ -437,7 +452,7 @@ impl World {
     }
     fn object(&self, plan: &StorePlan) -> Result<Object, AttemptResult> {
         let body = match (plan.attr.kind, &plan.view.backing) {
-            (FileKind::Directory, _) => Vec::new(),
+            (FileKind::Directory | FileKind::HardLink, _) => Vec::new(),
             (FileKind::Symlink, _) => plan.target.clone().expect("links have targets"),
             (FileKind::File, _) if plan.attr.size == 0 => Vec::new(),
             (FileKind::File, Some(b)) if !plan.has_data => {
@@ -459,6 +474,8 @@ impl World {
             mode: plan.attr.mode,
             kind: plan.attr.kind,
             mtime: plan.attr.mtime,
+            xattrs: plan.xattrs.clone(),
+            link: plan.link.map(|tag| (tag, plan.key.clone())),
         })
     }
     /// What a HEAD says about an attempt.
@@ -545,7 +562,7 @@ impl World {
             self.report(&flight, result);
         }
         if source_changed && let Flight::Put { plan, .. } = &flight {
-            self.look_at_base(plan.inode);
+            self.look_at_base(plan);
         }
     }
     /// kill -9: what it had sent may still happen.
@@ -699,14 +716,20 @@ impl World {
         );
     }
 
-    /// All inodes with a name, with their keys.
+    /// All names, with their inodes and keys.
     pub fn tree(&self) -> Vec<(InodeId, String)> {
-        let r = self.read();
-        let mut walk = Walk::below(InodeId::ROOT);
+        self.tree_below(InodeId::ROOT, "")
+    }
+    fn tree_below(&self, dir: InodeId, prefix: &str) -> Vec<(InodeId, String)> {
         let mut all = Vec::new();
-        while !walk.is_done() {
-            for id in r.inodes_under(&mut walk, 100).expect("readable") {
-                all.push((id, r.key_of(id).expect("readable").expect("it has a name")));
+        for (name, id) in self.read().entries(dir, b"", 1_000).expect("readable") {
+            let name = String::from_utf8(name).expect("names are UTF-8");
+            if self.attr(id).kind == FileKind::Directory {
+                let key = format!("{prefix}{name}/");
+                all.push((id, key.clone()));
+                all.extend(self.tree_below(id, &key));
+            } else {
+                all.push((id, format!("{prefix}{name}")));
             }
         }
         all
@@ -720,6 +743,7 @@ impl World {
             let o = left.remove(&key).unwrap_or_else(|| panic!("{key} is not in the bucket"));
             assert_eq!(o.mode, attr.mode, "mode of {key}");
             assert_eq!(o.kind, attr.kind, "kind of {key}");
+            assert_eq!(o.xattrs, self.xattrs(id), "extended attributes of {key}");
             assert!(!attr.dirty);
             if attr.kind == FileKind::File {
                 let want = &self.expected[&id];
@@ -746,47 +770,15 @@ pub fn attrs_of(o: &Object) -> IngestAttrs {
         uid: 0,
         gid: 0,
         mtime: o.mtime,
-        target: (o.kind == FileKind::Symlink).then(|| o.body.clone()),
+        more: More::of(
+            (o.kind == FileKind::Symlink).then(|| o.body.clone()),
+            o.xattrs.clone(),
+            o.link.as_ref().map(|(tag, _)| *tag),
+        ),
         complete: true,
     }
 }
 
 pub fn is_again<T>(r: &FsResult<T>) -> bool {
     matches!(r, Err(FsError::Again { .. }))
-}
-
-/// What a check of a state finds.
-pub fn check(kv: &MemKv) -> Vec<Finding> {
-    let (mut check, mut findings) = (Check::new(), Vec::new());
-    while check.step(Reader(kv), &mut |f| findings.push(f)).expect("readable") {}
-    findings
-}
-
-/// A state as a dump has it, in pages of a size.
-pub fn dump(kv: &MemKv, page: usize) -> Vec<Record> {
-    let r = Reader(kv);
-    let mut walk = Walk::below(InodeId::ROOT);
-    let mut records = vec![r.dump_root().expect("a root")];
-    while !walk.is_done() {
-        records.extend(r.dump_page(&mut walk, page).expect("readable"));
-    }
-    records
-}
-
-/// A new cluster's state with a dump in it.
-pub fn load(records: &[Record], page: usize) -> (MemKv, Vec<CommandReply>) {
-    let (cluster, incarnation) = (ClusterId(8), Incarnation(2));
-    let format = Command::Format { cluster, pg_count: 64, incarnation, backed: true };
-    let pages = records.chunks(page).map(|p| Command::Load(LoadStep::Records, p.to_vec()));
-    let steps = [format, Command::Load(LoadStep::Begin, Vec::new())].into_iter();
-    let commands: Vec<Command> =
-        steps.chain(pages).chain([Command::Load(LoadStep::End, Vec::new())]).collect();
-    let (mut kv, mut replies) = (MemKv::default(), Vec::new());
-    for command in commands {
-        replies.extend(Machine::apply(
-            &mut kv,
-            &LogEntry { now: Time(1 << 50), commands: vec![command] },
-        ));
-    }
-    (kv, replies)
 }

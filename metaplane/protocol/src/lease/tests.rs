@@ -27,6 +27,7 @@ fn attr(inode: usize, version: u64) -> Attr {
         content: ContentId(0),
         lineage: Lineage(0),
         dirty: false,
+        xattrs: false,
     }
 }
 

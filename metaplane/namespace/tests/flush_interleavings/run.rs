@@ -1,44 +1,44 @@
-//! Random interleavings of clients, flushes, S3 faults, leader crashes and strangers: at rest the
-//! bucket holds exactly one object per name, with every acked byte, and nothing else (I1–I3, I6).
+//! What clients, the leader, S3 and strangers do, as a seed decides.
 
-mod common;
-use common::*;
+use crate::common::*;
 use ebb_dataplane_protocol::*;
 use ebb_metaplane_protocol::attr::SetAttr;
 use ebb_metaplane_protocol::command::{Command, CommandReply};
-use ebb_metaplane_protocol::dump::Object;
 use ebb_metaplane_protocol::flush::{Adopt, ForeignObject};
-use ebb_metaplane_protocol::op::{Op, OpenMode, RENAME_EXCHANGE};
+use ebb_metaplane_protocol::op::{Op, RENAME_EXCHANGE};
+use ebb_metaplane_protocol::xattr::XattrMode;
 use ebb_metaplane_protocol::{FsError, NodeCall, Time};
-use ebb_namespace::{Machine, MemKv};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 
-struct Run {
-    w: World,
-    rng: StdRng,
-    sessions: Vec<SessionId>,
-    open: Vec<OpenFile>,
+pub(crate) struct Run {
+    pub(crate) w: World,
+    pub(crate) rng: StdRng,
+    pub(crate) sessions: Vec<SessionId>,
+    pub(crate) open: Vec<OpenFile>,
     /// Files without a name.
-    unnamed: Vec<OpenFile>,
+    pub(crate) unnamed: Vec<OpenFile>,
     /// Delegated directories: to whom, and the stamp.
-    delegated: Vec<(InodeId, SessionId, u64)>,
-    published: usize,
-    foreign: bool,
+    pub(crate) delegated: Vec<(InodeId, SessionId, u64)>,
+    pub(crate) published: usize,
+    pub(crate) foreign: bool,
     /// Few names and contents, so that names, etags and conditions recur; requests are lost often.
-    few: bool,
-    byte: u8,
+    pub(crate) few: bool,
+    /// Files get other names, so often.
+    pub(crate) links: f64,
+    pub(crate) linked: usize,
+    pub(crate) byte: u8,
     /// Who holds the groups, where that matters.
-    node: Option<NodeId>,
-    lost: Vec<InodeId>,
-    given_up: usize,
+    pub(crate) node: Option<NodeId>,
+    pub(crate) lost: Vec<InodeId>,
+    pub(crate) given_up: usize,
     /// Looks at files of groups that could have had a stand-in.
-    clean: usize,
+    pub(crate) clean: usize,
 }
 
-fn register(store: u128) -> Command {
+pub(crate) fn register(store: u128) -> Command {
     Command::RegisterNode(NodeCall::Register {
         store,
         host: "h".into(),
@@ -51,7 +51,7 @@ fn register(store: u128) -> Command {
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 
 impl Run {
-    fn new(seed: u64, foreign: bool) -> Self {
+    pub(crate) fn new(seed: u64, foreign: bool) -> Self {
         let mut w = World::new();
         let sessions = vec![w.session(), w.session()];
         Self {
@@ -64,6 +64,8 @@ impl Run {
             published: 0,
             foreign,
             few: false,
+            links: 0.0,
+            linked: 0,
             byte: 0,
             node: None,
             lost: Vec::new(),
@@ -71,23 +73,23 @@ impl Run {
             clean: 0,
         }
     }
-    fn dir(&mut self) -> InodeId {
+    pub(crate) fn dir(&mut self) -> InodeId {
         let mut dirs = vec![InodeId::ROOT];
         dirs.extend(self.w.tree().into_iter().filter(|(_, k)| k.ends_with('/')).map(|(i, _)| i));
         *dirs.choose(&mut self.rng).expect("the root")
     }
-    fn name(&mut self) -> &'static str {
+    pub(crate) fn name(&mut self) -> &'static str {
         NAMES.choose(&mut self.rng).expect("names")
     }
-    fn session(&mut self) -> SessionId {
+    pub(crate) fn session(&mut self) -> SessionId {
         *self.sessions.choose(&mut self.rng).expect("sessions")
     }
-    fn bytes(&mut self) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self) -> Vec<u8> {
         self.byte = self.byte.wrapping_add(1).max(1);
         let len = self.rng.random_range(1..6);
         vec![self.byte; len]
     }
-    fn forget_gone(&mut self) {
+    pub(crate) fn forget_gone(&mut self) {
         let w = &mut self.w;
         let gone: Vec<_> =
             w.expected.keys().copied().filter(|&i| w.read().attr(i).is_err()).collect();
@@ -97,7 +99,7 @@ impl Run {
     }
 
     /// Few names, few contents.
-    fn recurring_step(&mut self) {
+    pub(crate) fn recurring_step(&mut self) {
         let s = self.session();
         let names = ["a", "b"];
         let name = *names.choose(&mut self.rng).expect("names");
@@ -141,11 +143,30 @@ impl Run {
         self.forget_gone();
     }
 
-    fn client_step(&mut self) {
+    /// A file gets another name, or one of its names goes to where another is.
+    pub(crate) fn link_step(&mut self) {
+        let s = self.session();
+        let few = ["a", "b", "c"];
+        let (d, n) = match self.few {
+            true => (InodeId::ROOT, *few.choose(&mut self.rng).expect("names")),
+            false => (self.dir(), self.name()),
+        };
+        let files = self.w.tree().into_iter().filter(|(_, k)| !k.ends_with('/'));
+        let files: Vec<_> = files.map(|(id, _)| id).collect();
+        let Some(&id) = files.choose(&mut self.rng) else { return };
+        if self.rng.random_bool(0.2) {
+            let _ = self.w.unlink(s, d, n);
+        }
+        self.linked += usize::from(self.w.link(s, id, d, n).is_ok());
+        self.forget_gone();
+    }
+
+    pub(crate) fn client_step(&mut self) {
         let s = self.session();
         let (d, n) = (self.dir(), self.name());
-        match self.rng.random_range(0..16) {
+        match self.rng.random_range(0..17) {
             12..16 => self.unnamed_step(s, d, n),
+            16 => self.xattr_step(s),
             0 | 1 => {
                 if let Ok(f) = self.w.create(s, d, n) {
                     self.open.push(f);
@@ -207,8 +228,15 @@ impl Run {
         self.forget_gone();
     }
 
+    pub(crate) fn xattr_step(&mut self, s: SessionId) {
+        let Some((inode, _)) = self.w.tree().choose(&mut self.rng).cloned() else { return };
+        let name = [&b"user.a"[..], b"trusted.b"].choose(&mut self.rng).expect("names").to_vec();
+        let value = self.rng.random_bool(0.7).then(|| self.bytes());
+        let _ = self.w.op(s, Op::SetXattr { inode, name, value, how: XattrMode::Any });
+    }
+
     /// Files that get their name late (R49 to R51).
-    fn unnamed_step(&mut self, s: SessionId, d: InodeId, n: &str) {
+    pub(crate) fn unnamed_step(&mut self, s: SessionId, d: InodeId, n: &str) {
         if self.unnamed.is_empty() {
             self.unnamed = self.w.reserve(s, 3).expect("room");
         }
@@ -271,7 +299,7 @@ impl Run {
         }
     }
 
-    fn leader_step(&mut self) {
+    pub(crate) fn leader_step(&mut self) {
         match self.rng.random_range(0..14) {
             0..=2 => {
                 let batch = self.w.read().dirty_batch(20, Time(i64::MAX), None).expect("readable");
@@ -339,7 +367,7 @@ impl Run {
     }
 
     /// A session dies; its client does not know yet and goes on writing.
-    fn session_dies(&mut self) {
+    pub(crate) fn session_dies(&mut self) {
         let i = self.rng.random_range(0..self.sessions.len());
         let dead = std::mem::replace(&mut self.sessions[i], SessionId(0));
         self.w.done(Command::EndSessions(vec![dead]));
@@ -364,8 +392,11 @@ impl Run {
         self.forget_gone();
     }
 
-    fn steps(&mut self, steps: usize) {
+    pub(crate) fn steps(&mut self, steps: usize) {
         for _ in 0..steps {
+            if self.links > 0.0 && self.rng.random_bool(self.links) {
+                self.link_step();
+            }
             match self.rng.random_range(0..100) {
                 0..15 if self.few => self.recurring_step(),
                 0..45 if !self.few => self.client_step(),
@@ -383,7 +414,7 @@ impl Run {
 
     /// R24: of a group that may get a stand-in, S3 alone has every acknowledged byte; and the table that says so
     /// agrees with the inodes.
-    fn check_stand_ins(&mut self) {
+    pub(crate) fn check_stand_ins(&mut self) {
         let r = self.w.read();
         for (inode, want) in &self.w.expected {
             let Ok(grant) = r.grant_view(*inode) else { continue };
@@ -410,7 +441,7 @@ impl Run {
     }
 
     /// The one node is gone with all that it held, and a person says so.
-    fn abandon(&mut self, store: u128) {
+    pub(crate) fn abandon(&mut self, store: u128) {
         let node = self.node.expect("registered");
         let w = &mut self.w;
         let cut_off = w.read().sequence().expect("readable");
@@ -418,6 +449,7 @@ impl Run {
             let of = |pg| w.read().held_in(PgId(pg), cut_off, None, usize::MAX).expect("readable");
             (0..64).flat_map(of).collect()
         };
+        let mut had = BTreeMap::new();
         w.node.clear();
         for t in std::mem::take(&mut w.begun) {
             w.done(Command::FlushAbort(vec![t.inode]));
@@ -434,6 +466,7 @@ impl Run {
                 assert_eq!(told.stored, base.as_ref().map(|b| b.length));
                 given_up.insert(*id, base);
             }
+            had.extend(inodes.iter().map(|id| (*id, w.xattrs(*id))));
             w.done(Command::AbandonInodes { node, cut_off, inodes });
             // What was on its way to S3 is settled.
             w.crash_leader();
@@ -474,6 +507,7 @@ impl Run {
                         assert!(matches!(refused, Err(FsError::Io(_))), "{key}: {refused:?}");
                     }
                     assert!(!w.attr(new).dirty);
+                    assert_eq!(w.xattrs(new), had[&id]);
                     self.lost.push(new);
                 }
             }
@@ -488,7 +522,7 @@ impl Run {
     }
 
     /// A node that holds every group.
-    fn register(&mut self, store: u128) {
+    pub(crate) fn register(&mut self, store: u128) {
         let CommandReply::Node(Ok(node)) = self.w.apply(register(store)) else { panic!("refused") };
         for pg in (0..64).map(PgId) {
             let from = self.w.read().map().expect("readable").pgs[usize::from(pg.0)].epoch;
@@ -499,7 +533,7 @@ impl Run {
     }
 
     /// Somebody replaces an object under a file that we hold in whole or not at all.
-    fn stranger(&mut self) {
+    pub(crate) fn stranger(&mut self) {
         let files: Vec<_> = self
             .w
             .tree()
@@ -516,6 +550,10 @@ impl Run {
         let r = self.w.read().revalidation(inode).expect("readable").expect("clean");
         let bytes = [self.bytes(), vec![9; 12]].concat();
         let etag = self.w.bucket.foreign_put(&key, &bytes[..12]);
+        if self.rng.random_bool(0.3) {
+            let xattrs = vec![(b"user.theirs".to_vec(), bytes.clone())];
+            self.w.bucket.objects.get_mut(&key).expect("put").xattrs = xattrs;
+        }
         if self.rng.random_bool(0.5) {
             // Seen at once; else the next flush runs into it, if one comes.
             let attrs = attrs_of(&self.w.bucket.objects[&key]);
@@ -535,194 +573,5 @@ impl Run {
                 self.w.close(f).expect("a release never fails");
             }
         }
-    }
-}
-
-fn run(seed: u64, foreign: bool, steps: usize) -> Run {
-    let mut r = Run::new(seed, foreign);
-    r.steps(steps);
-    r
-}
-
-fn finish(r: &mut Run) {
-    let unnamed = std::mem::take(&mut r.unnamed);
-    for f in std::mem::take(&mut r.open).into_iter().chain(unnamed) {
-        r.w.close(f).expect("a release never fails");
-    }
-    r.forget_gone();
-    r.w.settle_all();
-}
-
-#[test]
-fn at_rest_the_bucket_is_the_tree() {
-    let (mut clean, mut published) = (0, 0);
-    for seed in seeds(400) {
-        println!("seed {seed}");
-        let mut r = run(seed, false, 300);
-        clean += r.clean;
-        published += r.published;
-        finish(&mut r);
-        r.w.check_bucket();
-    }
-    assert!(published > 200, "only {published} files got their name late");
-    assert!(clean > 1_000, "only {clean} looks at what a stand-in would serve");
-}
-
-/// Whatever is under way: the dump of a moment has every name with its attributes and its object, and what is made
-/// of it is sound. Only what nodes alone had is not as it was, and it says so.
-#[test]
-fn a_dump_of_any_moment_loads_as_a_sound_namespace() {
-    let (mut names, mut unstored, mut lost, mut dirty) = (0, 0, 0, 0);
-    for seed in seeds(200) {
-        println!("seed {seed}");
-        let r = run(seed, seed % 3 == 0, 20 + seed as usize % 280);
-        let records = dump(&r.w.kv, 1 + seed as usize % 7);
-        assert_eq!(records, dump(&r.w.kv, 1000), "seed {seed}: whatever the page size");
-        let (kv, replies) = load(&records, 1 + seed as usize % 5);
-        assert!(replies.iter().all(|r| *r == CommandReply::Done), "seed {seed}: {replies:?}");
-        assert_eq!(check(&kv), [], "seed {seed}");
-        let again = dump(&kv, 100);
-        assert_eq!(records.len(), again.len(), "seed {seed}");
-        let owned = |key: &str| {
-            records.iter().filter(|r| r.object.as_ref().is_some_and(|o| o.key == key)).count()
-        };
-        for (was, is) in records.iter().zip(&again) {
-            let mut want = was.clone();
-            names += 1;
-            if let Some(o) = was.object.as_ref().filter(|o| owned(&o.key) > 1) {
-                // Two names of one object: one of them has lost it to a stranger.
-                println!("seed {seed}: '{}' at {}", was.path, o.key);
-                assert_eq!((&was.path, was.kind), (&is.path, is.kind));
-                continue;
-            }
-            // Of a directory that was renamed a moment ago not all is marked yet.
-            let moved = |o: &Object| o.key.trim_end_matches('/') != was.path;
-            want.dirty |= was.object.as_ref().is_some_and(moved);
-            if was.unstored {
-                unstored += 1;
-                want.unstored = false;
-                want.dirty = is.dirty;
-                match &mut want.object {
-                    Some(o) => {
-                        (want.size, o.valid, want.unseen) = (o.length, o.length, true);
-                    }
-                    None => {
-                        lost += 1;
-                        (want.lost, want.dirty) = (true, false);
-                    }
-                }
-            }
-            dirty += usize::from(is.dirty);
-            assert_eq!(&want, is, "seed {seed}");
-            assert!(is.dirty || !was.dirty || is.lost || was.unstored, "seed {seed}: {was:?}");
-        }
-        // A load that goes on from its start adds nothing.
-        let twice: Vec<_> = records.iter().chain(&records).cloned().collect();
-        let again = load(&twice, 3).0;
-        assert_eq!(dump(&again, 100), dump(&kv, 100), "seed {seed}: loaded twice");
-    }
-    println!("{names} names, {unstored} with bytes on nodes only, {lost} lost, {dirty} dirty");
-    assert!(unstored > 100 && lost > 50 && dirty > 100, "{unstored} {lost} {dirty}");
-}
-
-#[test]
-fn strangers_objects_and_ours_both_survive() {
-    for seed in seeds(300) {
-        println!("seed {seed}");
-        let mut r = run(seed, true, 300);
-        finish(&mut r);
-        // Objects that appeared by conflicts are inodes now: their content is the stranger's.
-        for (id, key) in r.w.tree() {
-            if !key.ends_with('/') && !r.w.expected.contains_key(&id) {
-                let body = r.w.bucket.objects[&key].body.clone();
-                assert!(r.w.bucket.foreign.contains(&body), "whose is {key}?");
-                r.w.expected.insert(id, body);
-            }
-        }
-        r.w.check_bucket();
-    }
-}
-
-fn with_late_requests(seed: u64, doubts: bool) {
-    let mut r = Run::new(seed, false);
-    r.few = true;
-    r.w.doubts = doubts;
-    r.steps(500);
-    finish(&mut r);
-    r.w.check_bucket();
-}
-
-/// Nothing that was credited is changed by a request that arrives late, and no removed file comes
-/// back (R32, R33).
-#[test]
-fn requests_that_arrive_late_do_no_harm() {
-    for seed in seeds(600) {
-        println!("seed {seed}");
-        with_late_requests(seed, true);
-    }
-}
-
-/// R33 is what keeps late requests harmless: without it some interleaving ends badly.
-#[test]
-fn without_the_rule_of_dangling_attempts_a_late_request_does_harm() {
-    let hurt = seeds(100)
-        .into_iter()
-        .filter(|&seed| std::panic::catch_unwind(|| with_late_requests(seed, false)).is_err());
-    assert!(hurt.count() > 0, "the test of the rule can't fail");
-}
-
-/// What S3 has of a file that was given up stays, byte for byte; what it never had is an error, never zeros (I4); and the rest
-/// goes on as if nothing had been.
-#[test]
-fn an_abandoned_node_takes_along_what_only_it_had_and_nothing_else() {
-    let (mut given_up, mut lost) = (0, 0);
-    for seed in seeds(200) {
-        println!("seed {seed}");
-        let mut r = Run::new(seed, false);
-        r.register(1);
-        for round in 1..4 {
-            r.steps(60);
-            r.abandon(round);
-        }
-        (given_up, lost) = (given_up + r.given_up, lost + r.lost.len());
-        r.steps(60);
-        let unnamed = std::mem::take(&mut r.unnamed);
-        for f in std::mem::take(&mut r.open).into_iter().chain(unnamed) {
-            r.w.close(f).expect("a release never fails");
-        }
-        for (i, id) in std::mem::take(&mut r.lost).into_iter().enumerate() {
-            let Ok((attr, _)) = r.w.read().attr(id) else { continue };
-            if r.w.expected.contains_key(&id) || attr.nlink == 0 {
-                continue;
-            }
-            // Written anew by who truncates it.
-            let s = r.sessions[i % 2];
-            if i % 2 == 0 {
-                r.w.truncate(s, id, 0).expect("overwritten");
-            } else {
-                let mode = OpenMode { write: true, truncate: true };
-                let f = r.w.open(s, id, mode).expect("overwritten");
-                r.w.expected.insert(id, Vec::new());
-                r.w.close(f).expect("a release never fails");
-            }
-        }
-        r.w.settle_all();
-        assert_eq!(r.w.read().counts().expect("readable").lost_files, 0);
-        r.w.check_bucket();
-    }
-    assert!(given_up > 100 && lost > 20, "{given_up} given up, {lost} of them lost");
-}
-
-#[test]
-fn the_same_log_gives_the_same_bytes() {
-    for seed in seeds(20) {
-        println!("seed {seed}");
-        let mut r = run(seed, false, 300);
-        finish(&mut r);
-        let mut other = MemKv::default();
-        for entry in &r.w.log {
-            Machine::apply(&mut other, entry);
-        }
-        assert!(other == r.w.kv, "seed {seed}: two voters differ");
     }
 }
