@@ -197,17 +197,37 @@ impl Shared {
         loop {
             let asked = self.leased.asks();
             let session = self.session.current().0;
-            let request = Request::Query { session, query: query.clone() };
-            let reply = match self.meta.call(&request, left(deadline)).await? {
-                Response::Query(reply) => reply,
-                other => return Err(unexpected(&other)),
-            };
-            match reply {
-                Err(FsError::Again { retry_after_ms, why }) => {
-                    wait_again(deadline, retry_after_ms, why).await?;
-                }
-                reply => return self.leased.told(&asked, &query, reply?),
+            if let Some(reply) = self.ask(session, &query, deadline).await? {
+                return self.leased.told(&asked, &query, reply);
             }
+        }
+    }
+
+    /// The same under a session, and nothing is answered from memory or remembered.
+    pub(crate) async fn query_as(&self, session: SessionId, query: Query) -> Result<QueryReply> {
+        let deadline = self.deadline();
+        loop {
+            if let Some(reply) = self.ask(session, &query, deadline).await? {
+                return Ok(reply);
+            }
+        }
+    }
+
+    /// One question. `None`: it is to be asked again.
+    async fn ask(
+        &self,
+        session: SessionId,
+        query: &Query,
+        deadline: Instant,
+    ) -> Result<Option<QueryReply>> {
+        let request = Request::Query { session, query: query.clone() };
+        match self.meta.call(&request, left(deadline)).await? {
+            Response::Query(Err(FsError::Again { retry_after_ms, why })) => {
+                wait_again(deadline, retry_after_ms, why).await?;
+                Ok(None)
+            }
+            Response::Query(reply) => Ok(Some(reply?)),
+            other => Err(unexpected(&other)),
         }
     }
 

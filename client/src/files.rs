@@ -5,7 +5,7 @@ use crate::cluster::turn;
 use crate::error::ClientError;
 use crate::fs::{FileSystem, Owner};
 use crate::idle::{Kept, is_same};
-use crate::inode::{OpenInode, Remote};
+use crate::inode::{Hold, OpenInode, Remote};
 use crate::readahead::Detector;
 use crate::unnamed::Which;
 use crate::writer::Unsent;
@@ -60,6 +60,11 @@ pub(crate) struct OpenFile {
 }
 
 impl OpenFile {
+    /// Its number here.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
     pub(crate) fn lockers(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         self.lockers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -150,8 +155,8 @@ impl FileSystem {
 
     /// Opens an existing file. Its attributes are fresh (close-to-open).
     pub async fn open(&self, inode: InodeId, flags: OpenFlags) -> Result<OpenedFile> {
-        if !flags.write
-            && !flags.truncate
+        let reads = !flags.write && !flags.truncate;
+        if reads
             && let Some(kept) = self.shared.idle.take(inode)
             && let Some(file) = self.reopened(kept).await?
         {
@@ -161,6 +166,9 @@ impl FileSystem {
             Op::Open { inode, open: OpenMode { write: flags.write, truncate: flags.truncate } };
         if let Some(unnamed) = self.shared.inode(inode).filter(|i| i.is_unnamed()) {
             unnamed.commit().await?;
+        }
+        if reads && let Some(file) = self.borrow_file(inode).await? {
+            return Ok(file);
         }
         let known = self.shared.inode(inode).filter(|_| flags.truncate);
         let Some(known) = known else {
@@ -199,15 +207,17 @@ impl FileSystem {
         inode.install(&opened, epoch).inspect_err(|_| self.detach(&inode))?;
         inode.state().fresh |= opened.created;
         let remote = Remote { handle: opened.handle, epoch };
-        let (handle, attr) = self.enter(inode, remote, flags.write);
+        let (handle, attr) = self.enter(inode, Hold::Handle(remote), flags.write);
         let Opened { created, parent, .. } = *opened;
         Ok(OpenedFile { handle, attr, created, parent })
     }
 
-    /// A handle that was closed a moment ago is used again, if the file is as it was.
+    /// A file that was closed a moment ago is used again, if it is as it was.
     async fn reopened(&self, kept: Kept) -> Result<Option<OpenedFile>> {
         let cluster = &self.shared.cluster;
-        if kept.remote.epoch != cluster.session.current().1 {
+        let id = kept.attr.inode;
+        if kept.hold.epoch() != cluster.session.current().1 {
+            self.shared.let_go(id, kept.hold);
             return Ok(None);
         }
         let mut compared = kept.compared;
@@ -216,18 +226,18 @@ impl FileSystem {
             kept.attr.clone()
         } else {
             compared = Instant::now();
-            let fresh = cluster.query(Query::Freshen(kept.attr.inode)).await;
-            let fresh = fresh.inspect_err(|_| self.shared.linger(kept.remote))?;
+            let fresh = cluster.query(Query::Freshen(id)).await;
+            let fresh = fresh.inspect_err(|_| self.shared.let_go(id, kept.hold))?;
             let QueryReply::Attr(fresh) = fresh else {
                 return Err(ClientError::Metadata("no attributes in the answer".into()));
             };
             if fresh.nlink == 0 {
                 // It is there for this handle only.
-                self.shared.linger(kept.remote);
+                self.shared.let_go(id, kept.hold);
                 return Err(ClientError::Stale);
             }
             if !is_same(&fresh, &kept.attr) {
-                self.shared.linger(kept.remote);
+                self.shared.let_go(id, kept.hold);
                 return Ok(None);
             }
             fresh
@@ -240,16 +250,24 @@ impl FileSystem {
                 state.grant = Some(kept.grant);
             }
         }
-        let (handle, attr) = self.enter(inode, kept.remote, false);
+        if let Hold::Loan(loan) = kept.hold {
+            return Ok(self.enter_lent(inode, loan));
+        }
+        let (handle, attr) = self.enter(inode, kept.hold, false);
         Ok(Some(OpenedFile { handle, attr, created: false, parent: None }))
     }
 
-    /// A file of this client, open under that handle.
-    fn enter(&self, inode: Arc<OpenInode>, remote: Remote, write: bool) -> (FileHandle, Attr) {
+    /// A file of this client that this keeps open.
+    pub(crate) fn enter(
+        &self,
+        inode: Arc<OpenInode>,
+        hold: Hold,
+        write: bool,
+    ) -> (FileHandle, Attr) {
         let id = self.shared.next_file.fetch_add(1, Ordering::Relaxed);
         let (attr, failures) = {
             let mut state = inode.state();
-            state.remotes.insert(id, remote);
+            state.holds.insert(id, hold);
             (state.effective(), state.failures)
         };
         let file = OpenFile {
@@ -265,7 +283,7 @@ impl FileSystem {
     }
 
     /// The open inode of this lineage, made if there is none.
-    fn attach(&self, attr: &Attr, lineage: Lineage) -> Arc<OpenInode> {
+    pub(crate) fn attach(&self, attr: &Attr, lineage: Lineage) -> Arc<OpenInode> {
         let mut inodes = self.shared.inodes();
         let same = |i: &&Arc<OpenInode>, lineage: Lineage| {
             let state = i.state();
@@ -293,7 +311,7 @@ impl FileSystem {
         inode
     }
 
-    fn detach(&self, inode: &Arc<OpenInode>) {
+    pub(crate) fn detach(&self, inode: &Arc<OpenInode>) {
         let mut inodes = self.shared.inodes();
         let mut state = inode.state();
         state.opens = state.opens.saturating_sub(1);
@@ -405,7 +423,7 @@ impl FileSystem {
                 Err(e)
             }
         };
-        inode.state().remotes.remove(&file.id);
+        self.shared.drop_hold(&file);
         self.detach(inode);
         file.take_failure()?;
         result
@@ -418,8 +436,14 @@ impl FileSystem {
         let deadline = self.shared.cluster.deadline();
         let live = || {
             let (_, epoch) = self.shared.cluster.session.current();
-            inode.state().remotes.get(&file.id).copied().filter(|r| r.epoch == epoch)
+            let hold = inode.state().holds.get(&file.id).copied();
+            hold.and_then(|h| h.handle()).filter(|r| r.epoch == epoch)
         };
+        if let Some(loan) = self.take_loan(file) {
+            // It never wrote.
+            self.leave(file, loan);
+            return Ok(());
+        }
         let _one = turn(&inode.committing, deadline).await.inspect_err(|_| self.abandon(file))?;
         for _ in 0..3 {
             if live().is_none() || inode.is_unnamed() {
@@ -432,9 +456,9 @@ impl FileSystem {
             let commit = inode.pending_commit();
             // From here on nobody asks for anything in this handle's name: the metadata plane may
             // hear of its end first, and would call the asker stale.
-            inode.state().remotes.remove(&file.id);
+            inode.state().holds.remove(&file.id);
             if commit.is_none() {
-                self.leave(file, remote);
+                self.leave(file, Hold::Handle(remote));
                 return Ok(());
             }
             let carried = commit.as_ref().map(|(commit, _)| commit.clone());
@@ -450,7 +474,7 @@ impl FileSystem {
                 }
                 // The commit is still due, and takes a handle that replaces this one.
                 Err(ClientError::Fs(FsError::SessionExpired)) => {
-                    inode.state().remotes.insert(file.id, remote);
+                    inode.state().holds.insert(file.id, Hold::Handle(remote));
                 }
                 Err(e) => return Err(e),
             }
@@ -458,49 +482,62 @@ impl FileSystem {
         Err(FsError::SessionExpired.into())
     }
 
+    /// What was lent to a local file, if it was; the file has it no more.
+    fn take_loan(&self, file: &OpenFile) -> Option<Hold> {
+        let mut state = file.inode.state();
+        match state.holds.get(&file.id) {
+            Some(Hold::Loan(_)) => state.holds.remove(&file.id),
+            _ => None,
+        }
+    }
+
     /// A handle is closed that has nothing to commit: it is kept for the next open, or the metadata plane is told.
-    fn leave(&self, file: &OpenFile, remote: Remote) {
-        match self.to_keep(file, remote) {
+    fn leave(&self, file: &OpenFile, hold: Hold) {
+        match self.to_keep(file, hold) {
             Some((kept, leased)) => {
                 let instead = self.shared.idle.keep(file.inode.id, kept, leased, Instant::now());
-                instead.into_iter().for_each(|kept| self.shared.linger(kept.remote));
+                if let Some((inode, kept)) = instead {
+                    self.shared.let_go(inode, kept.hold);
+                }
             }
             // Nobody waits for this: it goes with others, in one log entry.
-            None => self.shared.linger(remote),
+            None => self.shared.let_go(file.inode.id, hold),
         }
     }
 
     /// What is kept of a handle: if it only read, and is the last one of a file that is as the metadata plane
     /// knows it. And whether the file's attributes are leased.
-    fn to_keep(&self, file: &OpenFile, remote: Remote) -> Option<(Kept, bool)> {
+    fn to_keep(&self, file: &OpenFile, hold: Hold) -> Option<(Kept, bool)> {
         let (grant, attr, compared) = {
             let state = file.inode.state();
             let clean = !state.stale && !state.uncommitted() && state.buffer.is_empty();
-            if file.write || !clean || !state.remotes.is_empty() {
+            if file.write || !clean || !state.holds.is_empty() {
                 return None;
             }
             (state.grant.clone()?, state.told().clone(), state.compared?)
         };
         // The handle may write since somebody asked for a grant in its name.
-        let only_read = grant.grant.mode == GrantMode::Read && grant.epoch == remote.epoch;
+        let only_read = grant.grant.mode == GrantMode::Read && grant.epoch == hold.epoch();
         if !only_read || attr.nlink == 0 {
             return None;
         }
         let leased = self.shared.cluster.leased.lease_on(&attr).is_some();
-        Some((Kept { remote, grant, attr, compared }, leased))
+        Some((Kept { hold, grant, attr, compared }, leased))
     }
 
     /// A handle ends although its last commit was not answered. With the last one a new file's name is given up: nobody
     /// could tell of it any more, and others must not wait for it.
     fn abandon(&self, file: &OpenFile) {
         let (_, epoch) = self.shared.cluster.session.current();
-        let (remote, last) = {
+        let (hold, last) = {
             let mut state = file.inode.state();
-            let remote = state.remotes.remove(&file.id);
-            (remote, state.remotes.is_empty())
+            let hold = state.holds.remove(&file.id);
+            (hold, state.holds.is_empty())
         };
-        if let Some(remote) = remote.filter(|r| r.epoch == epoch) {
-            self.shared.linger(remote);
+        match hold {
+            Some(Hold::Handle(remote)) if remote.epoch != epoch => {}
+            Some(hold) => self.shared.let_go(file.inode.id, hold),
+            None => {}
         }
         if last {
             file.inode.stays_unnamed();

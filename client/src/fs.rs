@@ -91,8 +91,11 @@ impl FileSystem {
         let files = Arc::downgrade(&shared);
         cluster.shared.leased.tell(Box::new(move |inodes| {
             let Some(shared) = files.upgrade() else { return };
-            shared.idle.recalled(inodes).into_iter().for_each(|kept| shared.linger(kept.remote));
+            for (inode, kept) in shared.idle.recalled(inodes) {
+                shared.let_go(inode, kept.hold);
+            }
         }));
+        cluster.shared.leased.lends_to(Arc::downgrade(&shared));
         Self { shared }
     }
 
@@ -442,7 +445,9 @@ async fn look_after(shared: Weak<Shared>) {
         turn.tick().await;
         let Some(shared) = shared.upgrade() else { return };
         shared.look_after_names(TURN);
-        shared.idle.expired(Instant::now()).into_iter().for_each(|kept| shared.linger(kept.remote));
+        for (inode, kept) in shared.idle.expired(Instant::now()) {
+            shared.let_go(inode, kept.hold);
+        }
         shared.release_lingering();
         let open: Vec<_> = shared.inodes().values().cloned().collect();
         let config = &shared.cluster.config;

@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::cluster::turn;
 use crate::error::ClientError;
-use crate::inode::{OpenInode, Remote};
+use crate::inode::{Hold, OpenInode, Remote};
 use crate::pool::GrantTag;
 use ebb_dataplane_protocol::{Grant, GrantMode, SignedGrant};
 use ebb_metaplane_protocol::op::{OpenMode, Opened};
@@ -112,7 +112,9 @@ impl OpenInode {
 
     /// That handle was closed here since: what is said of it says nothing about the file.
     fn released(&self, remote: &Remote) -> bool {
-        !self.state().remotes.values().any(|r| r.handle == remote.handle && r.epoch == remote.epoch)
+        let state = self.state();
+        let mut handles = state.holds.values().filter_map(Hold::handle);
+        !handles.any(|r| r.handle == remote.handle && r.epoch == remote.epoch)
     }
 
     fn usable(
@@ -142,10 +144,11 @@ impl OpenInode {
         self.check_locks(epoch)?;
         let old = {
             let state = self.state();
-            if let Some(r) = state.remotes.values().find(|r| r.epoch == epoch) {
-                return Ok(*r);
+            let mut handles = state.holds.values().filter_map(Hold::handle);
+            if let Some(r) = handles.find(|r| r.epoch == epoch) {
+                return Ok(r);
             }
-            state.remotes.keys().next_back().copied()
+            state.holds.keys().next_back().copied()
         };
         let Some(local) = old else { return Err(ClientError::BadHandle) };
         let open = OpenMode { write, truncate: false };
@@ -161,7 +164,10 @@ impl OpenInode {
         };
         let remote = Remote { handle: opened.handle, epoch };
         self.install(&opened, epoch)?;
-        self.state().remotes.insert(local, remote);
+        let old = self.state().holds.insert(local, Hold::Handle(remote));
+        if let Some(loan @ Hold::Loan(_)) = old {
+            self.shared.let_go(self.id, loan);
+        }
         Ok(remote)
     }
 

@@ -8,7 +8,7 @@
 //! [`UNLEASED`].
 
 use crate::grant::GrantState;
-use crate::inode::Remote;
+use crate::inode::Hold;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::Attr;
 use std::collections::{HashMap, VecDeque};
@@ -23,7 +23,7 @@ const KEPT_MAX: usize = 16_384;
 
 /// A handle that nobody uses.
 pub(crate) struct Kept {
-    pub(crate) remote: Remote,
+    pub(crate) hold: Hold,
     pub(crate) grant: Arc<GrantState>,
     /// The file, as the handle's last user knew it.
     pub(crate) attr: Attr,
@@ -60,7 +60,13 @@ impl<T> Idle<T> {
     }
 
     /// Keeps a handle. Answers one that has to go instead.
-    pub(crate) fn keep(&self, inode: InodeId, kept: T, leased: bool, now: Instant) -> Option<T> {
+    pub(crate) fn keep(
+        &self,
+        inode: InodeId,
+        kept: T,
+        leased: bool,
+        now: Instant,
+    ) -> Option<(InodeId, T)> {
         let mut state = self.state();
         state.last += 1;
         let number = state.last;
@@ -72,7 +78,7 @@ impl<T> Idle<T> {
             let State { kept, ends, .. } = &mut *state;
             ends[of].retain(|(_, i, n)| kept.get(i).is_some_and(|(_, number)| number == n));
         }
-        let instead = state.kept.insert(inode, (kept, number)).map(|(old, _)| old);
+        let instead = state.kept.insert(inode, (kept, number)).map(|(old, _)| (inode, old));
         if instead.is_some() || state.kept.len() <= KEPT_MAX {
             return instead;
         }
@@ -85,13 +91,22 @@ impl<T> Idle<T> {
     }
 
     /// Those that are to go: of these files.
-    pub(crate) fn recalled(&self, inodes: &[InodeId]) -> Vec<T> {
+    pub(crate) fn recalled(&self, inodes: &[InodeId]) -> Vec<(InodeId, T)> {
         let mut state = self.state();
-        inodes.iter().filter_map(|i| state.kept.remove(i)).map(|(kept, _)| kept).collect()
+        inodes.iter().filter_map(|i| Some((*i, state.kept.remove(i)?.0))).collect()
+    }
+
+    /// Those that are to go for another reason.
+    pub(crate) fn drain(&self, goes: impl Fn(InodeId, &T) -> bool) -> Vec<(InodeId, T)> {
+        self.state()
+            .kept
+            .extract_if(|inode, (kept, _)| goes(*inode, kept))
+            .map(|(i, k)| (i, k.0))
+            .collect()
     }
 
     /// Those whose time is over.
-    pub(crate) fn expired(&self, now: Instant) -> Vec<T> {
+    pub(crate) fn expired(&self, now: Instant) -> Vec<(InodeId, T)> {
         let mut state = self.state();
         let mut gone = Vec::new();
         for of in [0, 1] {
@@ -105,16 +120,16 @@ impl<T> Idle<T> {
 
 impl<T> State<T> {
     /// Takes the first entry of a queue; the handle, if it is still there.
-    fn pop(&mut self, of: usize) -> Option<T> {
+    fn pop(&mut self, of: usize) -> Option<(InodeId, T)> {
         let (_, inode, number) = self.ends[of].pop_front()?;
         if self.kept.get(&inode).is_none_or(|(_, n)| *n != number) {
             return None;
         }
-        self.kept.remove(&inode).map(|(kept, _)| kept)
+        self.kept.remove(&inode).map(|(kept, _)| (inode, kept))
     }
 
     /// Takes the first handle of a queue.
-    fn first(&mut self, of: usize) -> Option<T> {
+    fn first(&mut self, of: usize) -> Option<(InodeId, T)> {
         while !self.ends[of].is_empty() {
             if let Some(kept) = self.pop(of) {
                 return Some(kept);
@@ -139,16 +154,16 @@ mod tests {
         assert_eq!(idle.take(FILE), Some(1));
         assert_eq!(idle.take(FILE), None);
         idle.keep(FILE, 2, true, now);
-        assert_eq!(idle.recalled(&[InodeId(7), FILE]), [2]);
+        assert_eq!(idle.recalled(&[InodeId(7), FILE]), [(FILE, 2)]);
         // One of a file: the newer one.
         idle.keep(FILE, 3, false, now);
-        assert_eq!(idle.keep(FILE, 4, true, now + UNLEASED / 2), Some(3));
+        assert_eq!(idle.keep(FILE, 4, true, now + UNLEASED / 2), Some((FILE, 3)));
         assert!(idle.expired(now + UNLEASED).is_empty(), "that was the other one's time");
         assert!(idle.expired(now + LEASED).is_empty());
-        assert_eq!(idle.expired(now + LEASED + UNLEASED / 2), [4]);
+        assert_eq!(idle.expired(now + LEASED + UNLEASED / 2), [(FILE, 4)]);
         idle.keep(FILE, 5, false, now);
         assert!(idle.expired(now + UNLEASED - Duration::from_millis(1)).is_empty());
-        assert_eq!(idle.expired(now + UNLEASED), [5]);
+        assert_eq!(idle.expired(now + UNLEASED), [(FILE, 5)]);
     }
 
     #[test]
@@ -162,8 +177,8 @@ mod tests {
         assert_eq!(idle.take(InodeId(0)), Some(0));
         assert_eq!(idle.keep(InodeId(0), most, true, now), None);
         // Nobody tells of those without a lease: they are the first to go.
-        assert_eq!(idle.keep(InodeId(most), most, false, now), Some(most));
-        assert_eq!(idle.keep(InodeId(most + 1), most, true, now), Some(1));
+        assert_eq!(idle.keep(InodeId(most), most, false, now), Some((InodeId(most), most)));
+        assert_eq!(idle.keep(InodeId(most + 1), most, true, now), Some((InodeId(1), 1)));
         assert_eq!(idle.expired(now + LEASED).len(), KEPT_MAX);
     }
 

@@ -9,6 +9,7 @@ use crate::buffer::WriteBuffer;
 use crate::error::ClientError;
 use crate::fs::Shared;
 use crate::grant::GrantState;
+use crate::lent::Loan;
 use crate::readahead::Blocks;
 use crate::unnamed::Place;
 use bytes::Bytes;
@@ -26,6 +27,32 @@ pub(crate) struct Remote {
     pub(crate) handle: HandleId,
     /// Epoch of its session.
     pub(crate) epoch: u64,
+}
+
+/// What keeps a file here open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Hold {
+    /// A handle in the metadata plane's log.
+    Handle(Remote),
+    /// Its leader's note (docs/PROTOCOL.md, R59). Files that are open for reading only.
+    Loan(Loan),
+}
+
+impl Hold {
+    pub(crate) fn handle(&self) -> Option<Remote> {
+        match self {
+            Self::Handle(remote) => Some(*remote),
+            Self::Loan(_) => None,
+        }
+    }
+
+    /// Epoch of the session.
+    pub(crate) fn epoch(&self) -> u64 {
+        match self {
+            Self::Handle(remote) => remote.epoch,
+            Self::Loan(loan) => loan.epoch,
+        }
+    }
 }
 
 /// A block being read ahead.
@@ -52,8 +79,8 @@ pub(crate) struct State {
     pub(crate) compared: Option<Instant>,
     /// Epoch of the session under which locks were had last.
     pub(crate) locked: Option<u64>,
-    /// Handles at the metadata plane, by the local file that opened them.
-    pub(crate) remotes: BTreeMap<u64, Remote>,
+    /// By local file.
+    pub(crate) holds: BTreeMap<u64, Hold>,
     /// Local files.
     pub(crate) opens: usize,
     pub(crate) grant: Option<Arc<GrantState>>,
@@ -91,7 +118,7 @@ impl OpenInode {
             compared: None,
             locked: None,
             attr_at: Instant::now(),
-            remotes: BTreeMap::new(),
+            holds: BTreeMap::new(),
             opens: 0,
             grant: None,
             stale: false,

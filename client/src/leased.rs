@@ -2,13 +2,18 @@
 
 use crate::Result;
 use crate::cluster::Shared;
+use crate::fs;
+use crate::lent::Loan;
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::attr::Attr;
-use ebb_metaplane_protocol::lease::{Cache, Counts, DROPPED_MAX, LEASE, Ticket, Watch, Watched};
+use ebb_metaplane_protocol::lease::{
+    Cache, Counts, DROPPED_MAX, LEASE, Lease, Loans, Ticket, Watch, Watched,
+};
 use ebb_metaplane_protocol::{
     FsError, Op, Query, QueryReply, Request, Response, SessionCall, SessionReply,
 };
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 /// Pause after a call that gave no lease.
@@ -25,6 +30,12 @@ pub(crate) struct Leased {
     others: RwLock<Vec<Forget>>,
     /// Everything is being forgotten: held until nobody uses it, before the leader may hear of it.
     forgetting: Mutex<()>,
+    /// Files that are open without handles.
+    loans: Mutex<Loans>,
+    /// Who has such files.
+    borrowers: Mutex<Vec<Weak<fs::Shared>>>,
+    /// One gives back at a time.
+    giving: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A question on its way.
@@ -92,6 +103,62 @@ impl Leased {
             self.reset();
         }
         attr.map(QueryReply::Attr).ok_or_else(|| FsError::NotFound.into())
+    }
+
+    /// A question for a file to be lent is about to be sent. `None`: there is no use in it.
+    pub(crate) fn ticket(&self) -> Option<Ticket> {
+        self.cache().filter(|cache| cache.epoch() != 0).map(|cache| cache.asks())
+    }
+
+    /// The attributes that came with a file.
+    pub(crate) fn told_attr(&self, ticket: Ticket, lease: Lease, attr: &Attr) {
+        if let Some(mut cache) = self.cache() {
+            cache.told(ticket, lease, attr);
+        }
+    }
+
+    /// Whether what was lent is still: nobody has wanted it back since it was asked for, and the leader that lent it
+    /// is the one who is known here.
+    pub(crate) fn may_use(&self, loan: &Loan, inode: InodeId) -> bool {
+        self.cache().is_some_and(|cache| cache.may_borrow(loan.ticket, loan.lease, inode))
+    }
+
+    pub(crate) fn loans(&self) -> MutexGuard<'_, Loans> {
+        self.loans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Files are lent to it from now on.
+    pub(crate) fn lends_to(&self, files: Weak<fs::Shared>) {
+        self.borrowers.lock().unwrap_or_else(PoisonError::into_inner).push(files);
+    }
+
+    /// Has what is wanted back given back, and what is of another epoch.
+    fn heed(&self, shared: &Arc<Shared>, wanted: &[(InodeId, u64)], epoch: u64) {
+        self.loans().wanted(wanted);
+        if epoch == 0 || wanted.is_empty() && self.loans().is_settled(epoch) {
+            return;
+        }
+        // Who is at it is told again what was not done.
+        let Ok(one) = Arc::clone(&self.giving).try_lock_owned() else { return };
+        let files: Vec<_> = {
+            let mut all = self.borrowers.lock().unwrap_or_else(PoisonError::into_inner);
+            all.retain(|files| files.strong_count() > 0);
+            all.clone()
+        };
+        let wanted: HashSet<InodeId> = wanted.iter().map(|w| w.0).collect();
+        let shared = Arc::downgrade(shared);
+        tokio::spawn(async move {
+            let _one = one;
+            for files in files.iter().filter_map(Weak::upgrade) {
+                if let Err(e) = files.return_loans(&wanted, epoch).await {
+                    tracing::debug!(error = %e, "files that were lent have no handles yet");
+                    return;
+                }
+            }
+            if let Some(shared) = shared.upgrade() {
+                shared.leased.loans().settled(epoch);
+            }
+        });
     }
 
     /// Has somebody told, from now on, of what is forgotten.
@@ -166,10 +233,12 @@ impl Leased {
     /// The next call to the leader. What it says is forgotten is.
     fn watch(&self) -> Option<Watch> {
         let _forgetting = self.forgetting();
-        Some(self.cache()?.watch())
+        let mut watch = self.cache()?.watch();
+        self.loans().tell(&mut watch);
+        Some(watch)
     }
 
-    fn answered(&self, watch: Watch, sent: Instant, answer: &Watched) {
+    fn answered(&self, watch: &Watch, sent: Instant, answer: &Watched) {
         if let Some(mut cache) = self.cache() {
             cache.answered(watch, sent, answer);
         }
@@ -195,16 +264,21 @@ pub(crate) async fn watch(shared: Weak<Shared>) {
 }
 
 /// A call. `false`: it gave no lease.
-async fn once(shared: &Shared) -> bool {
+async fn once(shared: &Arc<Shared>) -> bool {
     let (session, epoch) = shared.session.current();
     // The lease counts from before it is sent.
     let sent = Instant::now();
     let Some(watch) = shared.leased.watch() else { return false };
-    let request = Request::Session(SessionCall::Watch(session, watch));
-    match shared.meta.call(&request, LEASE).await {
+    let request = Request::Session(SessionCall::Watch(session, watch.clone()));
+    let answer = shared.meta.call(&request, LEASE).await;
+    if !matches!(answer, Ok(Response::Session(Ok(_)))) {
+        shared.leased.loans().not_told(&watch);
+    }
+    match answer {
         Ok(Response::Session(Ok(SessionReply::Watched(answer)))) => {
             if shared.session.current().1 == epoch {
-                shared.leased.answered(watch, sent, &answer);
+                shared.leased.answered(&watch, sent, &answer);
+                shared.leased.heed(shared, &answer.wanted, answer.epoch);
             }
             let Watched { epoch, lease_ms, .. } = answer;
             epoch != 0 && lease_ms != 0

@@ -28,6 +28,7 @@ mod grant;
 mod idle;
 mod inode;
 mod leased;
+mod lent;
 mod locks;
 mod map;
 mod names;

@@ -130,6 +130,8 @@ impl FileSystem {
         let place = (inode.id, lock.owner);
         let permit = if wait { locks.waits.try_acquire().ok() } else { None };
         let deadline = self.shared.cluster.deadline();
+        // The locks of a session end with its last handle in the log.
+        inode.take_handles(deadline).await?;
         let remote = inode.live_remote(false, deadline).await?;
         // From here on it may be had, whatever the answer.
         let unlocks = lock.mode == LockMode::Unlock;

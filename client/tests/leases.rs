@@ -172,12 +172,12 @@ async fn who_does_not_forget_holds_up_others_once() {
     let (inode, free) = (file(&fs, dir, "f").await, file(&fs, dir, "g").await);
     fs.lookup(InodeId::ROOT, b"d").await.expect("there");
     let odd = Odd::new(&cluster).await;
-    let answer = odd.watch(Watch { epoch: 0, call: 1, forgotten: 0 }).await;
+    let answer = odd.watch(Watch { epoch: 0, call: 1, forgotten: 0, ..Watch::default() }).await;
     assert_eq!((answer.lease_ms, answer.recalled.len()), (LEASE.as_millis() as u32, 0));
     let told = odd.look(inode).await;
     assert!(matches!(told, QueryReply::Leased(Some(_), l) if l.epoch == answer.epoch), "{told:?}");
     // Its lease begins anew, and is all that it gets.
-    odd.watch(Watch { epoch: answer.epoch, call: 2, forgotten: 0 }).await;
+    odd.watch(Watch { epoch: answer.epoch, call: 2, forgotten: 0, ..Watch::default() }).await;
     let begun = Instant::now();
     let changing = tokio::spawn({
         let fs = fs.clone();
@@ -190,14 +190,15 @@ async fn who_does_not_forget_holds_up_others_once() {
     let mut call = 2;
     let stubborn = until("the recall", || {
         call += 1;
-        let watch = odd.watch(Watch { epoch: answer.epoch, call, forgotten: 0 });
+        let watch =
+            odd.watch(Watch { epoch: answer.epoch, call, forgotten: 0, ..Watch::default() });
         async {
             let answer = watch.await;
             (answer.recalled == [inode]).then_some(answer)
         }
     })
     .await;
-    let again = Watch { epoch: answer.epoch, call: call + 1, forgotten: 0 };
+    let again = Watch { epoch: answer.epoch, call: call + 1, forgotten: 0, ..Watch::default() };
     let again = odd.watch(again).await;
     assert_eq!((again.lease_ms, &again.recalled), (0, &stubborn.recalled));
     assert!(!changing.is_finished(), "answered before it was forgotten");
@@ -214,7 +215,9 @@ async fn who_does_not_forget_holds_up_others_once() {
     let begun = Instant::now();
     fs.setattr(inode, mode(0o640)).await.expect("a chmod");
     assert!(begun.elapsed() < LEASE / 2, "held up twice: {:?}", begun.elapsed());
-    let late = odd.watch(Watch { epoch: answer.epoch, call: call + 2, forgotten: 0 }).await;
+    let late = odd
+        .watch(Watch { epoch: answer.epoch, call: call + 2, forgotten: 0, ..Watch::default() })
+        .await;
     assert_ne!(late.epoch, answer.epoch, "it remembers nothing that counts");
     cluster.stop().await;
 }
@@ -228,11 +231,12 @@ async fn who_forgets_holds_up_nobody() {
     let inode = file(&fs, dir, "f").await;
     fs.lookup(InodeId::ROOT, b"d").await.expect("there");
     let odd = Odd::new(&cluster).await;
-    let mut watch = Watch { epoch: 0, call: 1, forgotten: 0 };
+    let mut watch = Watch { epoch: 0, call: 1, forgotten: 0, ..Watch::default() };
     let mut slowest = Duration::ZERO;
     for round in 0..20u32 {
-        let answer = odd.watch(watch).await;
-        watch = Watch { epoch: answer.epoch, call: watch.call + 1, forgotten: answer.through };
+        let answer = odd.watch(watch.clone()).await;
+        let (epoch, call, forgotten) = (answer.epoch, watch.call + 1, answer.through);
+        watch = Watch { epoch, call, forgotten, ..Watch::default() };
         odd.look(inode).await;
         let begun = Instant::now();
         let changing = async {
@@ -240,11 +244,11 @@ async fn who_forgets_holds_up_nobody() {
             begun.elapsed()
         };
         let forgetting = async {
-            let answer = odd.watch(watch).await;
+            let answer = odd.watch(watch.clone()).await;
             assert_eq!(answer.recalled, [inode], "{round}");
             watch.call += 1;
             watch.forgotten = answer.through;
-            odd.watch(watch).await;
+            odd.watch(watch.clone()).await;
             watch.call += 1;
         };
         let (took, ()) = tokio::join!(changing, forgetting);
@@ -259,7 +263,10 @@ async fn who_forgets_holds_up_nobody() {
 async fn a_session_that_is_none_gets_no_lease() {
     let cluster = TestCluster::start(0).await;
     let odd = Odd { session: SessionId(77), ..Odd::new(&cluster).await };
-    let call = SessionCall::Watch(odd.session, Watch { epoch: 0, call: 1, forgotten: 0 });
+    let call = SessionCall::Watch(
+        odd.session,
+        Watch { epoch: 0, call: 1, forgotten: 0, ..Watch::default() },
+    );
     let answer = odd.meta.call(&Request::Session(call), PATIENCE).await.expect("an answer");
     assert!(matches!(answer, Response::Session(Err(FsError::SessionExpired))), "{answer:?}");
     assert!(matches!(odd.look(InodeId::ROOT).await, QueryReply::Attr(_)));

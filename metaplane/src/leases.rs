@@ -2,8 +2,8 @@
 //! wait. The rules are [`ebb_metaplane_protocol::lease`]'s.
 
 use ebb_dataplane_protocol::{InodeId, SessionId};
-use ebb_metaplane_protocol::lease::{HOLD, Lease, Leases, Watch, Watched};
-use std::collections::HashMap;
+use ebb_metaplane_protocol::lease::{HOLD, Lease, Leases, Lent, Watch, Watched};
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -27,6 +27,7 @@ pub(crate) struct LeaseDesk {
 #[derive(Default)]
 struct State {
     leases: Leases,
+    lent: Lent,
     /// Calls that are held for recalls to come.
     calls: HashMap<SessionId, Arc<Notify>>,
     /// No lease is given: that there are any is being taken back.
@@ -66,6 +67,7 @@ impl LeaseDesk {
     pub(crate) fn lead(&self, term: u64) {
         self.with(|s| {
             s.leases.lead(term);
+            s.lent.lead(term);
             s.closed = false;
         });
     }
@@ -114,6 +116,42 @@ impl LeaseDesk {
         self.with(|s| s.leases.grant(session, inodes, Instant::now()))
     }
 
+    /// The same, of a file that has a name; and it is lent to the client.
+    pub(crate) fn lend(&self, session: SessionId, inode: InodeId) -> Option<Lease> {
+        self.with(|s| {
+            let lease = s.leases.grant(session, &[inode], Instant::now())?;
+            s.lent.lend(session, inode, lease.number).then_some(lease)
+        })
+    }
+
+    /// Whether [`Self::lent_earlier`] is to be called.
+    pub(crate) fn is_lender_new(&self) -> bool {
+        self.state().lent.is_new()
+    }
+
+    /// Sessions to which an earlier leader than that of `term` may have lent files.
+    pub(crate) fn lent_earlier(&self, term: u64, sessions: Vec<SessionId>) {
+        self.state().lent.earlier(term, sessions);
+    }
+
+    /// Sessions that may have files open without a handle.
+    pub(crate) fn borrowers(&self) -> HashSet<SessionId> {
+        self.state().lent.sessions()
+    }
+
+    /// Those of these files, which have no name any more, that nobody has open but by handles. The others are
+    /// wanted back.
+    pub(crate) fn may_go(&self, files: &[InodeId]) -> Vec<InodeId> {
+        let mut state = self.state();
+        let State { lent, calls, .. } = &mut *state;
+        let mut wake = |session| {
+            if let Some(call) = calls.get(&session) {
+                call.notify_one();
+            }
+        };
+        files.iter().copied().filter(|file| lent.may_go(*file, &mut wake)).collect()
+    }
+
     /// Whether a client may be told of things that it did not ask for one by one.
     pub(crate) fn has_much_room(&self, session: SessionId) -> bool {
         self.state().leases.has_much_room(session)
@@ -130,6 +168,7 @@ impl LeaseDesk {
     pub(crate) fn forget(&self, session: SessionId) {
         self.with(|s| {
             s.leases.forget(session);
+            s.lent.forget(session);
             s.calls.remove(&session);
         });
     }
@@ -152,12 +191,18 @@ impl LeaseDesk {
     }
 
     /// The beginning of a call of a session that lives; this node led after the call came.
-    pub(crate) fn watch(&self, session: SessionId, watch: Watch) -> Watched {
+    pub(crate) fn watch(&self, session: SessionId, watch: &Watch) -> Watched {
         self.with(|s| {
+            s.lent.returned(session, &watch.returned);
             if s.closed {
                 return Watched::default();
             }
-            s.leases.watch(session, watch, Instant::now())
+            let answer = s.leases.watch(session, watch, Instant::now());
+            // What it says of another epoch was said of another leader's, or before its lease ended.
+            if watch.settled != 0 && watch.settled == answer.epoch {
+                s.lent.settled(session, answer.epoch);
+            }
+            answer
         })
     }
 
@@ -173,7 +218,7 @@ impl LeaseDesk {
         }
         let (recalled, through) = self.with(|s| s.leases.recalls(session, answer.epoch));
         (answer.recalled, answer.through) = (recalled, through.max(answer.through));
-        if answer.recalled.is_empty() {
+        if answer.recalled.is_empty() && !self.state().lent.is_wanted(session) {
             let _ = tokio::time::timeout(HOLD, call.notified()).await;
             self.with(|s| {
                 if s.calls.get(&session).is_some_and(|c| Arc::ptr_eq(c, &call)) {
@@ -183,6 +228,7 @@ impl LeaseDesk {
                 }
             });
         }
+        answer.wanted = self.state().lent.wanted(session);
         answer
     }
 

@@ -94,6 +94,8 @@ pub(crate) struct Wakes {
     pub(crate) stirred: Notify,
     /// Somebody's lock ended: for all who wait for one.
     pub(crate) unlocked: Notify,
+    /// A file lost its last name that somebody may have open without a handle.
+    pub(crate) lent: Notify,
 }
 
 /// The shared parts.

@@ -31,6 +31,7 @@ MODULES = [
     "voters",
     "histories",
     "leases",
+    "lent",
     "links",
     "locks",
     "xattrs",

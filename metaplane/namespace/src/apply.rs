@@ -145,6 +145,8 @@ impl<K: Kv> Ctx<'_, K> {
                 self.set_counter(Counter::Leases, u64::from(*given));
                 CommandReply::Done
             }
+            Command::Borrow(session) => done(self.borrow(*session)),
+            Command::Reap(inodes) => done(self.reap(inodes)),
             Command::Repair(repairs) => done(self.repair_all(repairs)),
         }
     }

@@ -98,7 +98,7 @@ impl<K: Kv> Ctx<'_, K> {
             self.drop_locks(h.session, h.inode)?;
         }
         match self.read().find_inode(h.inode)? {
-            Some(n) if n.nlink == 0 && !self.read().is_open(h.inode) => self.remove_inode(n),
+            Some(n) if !self.read().may_stay_unnamed(&n) => self.remove_inode(n),
             _ => Ok(()),
         }
     }

@@ -306,6 +306,9 @@ impl<K: Kv> Ctx<'_, K> {
         if n.has_xattrs() {
             self.kv.delete(&key(XATTR, &[&id]));
         }
+        if n.nlink == 0 {
+            self.kv.delete(&key(LINGERING, &[&id]));
+        }
         self.kv.delete(&key(INODE, &[&id]));
         Ok(())
     }

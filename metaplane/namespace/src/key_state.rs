@@ -417,7 +417,7 @@ impl<K: Kv> Ctx<'_, K> {
         } else if !n.has_links() || !self.take_other_name(n.clone())? {
             n.nlink = 0;
             n.ctime = self.now;
-            if !n.is_dir() && self.read().is_open(id) {
+            if n.is_file() && self.lingers(id) {
                 self.save(n)?;
             } else {
                 self.remove_inode(n)?;

@@ -34,6 +34,7 @@ mod held;
 mod ingest;
 mod inode;
 mod key_state;
+mod lent;
 mod link;
 mod lost_base;
 mod map;

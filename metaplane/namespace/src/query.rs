@@ -46,6 +46,7 @@ impl Machine {
                 }
                 Ok(QueryReply::Page { entries, end })
             }
+            Query::Lend(_) => Ok(QueryReply::Lent(None)),
             Query::Locked(..) => Err(FsError::Invalid("who asks for a lock matters".into())),
             Query::Xattrs(inode) => Ok(QueryReply::Xattrs(r.xattrs(&*r.inode(*inode)?)?)),
             Query::ReadLink(inode) => {

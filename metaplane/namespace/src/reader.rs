@@ -99,6 +99,8 @@ pub struct Left {
     pub notices: u64,
     /// As there.
     pub moves: u64,
+    /// Whether there are files without a name that may be open without a handle: 1.
+    pub lingering: u64,
 }
 
 impl<K: KvRead> Reader<'_, K> {
@@ -286,6 +288,7 @@ impl<K: KvRead> Reader<'_, K> {
             pending_keys: self.counter(Counter::PendingKeys)?,
             notices: self.counter(Counter::Notices)?,
             moves: self.counter(Counter::Moves)?,
+            lingering: u64::from(self.any_with_prefix(&[LINGERING])),
         })
     }
 

@@ -231,6 +231,7 @@ impl<K: Kv> Ctx<'_, K> {
                 }
             }
             self.kv.delete(&key(CLIENT, &[&s.client.to_be_bytes()]));
+            self.kv.delete(&key(BORROWER, &[&be(id.0)]));
             self.kv.delete(&key(SESSION, &[&be(id.0)]));
             self.add(Counter::Sessions, -1)?;
         }

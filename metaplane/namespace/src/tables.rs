@@ -18,6 +18,8 @@
 //! | `L` | inode | its locks: see [`crate::lock`] |
 //! | `l` | session, inode | – : it has locks there |
 //! | `x` | inode | its extended attributes, if it has any: see [`crate::xattr`] |
+//! | `Y` | session | – : it may have files open without a handle: see [`crate::lent`] |
+//! | `U` | inode | – : it lost its last name, and may be open without a handle |
 //! | `B` | S3 key | the inode whose bytes are there |
 //! | `K` | S3 key | [`crate::key_state::KeyState`], only while it says more than `B` |
 //! | `A` | nonce | S3 key of the attempt |
@@ -50,6 +52,8 @@ pub(crate) const OPEN: u8 = b'O';
 pub(crate) const LOCK: u8 = b'L';
 pub(crate) const SESSION_LOCK: u8 = b'l';
 pub(crate) const XATTR: u8 = b'x';
+pub(crate) const BORROWER: u8 = b'Y';
+pub(crate) const LINGERING: u8 = b'U';
 pub(crate) const OWNER: u8 = b'B';
 pub(crate) const KEY: u8 = b'K';
 pub(crate) const ATTEMPT: u8 = b'A';

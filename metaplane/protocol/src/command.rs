@@ -238,6 +238,11 @@ pub enum Command {
     Load(LoadStep, Vec<Record>),
     /// Whether leases on metadata are given ([`crate::lease`]): a leader that comes after waits for their end.
     SetLeases(bool),
+    /// Files may be lent to a session ([`crate::query::Query::Lend`]): those that lose their last name stay until
+    /// `Reap`.
+    Borrow(SessionId),
+    /// Nobody has these files, which have no name any more, open but by handles.
+    Reap(Vec<InodeId>),
 }
 
 /// Progress of a directory's listing.

@@ -119,7 +119,7 @@ fn requests() -> Vec<Vec<u8>> {
         Request::Session(open),
         Request::Session(SessionCall::Watch(
             SessionId(1),
-            Watch { epoch: 1, call: 2, forgotten: 3 },
+            Watch { epoch: 1, call: 2, forgotten: 3, returned: vec![(InodeId(4), 5)], settled: 6 },
         )),
         Request::Admin(AdminCall::Repair(vec![
             Repair::Name(InodeId(2), b"n".to_vec()),
@@ -137,7 +137,8 @@ fn requests() -> Vec<Vec<u8>> {
 fn responses() -> Vec<Vec<u8>> {
     let opened = SessionReply::Opened { session: SessionId(1), ttl_ms: 9 };
     let recalled = vec![InodeId(4), InodeId(5)];
-    let watched = Watched { epoch: 1, lease_ms: 1_000, recalled, through: 7 };
+    let wanted = vec![(InodeId(8), 9)];
+    let watched = Watched { epoch: 1, lease_ms: 1_000, recalled, through: 7, wanted };
     let link = QueryReply::Link(b"target".to_vec());
     let xattrs = QueryReply::Xattrs(vec![(b"user.a".to_vec(), b"value".to_vec())]);
     [

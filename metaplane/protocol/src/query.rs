@@ -5,7 +5,7 @@ use crate::lease::Lease;
 use crate::lock::{Lock, Locked};
 use crate::op::Name;
 use crate::xattr::Xattrs;
-use ebb_dataplane_protocol::{ClusterMap, InodeId, MapVersion};
+use ebb_dataplane_protocol::{ClusterMap, InodeId, MapVersion, SignedGrant};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// Entries of one page of a directory at most.
@@ -61,6 +61,9 @@ pub enum Query {
     Locked(InodeId, Lock),
     /// Extended attributes. Reply [`QueryReply::Xattrs`].
     Xattrs(InodeId),
+    /// An open for reading that is no entry in the log: the leader notes it (docs/PROTOCOL.md, R59). For sessions
+    /// that have leases. Reply [`QueryReply::Lent`].
+    Lend(InodeId),
 }
 
 /// An entry of a directory page.
@@ -106,6 +109,19 @@ pub enum QueryReply {
     Locked(Option<Locked>),
     /// Extended attributes, of [`XATTRS_TEXT_BYTES_MAX`](crate::xattr::XATTRS_TEXT_BYTES_MAX) at most.
     Xattrs(Xattrs),
+    /// An open file; `None`: it takes a handle.
+    Lent(Option<Box<LentFile>>),
+}
+
+/// A file that is open for reading without a handle.
+#[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
+pub struct LentFile {
+    /// Attributes.
+    pub attr: Attr,
+    /// To read it.
+    pub grant: SignedGrant,
+    /// Of the attributes, and by whose number the file is lent.
+    pub lease: Lease,
 }
 
 /// Space and counts.

@@ -8,6 +8,7 @@ pub(crate) mod abandon;
 pub(crate) mod cores;
 pub(crate) mod flusher;
 pub(crate) mod keys;
+pub(crate) mod lent;
 pub(crate) mod liveness;
 pub(crate) mod members;
 pub(crate) mod mover;
@@ -138,6 +139,7 @@ fn start(service: &Arc<Service>, stop: Stop) {
     task!(run_sessions);
     task!(run_owner);
     task!(run_notices);
+    task!(run_lent);
     task!(run_moves);
     task!(run_groups);
     task!(run_replicas);
@@ -196,6 +198,7 @@ impl Service {
                 (left.notices, &wakes.notices),
                 (left.pending_keys, &wakes.keys),
                 (left.moves, &wakes.moves),
+                (left.lingering, &wakes.lent),
             ] {
                 if left > 0 {
                     wake.notify_one();

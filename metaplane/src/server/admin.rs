@@ -431,7 +431,7 @@ impl Service {
         let mut report = loop {
             self.still_leads(term)?;
             let c = self.counts_now()?;
-            let left = c.dirty_inodes + c.pending_keys + c.notices + c.moves;
+            let left = c.dirty_inodes + c.pending_keys + c.notices + c.moves + self.lingering()?;
             if left == 0 {
                 self.put_to_sleep().await?;
                 self.flushes.all.store(false, Ordering::Release);

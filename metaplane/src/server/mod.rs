@@ -18,7 +18,7 @@ use crate::service::{Service, count, fs_error};
 use bytes::Bytes;
 use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{Opcode, Status, codec};
-use ebb_metaplane_protocol::lease::DROPPED_MAX;
+use ebb_metaplane_protocol::lease::{DROPPED_MAX, RETURNED_MAX};
 use ebb_metaplane_protocol::{
     Command, CommandReply, FsError, FsResult, Op, Request, Response, SessionCall, SessionReply,
 };
@@ -170,6 +170,10 @@ impl Service {
                 self.sessions.forget(session);
                 Ok(SessionReply::Done)
             }
+            SessionCall::Watch(_, watch) if watch.returned.len() > RETURNED_MAX => {
+                let why = format!("more than {RETURNED_MAX} files given back in one call");
+                Err(FsError::Invalid(why))
+            }
             SessionCall::Watch(session, watch) => {
                 // By this a majority has said, after the call was sent, that this node leads: whoever leads next
                 // gives the lease its time (R55).
@@ -181,7 +185,7 @@ impl Service {
                     return Err(FsError::SessionExpired);
                 }
                 let desk = self.voter.leases();
-                let answer = desk.watch(session, watch);
+                let answer = desk.watch(session, &watch);
                 if answer.epoch != 0 && !noted {
                     // Before the client has its lease.
                     self.submit(Command::SetLeases(true)).await?;

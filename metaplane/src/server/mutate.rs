@@ -240,7 +240,7 @@ impl Service {
     }
 
     /// Attributes and freshness of a file that is about to be opened.
-    pub(super) async fn freshen(&self, inode: InodeId) -> FsResult<()> {
+    pub(crate) async fn freshen(&self, inode: InodeId) -> FsResult<()> {
         let due = self.voter.peek(|_, r| r.attr(inode)).map_err(fs_error)?;
         match due {
             Ok((_, true)) => self.hydrate(vec![inode]).await,

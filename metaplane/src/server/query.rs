@@ -64,6 +64,7 @@ impl Service {
                 let look = Box::pin(self.voter.read(|_, r| r.locked(session, *inode, lock))).await;
                 Ok(QueryReply::Locked(look.map_err(fs_error)??))
             }
+            Query::Lend(inode) => Ok(QueryReply::Lent(self.lend_file(session, *inode).await?)),
             Query::ReadDir { inode, after, limit } => {
                 self.read_dir(session, *inode, after, *limit).await
             }

@@ -134,6 +134,20 @@ impl<K: KvRead> Reader<'_, K> {
                     return wrong(Rule::Handle, format!("inode {inode} has no such handle {id}"));
                 }
             }
+            BORROWER => {
+                let session = SessionId(u64_at(k, 1)?);
+                if self.session(session)?.is_none() {
+                    let what = format!("files are lent to session {session}, which isn't there");
+                    return wrong(Rule::Session, what);
+                }
+            }
+            LINGERING => {
+                let inode = InodeId(u64_at(k, 1)?);
+                if self.find_inode(inode)?.is_none_or(|n| !n.is_file() || n.nlink > 0) {
+                    let what = format!("inode {inode} waits in vain for who has it open");
+                    return wrong(Rule::Handle, what);
+                }
+            }
             SESSION_LOCK => {
                 let (session, inode) = (SessionId(u64_at(k, 1)?), InodeId(u64_at(k, 9)?));
                 let held = self.locks(inode)?.iter().any(|h| h.session == session);

@@ -81,9 +81,9 @@ impl<K: KvRead> Reader<'_, K> {
         Ok(Place::Unreachable)
     }
 
-    /// Whether an inode without a name may stay: somebody has it open.
+    /// Whether an inode without a name may stay: somebody has it open, or may have.
     pub(crate) fn may_stay_unnamed(&self, n: &Inode) -> bool {
-        n.nlink > 0 || self.is_open(n.id)
+        n.nlink > 0 || self.is_open(n.id) || self.is_lingering(n.id)
     }
 
     /// Whether S3 holds what a clean inode says (I3). `moving`: a renamed directory's objects aren't all marked yet.

@@ -27,7 +27,7 @@ const PAGE: usize = 1_000;
 const CUTS_REMEMBERED_MAX: usize = 1 << 20;
 
 /// Tables, in the order in which they are looked at.
-const TABLES: [u8; 27] = [
+const TABLES: [u8; 29] = [
     NOTICE,
     MAP,
     INODE,
@@ -41,6 +41,8 @@ const TABLES: [u8; 27] = [
     HANDLE,
     SESSION_HANDLE,
     OPEN,
+    BORROWER,
+    LINGERING,
     SESSION_LOCK,
     LOCK,
     XATTR,
@@ -154,7 +156,8 @@ impl Check {
             INODE => self.inode(r, k, found),
             ENTRY => self.entry(r, (k, v), found),
             LINK | JOIN | DIRTY | HELD | OWNER | CLIENT | REPLY | SESSION_HANDLE | OPEN
-            | ATTEMPT | WINDOW | TOMBSTONE_AGE | NODE_BOOT | SESSION_LOCK | LOCK | XATTR => {
+            | ATTEMPT | WINDOW | TOMBSTONE_AGE | NODE_BOOT | SESSION_LOCK | LOCK | XATTR
+            | BORROWER | LINGERING => {
                 if let Some((rule, what)) = r.stale(k, v)? {
                     found(finding(rule, what, Repair::Record(k.to_vec())));
                 }

@@ -316,7 +316,7 @@ impl<K: Kv> Ctx<'_, K> {
                 }
             }
             // An unlinked inode that only this kept goes.
-            OPEN => match self.read().find_inode(InodeId(u64_at(k, 1)?))? {
+            OPEN | LINGERING => match self.read().find_inode(InodeId(u64_at(k, 1)?))? {
                 Some(n) if !self.read().may_stay_unnamed(&n) => self.remove_inode(n),
                 _ => Ok(()),
             },

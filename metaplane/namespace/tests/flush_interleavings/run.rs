@@ -34,6 +34,8 @@ pub(crate) struct Run {
     pub(crate) node: Option<NodeId>,
     pub(crate) lost: Vec<InodeId>,
     pub(crate) given_up: usize,
+    /// Files may be open without a handle (R59).
+    pub(crate) lends: bool,
     /// Looks at files of groups that could have had a stand-in.
     pub(crate) clean: usize,
 }
@@ -54,6 +56,10 @@ impl Run {
     pub(crate) fn new(seed: u64, foreign: bool) -> Self {
         let mut w = World::new();
         let sessions = vec![w.session(), w.session()];
+        let lends = seed.is_multiple_of(3);
+        if lends {
+            w.done(Command::Borrow(sessions[0]));
+        }
         Self {
             w,
             rng: StdRng::seed_from_u64(seed),
@@ -70,6 +76,7 @@ impl Run {
             node: None,
             lost: Vec::new(),
             given_up: 0,
+            lends,
             clean: 0,
         }
     }
@@ -372,6 +379,9 @@ impl Run {
         let dead = std::mem::replace(&mut self.sessions[i], SessionId(0));
         self.w.done(Command::EndSessions(vec![dead]));
         self.sessions[i] = self.w.session();
+        if self.lends {
+            self.w.done(Command::Borrow(self.sessions[i]));
+        }
         let (mut gone, live) = std::mem::take(&mut self.open)
             .into_iter()
             .partition::<Vec<_>, _>(|f| f.session == dead);
@@ -393,7 +403,10 @@ impl Run {
     }
 
     pub(crate) fn steps(&mut self, steps: usize) {
-        for _ in 0..steps {
+        for step in 0..steps {
+            if self.lends && step % 11 == 0 {
+                self.w.reap();
+            }
             if self.links > 0.0 && self.rng.random_bool(self.links) {
                 self.link_step();
             }

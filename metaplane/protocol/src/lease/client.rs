@@ -66,11 +66,12 @@ impl Cache {
     /// The next [`Watch`] call. One at a time; its answer goes to [`Self::answered`].
     pub fn watch(&mut self) -> Watch {
         self.call += 1;
-        Watch { epoch: self.epoch, call: self.call, forgotten: self.forgotten }
+        let (epoch, call, forgotten) = (self.epoch, self.call, self.forgotten);
+        Watch { epoch, call, forgotten, returned: Vec::new(), settled: 0 }
     }
 
     /// The answer to a call that was sent at `sent`. What it recalls is forgotten when this returns.
-    pub fn answered(&mut self, watch: Watch, sent: Instant, answer: &Watched) {
+    pub fn answered(&mut self, watch: &Watch, sent: Instant, answer: &Watched) {
         if watch.call < self.first_call {
             return;
         }
@@ -85,6 +86,9 @@ impl Cache {
             self.drop_inode(*inode);
         }
         self.counts.recalls += answer.recalled.len() as u64;
+        for (inode, _) in &answer.wanted {
+            self.drop_inode(*inode);
+        }
         self.forgotten = self.forgotten.max(answer.through);
         let lease = Duration::from_millis(answer.lease_ms.into());
         if let Some(lease) = lease.checked_sub(DRIFT) {
@@ -166,6 +170,17 @@ impl Cache {
             && lease.epoch == self.epoch
             && ticket.0 >= self.floor
             && self.dropped.get(&inode).is_none_or(|at| *at <= ticket.0)
+    }
+
+    /// Which epoch what is lent from now on is of; 0: in none.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Whether what an answer lends is noted by the leader who is known here, and was not wanted back since it was
+    /// asked for.
+    pub fn may_borrow(&self, ticket: Ticket, lease: Lease, inode: InodeId) -> bool {
+        self.may_keep(ticket, lease, inode)
     }
 
     /// The answer to a question for attributes.

@@ -94,7 +94,7 @@ impl Leases {
     }
 
     /// A call of `session`, which lives, and this node led after the call had come.
-    pub fn watch(&mut self, session: SessionId, watch: Watch, now: Instant) -> Watched {
+    pub fn watch(&mut self, session: SessionId, watch: &Watch, now: Instant) -> Watched {
         self.expire(now);
         let known = self.clients.get(&session).map(|c| (c.epoch, c.call));
         match known {
@@ -138,7 +138,7 @@ impl Leases {
         }
         let lease_ms = u32::try_from(lease.as_millis()).unwrap_or(0);
         let (recalled, through) = self.recalls(session, epoch);
-        Watched { epoch, lease_ms, recalled, through }
+        Watched { epoch, lease_ms, recalled, through, wanted: Vec::new() }
     }
 
     /// What `session` still has to forget, and the number of the last of them.

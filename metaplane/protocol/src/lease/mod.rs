@@ -10,11 +10,17 @@
 
 mod client;
 mod leader;
+mod lent;
+#[cfg(test)]
+mod lent_tests;
+mod loans;
 #[cfg(test)]
 mod tests;
 
 pub use client::{Cache, Counts, Ticket};
 pub use leader::Leases;
+pub use lent::Lent;
+pub use loans::Loans;
 
 use ebb_dataplane_protocol::InodeId;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -30,6 +36,11 @@ pub const HOLD: Duration = Duration::from_millis(300);
 /// Recalls of one answer at most.
 pub const RECALLS_MAX: usize = 1_000;
 
+/// Files lent to a session at most.
+pub const LENT_PER_SESSION_MAX: usize = 65_536;
+/// Files that one [`Watch`] call gives back at most.
+pub const RETURNED_MAX: usize = 8_192;
+
 /// Inodes that one operation forgets at most.
 pub const DROPPED_MAX: usize = 16;
 
@@ -43,7 +54,7 @@ pub struct Lease {
 }
 
 /// A client's standing call: tells what it has forgotten, waits for more to forget, and extends the lease.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct Watch {
     /// Of the answer before; 0: the client remembers nothing.
     pub epoch: u64,
@@ -51,6 +62,10 @@ pub struct Watch {
     pub call: u64,
     /// The recalls up to this one were carried out.
     pub forgotten: u64,
+    /// Files that were lent ([`Lent`]) up to that number, and are not any more; [`RETURNED_MAX`] at most.
+    pub returned: Vec<(InodeId, u64)>,
+    /// Of what was lent in other epochs than this one, nothing is left. 0: in none.
+    pub settled: u64,
 }
 
 /// The answer to [`Watch`].
@@ -64,4 +79,6 @@ pub struct Watched {
     pub recalled: Vec<InodeId>,
     /// To be told in the next call, when they are.
     pub through: u64,
+    /// Files that are to be given back, with the number to be told when they are.
+    pub wanted: Vec<(InodeId, u64)>,
 }

@@ -221,7 +221,7 @@ impl Sim {
         self.calling[client] = Some(watch.call);
         let sent = self.now;
         if self.rng.random_range(0..5) == 0 {
-            self.send(client, Message::Watch { watch, sent });
+            self.send(client, Message::Watch { watch: watch.clone(), sent });
         }
         self.send(client, Message::Watch { watch, sent });
     }
@@ -259,7 +259,7 @@ impl Sim {
                 if self.without == Break::LateCall {
                     watch.call += self.rng.random_range(0..1_000_000);
                 }
-                let mut answer = self.leases.watch(session(client), watch, self.now);
+                let mut answer = self.leases.watch(session(client), &watch, self.now);
                 if answer.recalled.is_empty() {
                     // Held for a while, as the port does; what came meanwhile is in the answer.
                     (answer.recalled, answer.through) =
@@ -331,7 +331,7 @@ impl Sim {
                 if self.without == Break::EpochKept {
                     cache.epoch = answer.epoch;
                 }
-                cache.answered(watch, sent, &answer);
+                cache.answered(&watch, sent, &answer);
             }
             _ => {}
         }
