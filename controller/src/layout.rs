@@ -55,6 +55,12 @@ pub struct ClusterConfig {
     /// RAM for copies of what is read often, of each data node.
     #[serde(default = "dram_default")]
     pub dram_bytes: u64,
+    /// Space for clean data that the device has no room for, of each data node; 0: none.
+    #[serde(default)]
+    pub spill_bytes: u64,
+    /// Directories for it, in each of which every node has one of its own.
+    #[serde(default)]
+    pub spill_dirs: Vec<PathBuf>,
     /// Data nodes send large answers without copying them.
     #[serde(default)]
     pub send_zc: bool,
@@ -90,6 +96,11 @@ impl ClusterConfig {
             return vec![Voter { id: 1, port: self.meta_port, join: false }];
         }
         self.voters.clone()
+    }
+
+    /// Where a node's spill files are.
+    pub fn spill_of(&self, node: &str) -> Vec<PathBuf> {
+        self.spill_dirs.iter().map(|dir| dir.join(node)).collect()
     }
 
     /// host:port of each voter whose port is known.
@@ -311,6 +322,8 @@ mod tests {
             arena_bytes: 1 << 27,
             index_bytes: index_default(),
             dram_bytes: dram_default(),
+            spill_bytes: 0,
+            spill_dirs: vec![],
             send_zc: false,
             sqpoll_idle_ms: 0,
             flush_after_ms: 5000,

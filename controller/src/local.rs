@@ -214,7 +214,18 @@ impl<L: Launch> LocalCluster<L> {
             process.stop(&self.layout, STOP_GRACE).await;
         }
         let _ = std::fs::remove_file(Record::ids_path(&self.layout, name));
+        self.remove_spill(name);
         remove(&self.layout.node(name))
+    }
+
+    /// Removes a node's spill files, and nothing else that may be beside them. What stays costs only its space.
+    fn remove_spill(&self, name: &str) {
+        for dir in self.config.spill_of(name) {
+            for core in 0..self.config.cores_per_node {
+                let _ = std::fs::remove_file(dir.join(format!("spill-{core}.ebb")));
+            }
+            let _ = std::fs::remove_dir(dir);
+        }
     }
 
     /// Stops every process: nodes, then the metadata plane, then S3.
@@ -232,6 +243,10 @@ impl<L: Launch> LocalCluster<L> {
 
     /// Removes what the bucket makes superfluous, after a clean `ebb down`.
     pub fn wipe(&self) -> Result<(), Error> {
+        let nodes = std::fs::read_dir(self.layout.nodes()).into_iter().flatten().flatten();
+        for node in nodes {
+            self.remove_spill(&node.file_name().to_string_lossy());
+        }
         let voters = self.config.voters();
         let dirs = voters.iter().map(|v| self.layout.meta(v.id)).chain([self.layout.nodes()]);
         for dir in dirs {

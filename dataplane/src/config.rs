@@ -55,6 +55,13 @@ pub struct NodeConfig {
     /// it is needed, and comes on top of buffers and indexes.
     #[serde(default = "dram_default")]
     pub dram_bytes: u64,
+    /// Directories or block devices for the spill tier: copies of clean data that the shards have no room for any
+    /// more. They are dealt out to the cores in turn; a block device serves one core, whole. Empty: none.
+    #[serde(default)]
+    pub spill: Vec<PathBuf>,
+    /// Bytes of all spill files together, at least 16 MiB per core.
+    #[serde(default)]
+    pub spill_bytes: u64,
     /// RAM for the indexes of all cores: about 400 bytes for a small file, 1.1 KiB for each MiB of large ones.
     /// What it has no room for is evicted, or flushed first.
     #[serde(default = "index_default")]
@@ -177,6 +184,16 @@ impl NodeConfig {
         if let Some(twice) = self.devices.iter().find(|d| times(*d) > 1) {
             return bad("devices", format!("{twice:?} twice"), "another device for each core");
         }
+        if self.spill_bytes > 0 && self.spill.is_empty() {
+            return bad("spill_bytes", self.spill_bytes.to_string(), "0 unless `spill` says where");
+        }
+        let times = |p| self.spill.iter().chain(&self.devices).filter(|o| *o == p).count();
+        if let Some(twice) = self.spill.iter().find(|p| times(*p) > 1) {
+            return bad("spill", format!("{twice:?} twice"), "named once, and not in `devices`");
+        }
+        if self.spill.len() > usize::from(self.cores) {
+            return bad("spill", format!("{:?}", self.spill), "at most one per core");
+        }
         if self.arena_bytes < ARENA_BYTES_MIN {
             return bad("arena_bytes", self.arena_bytes.to_string(), "at least 48 MiB");
         }
@@ -244,9 +261,14 @@ mod tests {
     fn senseless_values_are_named() {
         let c: NodeConfig = toml::from_str(LEAST).expect("valid");
         let two = || vec!["/dev/a".into(), "/dev/a".into()];
-        let broken: [(&str, NodeConfig); 8] = [
+        let shared = NodeConfig { spill: vec!["/dev/a".into()], ..c.clone() };
+        let broken: [(&str, NodeConfig); 12] = [
             ("devices", NodeConfig { devices: two(), ..c.clone() }),
             ("devices", NodeConfig { devices: two(), cores: 2, ..c.clone() }),
+            ("spill", NodeConfig { devices: vec!["/dev/a".into()], ..shared.clone() }),
+            ("spill", NodeConfig { spill: two(), cores: 2, ..c.clone() }),
+            ("spill", NodeConfig { spill: vec!["/a".into(), "/b".into()], ..c.clone() }),
+            ("spill_bytes", NodeConfig { spill_bytes: 1 << 30, ..c.clone() }),
             ("cores", NodeConfig { cores: 0, ..c.clone() }),
             ("arena_bytes", NodeConfig { arena_bytes: 1, ..c.clone() }),
             ("index_bytes", NodeConfig { index_bytes: 1 << 20, ..c.clone() }),

@@ -14,9 +14,11 @@ pub mod node;
 mod reactor_glue;
 mod resolve;
 mod shards;
+mod spill_file;
 
 pub use config::{ConfigError, NodeConfig};
 pub use heartbeat::HeartbeatError;
 pub use node::{NodeError, Ready, run, shutdown_signal};
 pub use reactor_glue::CoreError;
 pub use shards::{BlockingDevice, ShardError, check};
+pub use spill_file::SpillError;

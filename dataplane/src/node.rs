@@ -1,6 +1,6 @@
 //! A data node's process: shards, listeners, registration, cores, mover, heartbeat; and its end.
 //!
-//! Order at the start: shards are opened or zero-filled, ports bound, then the node registers (which
+//! Order at the start: shards are opened or zero-filled, spill devices opened, ports bound, then the node registers (which
 //! names it and says how many placement groups there are), then new shards are formatted and the cores
 //! start. Nothing is served before the first lease. At the end: no new frames, what is in progress is
 //! finished, the rings drain.
@@ -13,9 +13,10 @@ use crate::mover;
 use crate::reactor_glue::{Caller, CoreError, CoreSetup, Glue, Mail};
 use crate::resolve;
 use crate::shards::{DirectoryLock, Shard, ShardError};
+use crate::spill_file::{self, SpillError};
 use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{CoreId, NodeId, ShardRef};
-use ebb_ring::MailSender;
+use ebb_ring::{DeviceFile, MailSender};
 use ebb_rpc::{Identity, MetaClient};
 use ebb_s3::{Bucket, BucketConfig};
 use serde::Serialize;
@@ -46,6 +47,9 @@ pub enum NodeError {
     /// A shard file.
     #[error(transparent)]
     Shard(#[from] ShardError),
+    /// A spill device.
+    #[error(transparent)]
+    Spill(#[from] SpillError),
     /// A port.
     #[error("cannot listen on {address}: {source}; choose another port, or 0 for any")]
     Listen {
@@ -141,7 +145,7 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
 
     let prepare = config.clone();
     // The lock is held as long as the node runs.
-    let (_lock, shards) = blocking(0, move || prepare_shards(&prepare)).await??;
+    let (_lock, shards, spills) = blocking(0, move || prepare_devices(&prepare)).await??;
     let store = match shards.iter().find_map(Shard::store_id) {
         Some(store) => store,
         None => random()?,
@@ -184,14 +188,18 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
         opened.push(blocking(core, move || shard.open(whose)).await??);
     }
     let mut cores = Vec::with_capacity(opened.len());
-    let parts = opened.into_iter().zip(listeners).zip(job_senders).zip(resolvers).zip(&reports);
-    for (i, (((((device, mut shard), listener), jobs), resolver), report)) in parts.enumerate() {
+    let devices = opened.into_iter().zip(spills);
+    let parts = devices.zip(listeners).zip(job_senders).zip(resolvers).zip(&reports);
+    for (i, ((((((device, mut shard), spill), listener), jobs), resolver), report)) in
+        parts.enumerate()
+    {
         let core = i as u16;
         let start = Start {
             core,
             cpu: config.cpus.get(i).copied(),
             index_bytes: config.index_bytes,
             dram_bytes: config.dram_bytes,
+            spill_bytes: spill.as_ref().map_or(0, |(_, bytes)| *bytes),
             scrub_bytes_per_s: config.scrub_bytes_per_s,
             scrub_rest_ms: config.scrub_rest_s.saturating_mul(1000),
             cores: u64::from(config.cores),
@@ -209,10 +217,12 @@ async fn serve(config: NodeConfig, shutdown: Boxed<()>) -> Result<(), NodeError>
                 ring,
                 listener,
                 device,
+                spill: spill.map(|(file, _)| file),
                 store: shard,
                 limits: CoreLimits {
                     flush_bytes: (FLUSH_BYTES / start.cores).max(SHARE_MIN),
                     dram_bytes: start.dram_bytes / start.cores,
+                    spill_bytes: start.spill_bytes,
                     scrub_bytes_per_s: start.scrub_bytes_per_s,
                     scrub_rest_ms: start.scrub_rest_ms,
                     ..CoreLimits::default()
@@ -297,6 +307,7 @@ struct Start {
     cpu: Option<usize>,
     index_bytes: u64,
     dram_bytes: u64,
+    spill_bytes: u64,
     scrub_bytes_per_s: u64,
     scrub_rest_ms: u64,
     cores: u64,
@@ -387,7 +398,10 @@ fn ring_config(config: &NodeConfig) -> ebb_ring::Config {
     }
 }
 
-fn prepare_shards(config: &NodeConfig) -> Result<(DirectoryLock, Vec<Shard>), NodeError> {
+/// The spill device of each core, and the bytes of it that are used.
+type Spills = Vec<Option<(DeviceFile, u64)>>;
+
+fn prepare_devices(config: &NodeConfig) -> Result<(DirectoryLock, Vec<Shard>, Spills), NodeError> {
     let cluster = config.cluster_id()?;
     let lock = DirectoryLock::take(&config.dir)?;
     let each = config.capacity_bytes / u64::from(config.cores);
@@ -396,7 +410,14 @@ fn prepare_shards(config: &NodeConfig) -> Result<(DirectoryLock, Vec<Shard>), No
         None => Shard::prepare(&config.dir, core, each, cluster),
     };
     let shards = (0..config.cores).map(shard).collect::<Result<_, _>>()?;
-    Ok((lock, shards))
+    let shared = config.spill.len() < usize::from(config.cores);
+    let each = config.spill_bytes / u64::from(config.cores);
+    let spill = |core: u16| {
+        let place = config.spill.get(usize::from(core) % config.spill.len().max(1));
+        place.map(|p| spill_file::open(p, core, each, cluster, shared)).transpose()
+    };
+    let spills = (0..config.cores).map(spill).collect::<Result<_, _>>()?;
+    Ok((lock, shards, spills))
 }
 
 fn listen(config: &NodeConfig) -> Result<(Vec<TcpListener>, Vec<u16>), NodeError> {

@@ -134,7 +134,7 @@ impl DirectoryLock {
 
 /// Opens a device file. A process that was killed holds its lock a little longer than it lives: the
 /// kernel takes its ring apart in the background.
-fn open_device(path: &Path, patience: Duration) -> Result<DeviceFile, FileError> {
+pub(crate) fn open_device(path: &Path, patience: Duration) -> Result<DeviceFile, FileError> {
     let mut waited = Duration::ZERO;
     loop {
         match DeviceFile::open(path, OpenMode::Existing) {

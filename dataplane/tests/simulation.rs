@@ -10,6 +10,7 @@
 
 mod sim;
 
+use ebb_dataplane::core::SPILL_BYTES_MIN;
 use sim::Sim;
 
 fn seeds(default: u64) -> std::ops::Range<u64> {
@@ -37,6 +38,31 @@ fn acked_data_is_always_readable_and_flushed_exactly() {
     }
     assert!(one || peer_reads > 0, "the former holder was never asked");
     assert!(one || dram_hits > 100, "copies in memory answered {dram_hits} reads");
+}
+
+/// A shard too small for the files, and a spill device whose reads and writes fail, lie and tear: every byte is right,
+/// and nobody hears of it.
+#[test]
+fn what_was_spilled_comes_back_right_or_from_s3() {
+    let (mut hits, mut errors, mut off) = (0, 0, 0);
+    let seeds = seeds(40);
+    let one = seeds.end - seeds.start == 1;
+    for seed in seeds {
+        println!("seed {seed}");
+        let mut sim = Sim::with_spill(seed, 10 << 20, SPILL_BYTES_MIN + (seed % 3) * (5 << 20));
+        for _ in 0..4 {
+            sim.run(60);
+            sim.scan();
+            sim.scan();
+        }
+        sim.settle_and_check();
+        println!("  {:?}", sim.tally);
+        hits += sim.tally.spill_hits;
+        errors += sim.tally.spill_errors;
+        off += sim.tally.spill_off;
+    }
+    println!("{hits} fills from the spill device, {errors} errors, {off} times off");
+    assert!(one || (hits > 100 && errors > 10), "{hits} fills, {errors} errors");
 }
 
 #[test]

@@ -121,6 +121,12 @@ pub(crate) struct Up {
     /// RAM of each data node for copies of what is read again and again (the dram tier); it fills as it is used, 0: none
     #[arg(long, value_name = "BYTES", default_value = "32MiB", value_parser = parse_bytes)]
     pub dram: u64,
+    /// Space of each data node for clean data that its device has no room for any more (the spill tier), in files under --spill-dir
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, requires = "spill_dir")]
+    pub spill: Option<u64>,
+    /// Directory on a slower and larger disk for the spill tier; several for several disks, at most one per core
+    #[arg(long, value_name = "DIR", requires = "spill")]
+    pub spill_dir: Vec<PathBuf>,
     /// Data nodes send large answers without copying them (SENDMSG_ZC): slower on loopback, worth a measurement on a fast network
     #[arg(long)]
     pub send_zc: bool,

@@ -91,7 +91,7 @@ fn print_status(s: &ClusterStatus, voters: &[VoterStatus]) -> Result<(), CliErro
         };
         let (hits, misses) = (sum(|c| c.hits), sum(|c| c.misses));
         output::line(&format!(
-            "  node {:<3} {:<9} {}:{} {} groups, {} dirty, {} clean of {}, hit rate {}{}, heartbeat {}",
+            "  node {:<3} {:<9} {}:{} {} groups, {} dirty, {} clean of {}, hit rate {}{}{}, heartbeat {}",
             node.id,
             format!("{:?}", node.state).to_lowercase(),
             node.host,
@@ -109,6 +109,7 @@ fn print_status(s: &ClusterStatus, voters: &[VoterStatus]) -> Result<(), CliErro
                 0 => String::new(),
                 n => format!(", {n} fills from other nodes"),
             },
+            spill_line(&sum),
             report
                 .and_then(|r| r.heartbeat_age_ms)
                 .map_or("never".into(), |ms| format!("{} ago", output::age(ms))),
@@ -125,6 +126,30 @@ fn print_status(s: &ClusterStatus, voters: &[VoterStatus]) -> Result<(), CliErro
         output::line(&format!("warning: {warning}"))?;
     }
     Ok(())
+}
+
+/// What a node's spill tier holds and did; nothing if there is none.
+fn spill_line(sum: &impl Fn(fn(&CoreStats) -> u64) -> u64) -> String {
+    let (capacity, errors, off) =
+        (sum(|c| c.spill_capacity_bytes), sum(|c| c.spill_errors), sum(|c| c.spill_off));
+    if capacity + errors + off == 0 {
+        return String::new();
+    }
+    let mut line = format!(
+        ", spill tier {} of {}, {} fills from it, {} written, {} dropped",
+        output::bytes(sum(|c| c.spill_bytes)),
+        output::bytes(capacity),
+        sum(|c| c.spill_hits),
+        output::bytes(sum(|c| c.spill_written_bytes)),
+        output::bytes(sum(|c| c.spill_dropped_bytes)),
+    );
+    if errors > 0 {
+        line += &format!(", {errors} errors");
+    }
+    if off > 0 {
+        line += &format!(", off on {off} cores");
+    }
+    line
 }
 
 /// `ebb scale`

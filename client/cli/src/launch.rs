@@ -148,6 +148,8 @@ fn data_config(
         arena_bytes: config.arena_bytes,
         index_bytes: config.index_bytes,
         dram_bytes: config.dram_bytes,
+        spill: config.spill_of(name),
+        spill_bytes: config.spill_bytes,
         send_zc: config.send_zc,
         sqpoll_idle_ms: config.sqpoll_idle_ms,
         cluster: config.cluster.0.to_string(),

@@ -14,6 +14,7 @@ use ebb_metaplane_protocol::{AdminCall, AdminReply, ClusterStatus};
 use ebb_rpc::{Identity, MetaClient};
 use nix::sys::signal::{Signal, kill};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -142,6 +143,8 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         arena_bytes: args.arena,
         index_bytes: args.index,
         dram_bytes: args.dram,
+        spill_bytes: args.spill.unwrap_or(0),
+        spill_dirs: spill_dirs(args)?,
         send_zc: args.send_zc,
         sqpoll_idle_ms: args.sqpoll,
         flush_after_ms: args.flush_after,
@@ -175,6 +178,42 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         let _ = std::fs::remove_file(layout.voters());
     }
     Ok((config, true))
+}
+
+/// The directories of the spill tier, by their whole names: the nodes start elsewhere.
+fn spill_dirs(args: &Up) -> Result<Vec<PathBuf>, CliError> {
+    let least = ebb_dataplane::core::SPILL_BYTES_MIN;
+    if let Some(bytes) = args.spill
+        && bytes / u64::from(args.cores) < least
+    {
+        return Err(CliError::usage(format!(
+            "--spill {bytes}: at least {} for each core, or leave it out",
+            output::bytes(least)
+        )));
+    }
+    if args.spill_dir.len() > usize::from(args.cores) {
+        return Err(CliError::usage(format!(
+            "--spill-dir is given {} times: at most once per core, and there are {} (--cores)",
+            args.spill_dir.len(),
+            args.cores
+        )));
+    }
+    let mut dirs = Vec::new();
+    for dir in &args.spill_dir {
+        let whole = dir.canonicalize();
+        let whole =
+            whole.map_err(|e| CliError::usage(format!("--spill-dir {}: {e}", dir.display())))?;
+        if !whole.is_dir() {
+            let what = format!("--spill-dir {}: it is not a directory", dir.display());
+            return Err(CliError::usage(what));
+        }
+        if dirs.contains(&whole) {
+            let what = format!("--spill-dir {}: named twice", dir.display());
+            return Err(CliError::usage(what));
+        }
+        dirs.push(whole);
+    }
+    Ok(dirs)
 }
 
 /// Ports that nobody listens on: voters have to know each other's before they start.

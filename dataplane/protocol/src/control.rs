@@ -273,6 +273,22 @@ pub struct CoreStats {
     pub dram_hits: u64,
     /// Bytes of those copies.
     pub dram_bytes: u64,
+    /// Bytes that the spill device may hold; 0: there is none, or it was switched off.
+    pub spill_capacity_bytes: u64,
+    /// Bytes that can be found there.
+    pub spill_bytes: u64,
+    /// Fills whose bytes came from there instead of S3.
+    pub spill_hits: u64,
+    /// Bytes of those fills.
+    pub spill_read_bytes: u64,
+    /// Bytes written there.
+    pub spill_written_bytes: u64,
+    /// Evicted bytes that it could not take: S3 alone has them.
+    pub spill_dropped_bytes: u64,
+    /// Its failed reads and writes, wrong checksums, and reads that took too long.
+    pub spill_errors: u64,
+    /// It failed again and again and was switched off.
+    pub spill_off: u64,
     /// Reads that went to S3.
     pub misses: u64,
     /// Refused: bad frames, wrong keys, forged or stale grants (I12).
@@ -315,6 +331,7 @@ pub struct CoreStats {
 
 /// A reply to [`Control`].
 #[derive(Clone, Debug, PartialEq, Archive, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "short-lived; one at a time")]
 pub enum ControlReply {
     /// Done.
     Done,

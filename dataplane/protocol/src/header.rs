@@ -24,7 +24,7 @@ pub const HEADER_BYTES: usize = 64;
 /// "EBB1" read as a little-endian u32.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"EBB1");
 /// Version of the wire protocol.
-pub const WIRE_VERSION: u8 = 8;
+pub const WIRE_VERSION: u8 = 9;
 /// Largest body on a data port.
 pub const BODY_BYTES_MAX_DATA: u32 = 256 << 10;
 /// Largest body on a metadata port.

@@ -166,6 +166,24 @@ impl DeviceFile {
         self.sync_all()
     }
 
+    /// Makes a regular file `len` bytes long and reserves its space, without writing to it. Nothing on a
+    /// block device.
+    pub fn reserve(&self, len: u64) -> Result<(), FileError> {
+        let meta = self.file.metadata().map_err(|e| self.err("stat", e))?;
+        if !meta.is_file() {
+            return Ok(());
+        }
+        let size =
+            i64::try_from(len).map_err(|_| self.err("fallocate", io::Error::from(Errno::EFBIG)))?;
+        self.file.set_len(len).map_err(|e| self.err("ftruncate", e))?;
+        match fallocate(&*self.file, FallocateFlags::empty(), 0, size) {
+            // Some file systems cannot reserve; then it is sparse.
+            Ok(()) | Err(Errno::EOPNOTSUPP) => {}
+            Err(e) => return Err(self.err("fallocate", e.into())),
+        }
+        self.sync_all()
+    }
+
     /// Reads until `out` is full or the file ends; answers the bytes read. `out` must be aligned
     /// (part of a [`Buf`]).
     pub fn read_at(&self, out: &mut [u8], offset: u64) -> Result<usize, FileError> {

@@ -458,10 +458,14 @@ impl<B: Buffer> ShardCore<B> {
             Step::Forget(inode) => {
                 self.dropped.insert(*inode, ());
                 self.grants.forget(*inode);
+                self.forget_spilled(&[*inode]);
                 Ok(None)
             }
             Step::Drop(scope) => self.store.drop_inode(*scope),
-            Step::EvictClean(inodes) => self.store.evict_clean(inodes),
+            Step::EvictClean(inodes) => {
+                self.forget_spilled(inodes);
+                self.store.evict_clean(inodes)
+            }
             Step::TakeWindows(pg, epoch, entries) => self.store.take_windows(*pg, *epoch, entries),
             Step::Freeze(pg, epoch) => self.store.freeze(*pg, *epoch),
             Step::Thaw(pg, epoch) => self.store.thaw(*pg, *epoch),

@@ -61,6 +61,8 @@ pub enum Purpose {
     Copy,
     /// A copy of a block that is read often.
     Dram,
+    /// Blocks on their way to the spill device. Bounded by the core's own count of bytes.
+    Spill,
 }
 
 /// Where buffers come from. `None`: none free now; ask again later.
@@ -74,7 +76,7 @@ pub trait Buffers<B> {
 pub enum Event<B> {
     /// A frame arrived on a proved connection.
     Request(Request<B>),
-    /// A device read ended; `false`: device error or short.
+    /// A read of the device or the spill device ended; `false`: device error or short.
     Read {
         /// The command's.
         token: Token,
@@ -83,11 +85,11 @@ pub enum Event<B> {
         /// Whether all was read.
         ok: bool,
     },
-    /// A device write or a sync ended.
+    /// A write of the device or the spill device, or a sync, ended.
     Written {
         /// The command's.
         token: Token,
-        /// Whether it happened whole. A failure is fatal for the shard.
+        /// Whether it happened whole. A failure is fatal for the shard, unless it is the spill device's.
         ok: bool,
     },
     /// An S3 job ended.
@@ -170,6 +172,28 @@ pub enum Command<B> {
     Sync {
         /// For the completion.
         token: Token,
+    },
+    /// Read `range.len()` bytes at `offset` of the spill device into `buf[range]`; ends as [`Event::Read`].
+    SpillRead {
+        /// For the completion.
+        token: Token,
+        /// Offset there.
+        offset: u64,
+        /// The target.
+        buf: B,
+        /// The part of it.
+        range: Range<usize>,
+    },
+    /// Write `buf[range]` at `offset` of the spill device, no durability; ends as [`Event::Written`].
+    SpillWrite {
+        /// For the completion.
+        token: Token,
+        /// Offset there.
+        offset: u64,
+        /// The source.
+        buf: Arc<B>,
+        /// The part of it.
+        range: Range<usize>,
     },
     /// Answer a request.
     Reply(Reply<B>),

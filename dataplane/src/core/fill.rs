@@ -1,4 +1,5 @@
-//! Misses: one GET per missing stretch, whoever waits for it (PROTOCOL §9, I4, I10).
+//! Misses: one GET per missing stretch, whoever waits for it (PROTOCOL §9, I4, I10), unless the spill device
+//! (`spill/`) or the former holder of the group (`peer_read.rs`) has it.
 //!
 //! A fill is a run of 256 KiB granules of one chunk under one content id, at most 1 MiB. While it lives
 //! no second one covers its granules: later misses join it. Its bytes answer those who wait as soon as
@@ -23,7 +24,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Blocks of a granule (256 KiB).
-const GRANULE_BLOCKS: u32 = 64;
+pub(crate) const GRANULE_BLOCKS: u32 = 64;
 /// Granules of a chunk.
 pub(crate) const GRANULES: usize = CHUNK_BYTES as usize / BLOCK / GRANULE_BLOCKS as usize;
 /// Granules of a fill at most (1 MiB).
@@ -71,7 +72,7 @@ pub(crate) struct FillTask<B> {
     /// Blocks of the chunk.
     pub(crate) blocks: Range<u32>,
     /// Bytes of them that are in the object.
-    valid: u32,
+    pub(crate) valid: u32,
     waiters: Vec<(Target, Range<u32>)>,
     state: State<B>,
     plan: Option<FillId>,
@@ -79,6 +80,8 @@ pub(crate) struct FillTask<B> {
     ahead: bool,
     /// The group's former holder was asked.
     pub(crate) asked: bool,
+    /// The spill device was too slow, or is off.
+    pub(crate) spill_passed: bool,
 }
 
 /// Recognises sequential readers.
@@ -218,6 +221,13 @@ impl<B: Buffer> ShardCore<B> {
         let valid = valid_in_chunk(view, key.1);
         let first = granule * GRANULE_BLOCKS;
         let no = FillNo(self.next_id());
+        // All of a fill comes from the spill device, or none of it.
+        let spilled = |g: u32| self.is_spilled(&key, g, valid);
+        let from_spill = spilled(granule);
+        let until = (granule + 1..to_block.div_ceil(GRANULE_BLOCKS))
+            .find(|g| spilled(*g) != from_spill)
+            .map_or(to_block, |g| g * GRANULE_BLOCKS);
+        let to_block = to_block.min(until);
         let table = self.granules.entry(key).or_insert([None; GRANULES]);
         // Up to where another fill begins.
         let mut end = first;
@@ -244,6 +254,7 @@ impl<B: Buffer> ShardCore<B> {
             writes: 0,
             ahead,
             asked: false,
+            spill_passed: false,
         };
         if ahead {
             self.read_ahead.alive += 1;
@@ -263,6 +274,9 @@ impl<B: Buffer> ShardCore<B> {
             return true;
         }
         let bytes = fill.blocks.len() * BLOCK;
+        if self.queues_for_spill(no) {
+            return true;
+        }
         let buf = match self.buffers.take(bytes, Purpose::Fill) {
             Some(buf) => buf,
             None => {
@@ -276,10 +290,17 @@ impl<B: Buffer> ShardCore<B> {
                 }
             }
         };
+        if let Some(buf) = self.read_spilled(no, buf) {
+            self.ask_elsewhere(no, buf);
+        }
+        true
+    }
+
+    /// The spill device does not have a fill's bytes: the former holder of its group may, and S3 does.
+    pub(crate) fn ask_elsewhere(&mut self, no: FillNo, buf: B) {
         if let Some(buf) = self.ask_holder(no, buf) {
             self.fetch(no, buf);
         }
-        true
     }
 
     /// Asks S3 for a fill's bytes.
@@ -406,6 +427,7 @@ impl<B: Buffer> ShardCore<B> {
                 if evictable > 0 {
                     self.evict_for(needed);
                 }
+                self.spill_uncached(no, &buf);
                 self.end_fill(no);
             }
             Err(e) => {

@@ -32,6 +32,7 @@ mod read;
 mod replica;
 mod scrub;
 mod space;
+mod spill;
 mod upload;
 mod warm;
 mod write;
@@ -39,6 +40,7 @@ mod write;
 pub use buffer::Buffer;
 pub use call::*;
 pub use event::*;
+pub use spill::{SPILL_BYTES_MIN, SPILL_LOG_AT};
 
 use assembly::{AsmId, Assembly};
 use control::{ControlId, ControlTask};
@@ -79,6 +81,8 @@ pub struct CoreLimits {
     pub views: usize,
     /// Copies of blocks in memory; 0: none.
     pub dram_bytes: u64,
+    /// Size of the spill device, in bytes; less than [`SPILL_BYTES_MIN`]: there is none.
+    pub spill_bytes: u64,
     /// Bytes compared with their checksums per second, in the background; 0: none.
     pub scrub_bytes_per_s: u64,
     /// Rest between two passes over the device.
@@ -93,6 +97,7 @@ impl Default for CoreLimits {
             grants: grants::GRANTS_MAX,
             views: grants::VIEWS_MAX,
             dram_bytes: 0,
+            spill_bytes: 0,
             scrub_bytes_per_s: crate::config::SCRUB_BYTES_PER_S,
             scrub_rest_ms: crate::config::SCRUB_REST_S * 1000,
         }
@@ -148,6 +153,12 @@ enum Pending {
     CopyRead(u64, usize),
     /// Blocks that are compared with their checksums.
     Scrub(ebb_store::ScrubPiece),
+    /// Evicted blocks that are copied to the spill device.
+    Capture(Box<spill::Capture>),
+    /// A write of the spill device.
+    SpillWrite,
+    /// A fill's read of the spill device.
+    SpillRead(Box<spill::SpillRead>),
 }
 
 /// Who waits for a ticket.
@@ -180,6 +191,7 @@ enum Starved {
 pub struct ShardCore<B> {
     store: Store,
     dram: dram::Dram<B>,
+    spill: spill::Spill<B>,
     key: ClusterKey,
     cluster: ClusterId,
     limits: CoreLimits,
@@ -243,6 +255,7 @@ impl<B: Buffer> ShardCore<B> {
             cluster,
             buffers,
             dram: dram::Dram::new(limits.dram_bytes),
+            spill: spill::Spill::new(limits.spill_bytes),
             grants: Grants::new(limits.grants, limits.views),
             limits,
             dropped: Lru::new(DROPPED_MAX),
@@ -334,6 +347,7 @@ impl<B: Buffer> ShardCore<B> {
         self.drive_copies();
         self.start_uploads();
         self.keep_space();
+        self.keep_spilling();
         self.keep_scrubbing();
         self.forget_remnants();
         self.drive_journal();
@@ -441,6 +455,8 @@ impl<B: Buffer> ShardCore<B> {
             pressure_permille: self.pressure(&s),
             members_syncing: self.members_syncing(),
             dram_bytes: self.dram.bytes(),
+            spill_capacity_bytes: self.spill.capacity(),
+            spill_bytes: self.spill.bytes(),
             ..self.stats
         }
     }
@@ -542,12 +558,17 @@ impl<B: Buffer> ShardCore<B> {
             Some(Pending::Journal(step)) => self.journal_read(step, buf, ok),
             Some(Pending::Scrub(piece)) => self.scrub_read(piece, &buf, ok),
             Some(Pending::CopyRead(stream, piece)) => self.copy_read(stream, piece, buf, ok),
+            Some(Pending::Capture(capture)) => self.capture_read(*capture, buf, ok),
+            Some(Pending::SpillRead(read)) => self.spill_read(*read, buf, ok),
             other => debug_assert!(false, "a read completion for {other:?}"),
         }
     }
 
     fn written(&mut self, token: Token, ok: bool) {
         let what = self.pending.remove(&token);
+        if matches!(what, Some(Pending::SpillWrite)) {
+            return self.spill_written(ok);
+        }
         if !ok {
             self.fail_store("a device write or sync failed");
         }

@@ -30,7 +30,7 @@ impl<B: Buffer> ShardCore<B> {
         if self.space.evicting {
             return true;
         }
-        match self.store.evict(needed.max(EVICT_BYTES_MIN)) {
+        match self.evict_and_spill(needed.max(EVICT_BYTES_MIN)) {
             Ok(Some((bytes, ticket))) => {
                 self.space.evicting = true;
                 self.stats.evicted_bytes += bytes;
@@ -68,7 +68,12 @@ impl<B: Buffer> ShardCore<B> {
         let s = self.store.stats();
         let wanted = (s.capacity_bytes / FREE_SHARE).min(FREE_BYTES_MAX);
         // Freed bytes that wait for readers or for the journal are on their way.
-        if s.clean_bytes > 0 && s.free_bytes + s.waiting_bytes < wanted {
+        let free = s.free_bytes + s.waiting_bytes;
+        // Nobody needs it yet, so what goes may wait a little for its copy.
+        if self.spill.is_busy() && free > wanted / 2 {
+            return;
+        }
+        if s.clean_bytes > 0 && free < wanted {
             self.evict_for(wanted - s.free_bytes);
         }
     }

@@ -1,7 +1,7 @@
 //! Carrying out the core's commands. What the ring or the mover has no room for waits, in order.
 
 use super::Glue;
-use crate::core::{Command, Piece, Reply, Token};
+use crate::core::{Command, Event, Piece, Reply, Token};
 use ebb_dataplane_protocol::Status;
 use ebb_dataplane_protocol::header::HEADER_BYTES;
 use ebb_ring::{Buf, Durability, Pool, Refusal, Segment, Token as RingToken};
@@ -55,6 +55,7 @@ impl Glue {
                     self.refused(why, token, Command::Sync { token });
                 }
             }
+            Command::SpillRead { .. } | Command::SpillWrite { .. } => self.spill_command(command),
             Command::Reply(reply) => self.reply(reply),
             Command::Job(job) => {
                 if let Some(job) = self.jobs.try_send(job) {
@@ -64,6 +65,54 @@ impl Glue {
             Command::Call(call) => self.peers.call(&mut self.reactor, call, self.now_ms),
             Command::RefreshMap => self.refresh.notify_one(),
             Command::Failed(why) => self.failure = Some(why),
+        }
+    }
+
+    /// A command for the spill device; one that is refused for good failed as if the device had.
+    fn spill_command(&mut self, command: Command<Buf>) {
+        let file = self.spill;
+        match command {
+            Command::SpillRead { token, offset, buf, range } => {
+                let refused = match file {
+                    Some(file) => {
+                        let t = RingToken(token.0);
+                        match self.reactor.read(file, t, buf, range.clone(), offset) {
+                            Ok(_) => return,
+                            Err(r) => (r.why, r.back),
+                        }
+                    }
+                    None => (Refusal::NoFile, buf),
+                };
+                match refused {
+                    (Refusal::TooManyOps, buf) => {
+                        self.deferred.push_back(Command::SpillRead { token, offset, buf, range });
+                    }
+                    (why, buf) => {
+                        tracing::warn!(core = self.index, %why, "spill device read refused");
+                        self.core.handle(self.now_ms, Event::Read { token, buf, ok: false });
+                    }
+                }
+            }
+            Command::SpillWrite { token, offset, buf, range } => {
+                let why = match file {
+                    Some(file) => {
+                        let segment = Segment::Shared(Arc::clone(&buf), range.clone());
+                        let t = RingToken(token.0);
+                        match self.reactor.write(file, t, segment, offset, Durability::Buffered) {
+                            Ok(_) => return,
+                            Err(r) => r.why,
+                        }
+                    }
+                    None => Refusal::NoFile,
+                };
+                if why == Refusal::TooManyOps {
+                    self.deferred.push_back(Command::SpillWrite { token, offset, buf, range });
+                } else {
+                    tracing::warn!(core = self.index, %why, "spill device write refused");
+                    self.core.handle(self.now_ms, Event::Written { token, ok: false });
+                }
+            }
+            other => debug_assert!(false, "not for the spill device: {other:?}"),
         }
     }
 

@@ -74,6 +74,8 @@ pub(crate) struct CoreSetup {
     pub(crate) ring: ebb_ring::Config,
     pub(crate) listener: TcpListener,
     pub(crate) device: DeviceFile,
+    /// For clean data that the device has no room for.
+    pub(crate) spill: Option<DeviceFile>,
     pub(crate) store: Store,
     pub(crate) limits: CoreLimits,
     pub(crate) jobs: JobSender,
@@ -138,6 +140,7 @@ pub(crate) struct Glue {
     reactor: Reactor,
     core: ShardCore<Buf>,
     file: FileId,
+    spill: Option<FileId>,
     listener: Option<ListenerId>,
     conns: HashMap<ConnRef, Conn>,
     /// The live connection of each lane.
@@ -175,6 +178,9 @@ impl Glue {
             what: "device file",
             why: r.why.to_string(),
         })?;
+        let spill = setup.spill.map(|file| reactor.add_file(file)).transpose().map_err(|r| {
+            CoreError::Refused { core, what: "spill device", why: r.why.to_string() }
+        })?;
         let listener = reactor.add_listener(setup.listener).map_err(|r| CoreError::Refused {
             core,
             what: "listening socket",
@@ -199,6 +205,7 @@ impl Glue {
             reactor,
             core: shard,
             file,
+            spill,
             listener: Some(listener),
             conns: HashMap::new(),
             lanes: HashMap::new(),
@@ -311,6 +318,15 @@ impl Glue {
                 };
                 let token = crate::core::Token(token.0);
                 self.core.handle(self.now_ms, CoreEvent::Read { token, buf, ok });
+            }
+            Event::Written { file, token, result, segments, .. } if Some(file) == self.spill => {
+                if let Err(error) = &result {
+                    tracing::warn!(core = self.index, %error, "spill device write failed");
+                }
+                // The core takes the buffer again.
+                drop(segments);
+                let (token, ok) = (crate::core::Token(token.0), result.is_ok());
+                self.core.handle(self.now_ms, CoreEvent::Written { token, ok });
             }
             Event::Written { token, result, .. } => {
                 self.device_done(token.0, result.map_err(|e| e.to_string()));

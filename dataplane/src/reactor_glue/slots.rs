@@ -1,7 +1,7 @@
 //! Arena slots as the core's buffers: which pool and class each purpose draws from.
 //!
 //! Fills and edges have the background pool, so a burst of client requests never starves them, nor the
-//! other way round. Upload bodies and checkpoint moves are heap memory that the core counts. Copies of blocks have
+//! other way round. Upload bodies, checkpoint moves and what goes to the spill device are heap memory that the core counts. Copies of blocks have
 //! an arena of their own.
 
 use crate::core::{Buffers, Purpose};
@@ -37,7 +37,7 @@ impl Buffers<Buf> for Slots {
             Purpose::Reply => take(&self.arena, bytes, Pool::Clients),
             Purpose::Edge | Purpose::Fill => take(&self.arena, bytes, Pool::Background),
             Purpose::Copy => take(&self.arena, bytes, Pool::Replication),
-            Purpose::Flush => Some(Buf::unpooled(bytes)),
+            Purpose::Flush | Purpose::Spill => Some(Buf::unpooled(bytes)),
             Purpose::Dram => self.dram.as_ref()?.alloc_len(bytes, Pool::Clients),
         }
     }

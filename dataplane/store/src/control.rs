@@ -4,8 +4,8 @@
 //! twice: `Ok(None)` means durable already.
 
 use crate::error::{ControlError, WaitFor};
-use crate::extent::Extent;
-use crate::index::Inode;
+use crate::extent::{Extent, Origin};
+use crate::index::{Chunk, ChunkKey, Inode};
 use crate::record::Record;
 use crate::store::Store;
 use crate::types::*;
@@ -319,6 +319,35 @@ impl Store {
     /// Appends evictions of clean chunks, those first that the cache needs least, about `bytes` of them. The space is free once the
     /// ticket is durable and readers are gone. `None`: nothing clean is left (or all of it is on its way).
     pub fn evict(&mut self, bytes: u64) -> Result<Option<(u64, Ticket)>, ControlError> {
+        self.evict_each(bytes, |_, _| {})
+    }
+
+    /// As [`Store::evict`], and says where the clean blocks that go are. They stay as they are until the guard is
+    /// released: whoever wants to keep them elsewhere reads them meanwhile.
+    pub fn evict_held(&mut self, bytes: u64) -> Result<Option<Evicted>, ControlError> {
+        let mut leaving = Vec::new();
+        let gone = self.evict_each(bytes, |(inode, chunk), c| {
+            leaving.extend(c.extents.0.iter().filter_map(|e| match e.origin {
+                Origin::Clean(content) => Some(Leaving {
+                    inode,
+                    chunk,
+                    content,
+                    first: e.first(),
+                    offset: e.run().offset(),
+                    crcs: e.crcs.clone(),
+                    tail_valid: u32::from(e.tail),
+                }),
+                Origin::Dirty(_) => None,
+            }));
+        })?;
+        Ok(gone.map(|(bytes, ticket)| Evicted { bytes, ticket, leaving, guard: self.guard() }))
+    }
+
+    fn evict_each(
+        &mut self,
+        bytes: u64,
+        mut going: impl FnMut(ChunkKey, &Chunk),
+    ) -> Result<Option<(u64, Ticket)>, ControlError> {
         const CHUNKS_PER_CALL: usize = 256;
         let want = bytes.div_ceil(BLOCK as u64);
         let (mut got, mut last) = (0u64, None);
@@ -331,6 +360,9 @@ impl Store {
             let record = Record::EvictChunk { inode: key.0, chunk: key.1 };
             match self.control(record, true, |_| {}) {
                 Ok(ticket) => {
+                    if let Some(c) = self.index.chunks.get(&key) {
+                        going(key, c);
+                    }
                     self.evicting.insert(ticket, blocks.into());
                     last = Some(ticket);
                 }

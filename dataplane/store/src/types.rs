@@ -250,6 +250,38 @@ pub enum PieceSource {
 #[must_use = "give it back to Store::release, or freed space never comes back"]
 pub struct ReadGuard(pub(crate) u64);
 
+/// Clean blocks on their way out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    /// The inode.
+    pub inode: InodeId,
+    /// The chunk.
+    pub chunk: ChunkIndex,
+    /// What they are of.
+    pub content: ContentId,
+    /// The first one, in the chunk.
+    pub first: u32,
+    /// Device offset, bytes.
+    pub offset: u64,
+    /// CRC-32C of each block as it is on the device.
+    pub crcs: Box<[u32]>,
+    /// Bytes of the last block that count, 1 to 4096; the rest reads as zero.
+    pub tail_valid: u32,
+}
+
+/// An eviction under way, of which something may be kept elsewhere.
+#[derive(Debug)]
+pub struct Evicted {
+    /// Clean bytes that go.
+    pub bytes: u64,
+    /// The last of its records: when it is durable the space is free, once the guard is released.
+    pub ticket: Ticket,
+    /// Where they are, chunk by chunk, ascending in each.
+    pub leaving: Vec<Leaving>,
+    /// Keeps them readable.
+    pub guard: ReadGuard,
+}
+
 /// A newer view of an inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ViewUpdate {

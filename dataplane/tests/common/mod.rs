@@ -204,6 +204,8 @@ impl World {
             capacity_bytes,
             arena_bytes: 64 << 20,
             dram_bytes: 8 << 20,
+            spill: Vec::new(),
+            spill_bytes: 0,
             send_zc: false,
             sqpoll_idle_ms: 0,
             index_bytes: 144 << 20,

@@ -642,6 +642,9 @@ impl World {
                 let answer = Answer { token: call.token, link, outcome, buf };
                 self.handle(n, Event::Answer(answer));
             }
+            Command::SpillRead { .. } | Command::SpillWrite { .. } => {
+                unreachable!("no spill device")
+            }
             Command::Reply(_) | Command::RefreshMap | Command::Failed(_) => unreachable!(),
         }
     }

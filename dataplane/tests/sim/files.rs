@@ -352,6 +352,24 @@ impl Sim {
         }
     }
 
+    /// Somebody reads files from end to end.
+    pub fn scan(&mut self) {
+        const STEP: usize = 256 << 10;
+        for file in 0..self.files.all.len() {
+            for at in (0..self.files.all[file].size).step_by(STEP) {
+                let f = &self.files.all[file];
+                let end = (at + STEP as u64).min(f.size);
+                if !f.free(&(at..end)) {
+                    continue;
+                }
+                let expected = f.model[at as usize..end as usize].to_vec();
+                self.send_read(file, at, expected, SessionId(1));
+                self.turn();
+                self.turn();
+            }
+        }
+    }
+
     fn present(&mut self, file: usize, session: SessionId) {
         let body = codec::encode(&self.files.all[file].grant(session));
         let o = Outstanding { session, what: What::Present };

@@ -36,6 +36,7 @@ pub struct Memory {
     /// Counted by the core itself.
     flush: Arc<AtomicIsize>,
     dram: Arc<AtomicIsize>,
+    spill: Arc<AtomicIsize>,
     max: isize,
 }
 
@@ -89,6 +90,8 @@ impl Buffers<Slot> for Memory {
             Purpose::Flush | Purpose::Copy => (&self.flush, isize::MAX),
             // Held for as long as the core lives.
             Purpose::Dram => (&self.dram, isize::MAX),
+            // Batches that wait for more; the core counts them.
+            Purpose::Spill => (&self.spill, 24 << 20),
         };
         let out = pool.load(Ordering::Relaxed);
         let fits = out == 0 || out.saturating_add(bytes as isize) <= max;
@@ -117,11 +120,16 @@ pub struct Tally {
     pub crashes: u64,
     pub peer_reads: u64,
     pub dram_hits: u64,
+    pub spill_hits: u64,
+    pub spill_errors: u64,
+    pub spill_off: u64,
 }
 
 pub struct Sim {
     rng: SmallRng,
     device: Device,
+    /// The spill device; of no bytes: there is none.
+    spill: Vec<u8>,
     core: ShardCore<Slot>,
     memory: Memory,
     now: u64,
@@ -136,11 +144,18 @@ pub struct Sim {
     /// Refused writes, to be sent again.
     retries: Vec<files::Write>,
     traced: bool,
+    /// Wrong answers of the former holder since the core was opened.
+    lies: u64,
     pub tally: Tally,
 }
 
 impl Sim {
     pub fn new(seed: u64, device_bytes: u64) -> Self {
+        Self::with_spill(seed, device_bytes, 0)
+    }
+
+    /// With a spill device that fails and lies now and then.
+    pub fn with_spill(seed: u64, device_bytes: u64, spill_bytes: u64) -> Self {
         let mut device = Device::new(device_bytes);
         let geometry = Geometry::for_device(device_bytes).expect("large enough");
         let identity = Identity {
@@ -164,10 +179,11 @@ impl Sim {
         let map =
             ClusterMap { version: MapVersion(1), cluster: CLUSTER, pgs, ..Default::default() };
         let memory = Memory { max: 32 << 20, ..Memory::default() };
-        let core = open(&mut device, &memory);
+        let core = open(&mut device, &memory, spill_bytes);
         let mut sim = Self {
             rng: SmallRng::seed_from_u64(seed),
             device,
+            spill: vec![0; spill_bytes as usize],
             core,
             memory,
             now: 1,
@@ -179,6 +195,7 @@ impl Sim {
             requests: HashMap::new(),
             next_request: 1,
             retries: Vec::new(),
+            lies: 0,
             traced: std::env::var_os("EBB_SIM_TRACE").is_some(),
             tally: Tally::default(),
         };
@@ -251,7 +268,7 @@ impl Sim {
     }
 
     /// A few completions in random order, then the end of a turn.
-    fn turn(&mut self) {
+    pub fn turn(&mut self) {
         self.now += self.rng.random_range(0..30);
         for _ in 0..self.rng.random_range(1..6) {
             if self.in_flight.is_empty() {
@@ -304,6 +321,25 @@ impl Sim {
                 self.core.handle(now, Event::Written { token, ok: true });
             }
             Command::Sync { token } => self.core.handle(now, Event::Written { token, ok: true }),
+            Command::SpillRead { token, offset, mut buf, range } => {
+                let at = offset as usize;
+                let target = &mut buf.bytes_mut()[range.clone()];
+                target.copy_from_slice(&self.spill[at..at + range.len()]);
+                let ok = !self.rng.random_bool(0.03);
+                if self.rng.random_bool(0.03) {
+                    let byte = self.rng.random_range(range);
+                    buf.bytes_mut()[byte] ^= 4;
+                }
+                self.core.handle(now, Event::Read { token, buf, ok });
+            }
+            Command::SpillWrite { token, offset, buf, range } => {
+                // Failed, or torn and not even said.
+                let ok = !self.rng.random_bool(0.05);
+                let torn = !ok || self.rng.random_bool(0.05);
+                self.spill_write(offset, &buf.bytes()[range], torn);
+                drop(buf);
+                self.core.handle(now, Event::Written { token, ok });
+            }
             Command::Job(Job { token, work }) => {
                 let done = self.s3_call(token, work);
                 self.core.handle(now, Event::Job(done));
@@ -314,6 +350,26 @@ impl Sim {
             }
             Command::Reply(_) | Command::RefreshMap | Command::Failed(_) => unreachable!(),
         }
+    }
+
+    fn spill_write(&mut self, offset: u64, data: &[u8], torn: bool) {
+        for (i, block) in data.chunks(4096).enumerate() {
+            if !torn || self.rng.random_bool(0.5) {
+                let at = offset as usize + i * 4096;
+                self.spill[at..at + 4096].copy_from_slice(block);
+            }
+        }
+    }
+
+    fn count_what_the_core_did(&mut self) {
+        let stats = self.core.stats;
+        // The device is sound: what is read of it is what was written, also on its way out.
+        assert!(stats.checksum_errors <= self.lies, "{} of {}", stats.checksum_errors, self.lies);
+        self.lies = 0;
+        self.tally.dram_hits += stats.dram_hits;
+        self.tally.spill_hits += stats.spill_hits;
+        self.tally.spill_errors += stats.spill_errors;
+        self.tally.spill_off += stats.spill_off;
     }
 
     fn s3_call(&mut self, token: Token, work: Work<Slot>) -> JobDone<Slot> {
@@ -373,6 +429,7 @@ impl Sim {
                 if self.rng.random_bool(0.2) {
                     let byte = self.rng.random_range(0..blocks.len());
                     blocks[byte] ^= 0x10;
+                    self.lies += 1;
                 } else {
                     self.tally.peer_reads += 1;
                 }
@@ -387,7 +444,7 @@ impl Sim {
     /// Everything in memory is gone; the device keeps what is durable and some of the rest.
     fn crash(&mut self) {
         self.tally.crashes += 1;
-        self.tally.dram_hits += self.core.stats.dram_hits;
+        self.count_what_the_core_did();
         self.trace(|| "CRASH".into());
         for command in std::mem::take(&mut self.in_flight) {
             match command {
@@ -398,12 +455,16 @@ impl Sim {
                 Command::WriteMeta { offset, bytes, .. } => {
                     self.device.tear(offset, &bytes, &mut self.rng);
                 }
+                Command::SpillWrite { offset, buf, range, .. } => {
+                    self.spill_write(offset, &buf.bytes()[range], true);
+                }
                 // A PUT may have arrived; the leader finds out by its nonce. Here it has not.
                 _ => {}
             }
         }
         self.device.crash(&mut self.rng);
-        let old = std::mem::replace(&mut self.core, open(&mut self.device, &self.memory));
+        let core = open(&mut self.device, &self.memory, self.spill.len() as u64);
+        let old = std::mem::replace(&mut self.core, core);
         drop(old);
         assert_eq!(self.memory.out(), 0, "a core drops its buffers");
         self.lease(1_000_000_000);
@@ -460,7 +521,7 @@ impl Sim {
     }
 }
 
-fn open(device: &mut Device, memory: &Memory) -> ShardCore<Slot> {
+fn open(device: &mut Device, memory: &Memory, spill_bytes: u64) -> ShardCore<Slot> {
     let store = Store::open(device, CLUSTER).expect("recovers");
     let buffers = Box::new(memory.clone());
     // Small tables, so that forgetting is exercised.
@@ -470,6 +531,7 @@ fn open(device: &mut Device, memory: &Memory) -> ShardCore<Slot> {
         grants: 6,
         views: 3,
         dram_bytes: 1 << 20,
+        spill_bytes,
         scrub_bytes_per_s: 64 << 20,
         scrub_rest_ms: 10,
     };

@@ -44,6 +44,8 @@ impl Nodes {
                 key_file: world.dir.path().join("key"),
                 meta: vec![address.to_owned()],
                 dram_bytes: ebb_dataplane::config::DRAM_BYTES_DEFAULT,
+                spill: Vec::new(),
+                spill_bytes: 0,
                 send_zc: false,
                 sqpoll_idle_ms: 0,
                 scrub_bytes_per_s: ebb_dataplane::config::SCRUB_BYTES_PER_S,
