@@ -10,6 +10,7 @@ use crate::frame::Frame;
 use crate::handshake::Identity;
 use ebb_dataplane_protocol::Status;
 use ebb_metaplane_protocol::{Request, Response};
+use std::pin::Pin;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::{Mutex, Notify};
@@ -236,6 +237,22 @@ impl MetaClient {
     }
 }
 
+/// There is something to learn, and who told of it is gone: of those that are known somebody is connected to,
+/// which asks. Without it a client that is idle would hear of it with its next call, when perhaps nobody is
+/// left of those that it knows. Boxed: a connection's watch begins the next one's.
+fn ask_another(inner: &Weak<Inner>) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+    Box::pin(async {
+        // Whoever breaks each connection is not asked without a pause.
+        tokio::time::sleep(BACKOFF_MAX).await;
+        let Some(client) = inner.upgrade().map(|inner| MetaClient { inner }) else { return };
+        for _ in client.known_addresses() {
+            if client.connection(Instant::now() + CONNECT_TIMEOUT).await.is_ok() {
+                return;
+            }
+        }
+    })
+}
+
 /// Another one leads, whether this one did when it was asked or not.
 fn is_elsewhere(status: Status) -> bool {
     matches!(status, Status::NotLeader | Status::Superseded)
@@ -248,8 +265,9 @@ async fn watch(inner: Weak<Inner>, connection: WeakConnection, changed: Arc<Noti
         let changed_now = tokio::time::timeout(PING_EVERY, changed.notified()).await.is_ok();
         let Some(connection) = connection.upgrade().filter(|c| !c.is_closed()) else {
             if changed_now {
-                // For whom another connection has.
+                // For whom another connection has, if there is one.
                 changed.notify_one();
+                ask_another(&inner).await;
             }
             return;
         };
@@ -267,6 +285,9 @@ async fn watch(inner: Weak<Inner>, connection: WeakConnection, changed: Arc<Noti
             Err(error) => {
                 tracing::debug!(%error, "a metadata server gives no sign of life");
                 connection.close();
+                if changed_now {
+                    ask_another(&inner).await;
+                }
             }
         }
     }

@@ -17,17 +17,26 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Who votes, as of which change.
 type Voters = Arc<Mutex<(u64, Vec<String>)>>;
+type Mortal = Arc<Mutex<Option<Opcode>>>;
 
 /// A server that leads, and counts how often it was asked where voters are.
 struct Server {
     voters: Voters,
     asked: watch::Sender<u64>,
+    /// Dies when it is asked so: of a question without, of a call with an answer.
+    mortal: Mortal,
+    stop: CancellationToken,
 }
 
 impl Handler for Server {
     async fn handle(&self, _peer: Peer, frame: Frame) -> Frame {
         let (membership, addresses) = self.voters.lock().expect("whole").clone();
+        let dies = *self.mortal.lock().expect("whole") == Some(frame.header.opcode);
+        if dies {
+            self.stop.cancel();
+        }
         let body = match frame.header.opcode {
+            Opcode::Ping if dies => return std::future::pending().await,
             Opcode::Ping => {
                 self.asked.send_modify(|n| *n += 1);
                 Bytes::from(addresses.join(","))
@@ -42,6 +51,7 @@ impl Handler for Server {
 struct Running {
     address: String,
     asked: watch::Receiver<u64>,
+    mortal: Mortal,
     stop: CancellationToken,
 }
 
@@ -49,17 +59,29 @@ async fn server(voters: &Voters) -> Running {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
     let address = listener.local_addr().expect("bound").to_string();
     let (tx, asked) = watch::channel(0);
-    let stop = CancellationToken::new();
-    let handler = Arc::new(Server { voters: Arc::clone(voters), asked: tx });
+    let (stop, mortal) = (CancellationToken::new(), Mortal::default());
+    let (m, s) = (Arc::clone(&mortal), stop.clone());
+    let handler = Arc::new(Server { voters: Arc::clone(voters), asked: tx, mortal: m, stop: s });
     let (s, key) = (stop.clone(), ClusterKey::new(KEY));
     let counters = Arc::new(Counters::default());
     tokio::spawn(serve(listener, key, ClusterId(7), 1 << 20, handler, counters, s));
-    Running { address, asked, stop }
+    Running { address, asked, mortal, stop }
 }
 
 async fn call(client: &MetaClient) {
     let request = Request::Session(SessionCall::Renew(SessionId(1)));
     client.call(&request, PATIENCE).await.expect("somebody leads");
+}
+
+/// Waits until a client that nobody calls has heard of this address.
+async fn knows(client: &MetaClient, address: &String) {
+    let heard = async {
+        while !client.known_addresses().contains(address) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    // Less than an idle client takes to look again of itself.
+    tokio::time::timeout(Duration::from_secs(4), heard).await.expect("asks at once");
 }
 
 /// As fast as it may go: an answer of after a change makes the client ask at once, so that it finds a group
@@ -77,16 +99,33 @@ async fn voters_that_are_replaced_in_no_time_are_followed() {
         let new = server(&voters).await;
         set((change, vec![old.address.clone(), new.address.clone()]));
         call(&client).await;
-        let knows = async {
-            while !client.known_addresses().contains(&new.address) {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-        };
-        // Less than an idle client takes to look again of itself.
-        tokio::time::timeout(Duration::from_secs(4), knows).await.expect("asks at once");
+        knows(&client, &new.address).await;
         old.stop.cancel();
         call(&client).await;
         old = new;
+    }
+}
+
+/// News that their bearer took along are asked of another one, at once: the next call may find nobody left.
+#[tokio::test(flavor = "multi_thread")]
+async fn news_are_learned_though_who_told_of_them_is_gone() {
+    for dies_of in [Opcode::Ping, Opcode::Meta].into_iter().cycle().take(12) {
+        let voters: Voters = Arc::default();
+        let (a, b) = (server(&voters).await, server(&voters).await);
+        let of = |all: &[&Running]| all.iter().map(|s| s.address.clone()).collect::<Vec<_>>();
+        *voters.lock().expect("whole") = (1, of(&[&a, &b]));
+        let identity = Identity::new(ClusterKey::new(KEY), Role::Client);
+        let client = MetaClient::new(of(&[&a]), identity);
+        call(&client).await;
+        knows(&client, &b.address).await;
+        *a.mortal.lock().expect("whole") = Some(dies_of);
+        let c = server(&voters).await;
+        *voters.lock().expect("whole") = (2, of(&[&a, &b, &c]));
+        call(&client).await;
+        a.stop.cancelled().await;
+        knows(&client, &c.address).await;
+        b.stop.cancel();
+        call(&client).await;
     }
 }
 
