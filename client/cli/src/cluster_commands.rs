@@ -132,19 +132,24 @@ fn print_status(s: &ClusterStatus, voters: &[VoterStatus]) -> Result<(), CliErro
 fn spill_line(sum: &impl Fn(fn(&CoreStats) -> u64) -> u64) -> String {
     let (capacity, errors, off) =
         (sum(|c| c.spill_capacity_bytes), sum(|c| c.spill_errors), sum(|c| c.spill_off));
+    let late = sum(|c| c.spill_late);
     if capacity + errors + off == 0 {
         return String::new();
     }
     let mut line = format!(
-        ", spill tier {} of {}, {} fills from it, {} written, {} dropped",
+        ", spill tier {} of {}, {} fills from it, {} written, {} on the way, {} dropped",
         output::bytes(sum(|c| c.spill_bytes)),
         output::bytes(capacity),
         sum(|c| c.spill_hits),
         output::bytes(sum(|c| c.spill_written_bytes)),
+        output::bytes(sum(|c| c.spill_waiting_bytes)),
         output::bytes(sum(|c| c.spill_dropped_bytes)),
     );
     if errors > 0 {
         line += &format!(", {errors} errors");
+    }
+    if late > 0 {
+        line += &format!(", {late} reads too late");
     }
     if off > 0 {
         line += &format!(", off on {off} cores");

@@ -283,10 +283,14 @@ pub struct CoreStats {
     pub spill_read_bytes: u64,
     /// Bytes written there.
     pub spill_written_bytes: u64,
+    /// Bytes on their way there, in memory.
+    pub spill_waiting_bytes: u64,
     /// Evicted bytes that it could not take: S3 alone has them.
     pub spill_dropped_bytes: u64,
-    /// Its failed reads and writes, wrong checksums, and reads that took too long.
+    /// Its failed reads and writes, and wrong checksums.
     pub spill_errors: u64,
+    /// Its reads that took too long: S3 was asked instead.
+    pub spill_late: u64,
     /// It failed again and again and was switched off.
     pub spill_off: u64,
     /// Reads that went to S3.

@@ -341,6 +341,7 @@ impl<B: Buffer> ShardCore<B> {
     pub fn end_turn(&mut self, now_ms: u64) {
         self.now_ms = self.now_ms.max(now_ms);
         self.retry_starved();
+        self.serve_found();
         self.retry_writes();
         self.retry_controls();
         self.pump_all();
@@ -457,6 +458,7 @@ impl<B: Buffer> ShardCore<B> {
             dram_bytes: self.dram.bytes(),
             spill_capacity_bytes: self.spill.capacity(),
             spill_bytes: self.spill.bytes(),
+            spill_waiting_bytes: self.spill.waiting_bytes(),
             ..self.stats
         }
     }

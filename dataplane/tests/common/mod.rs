@@ -57,6 +57,13 @@ pub struct MetaStandIn {
 
 impl Handler for MetaStandIn {
     async fn handle(&self, _peer: Peer, frame: Frame) -> Frame {
+        if frame.header.opcode == Opcode::Ping {
+            return Frame::new(
+                frame.header.reply(Status::Ok),
+                Default::default(),
+                Default::default(),
+            );
+        }
         let request = codec::decode::<Request>(&frame.body).expect("a request");
         let (reply, silent) = {
             let mut s = self.state.lock().expect("lock");

@@ -3,7 +3,8 @@
 //! A fill is whole on the device or not from it: where that changes from granule to granule, another fill begins
 //! (`fill.rs`). Its reads go into the fill's own buffer, one after another, and it is served when every
 //! granule has its checksum and was not written over meanwhile. Whatever else happens, the fill goes on
-//! as if it had not been asked here: to the former holder, or to S3.
+//! as if it had not been asked here: to the former holder, or to S3. What is still on its way to the device is
+//! copied from there; a fill that needs no read is served at the end of the turn.
 //!
 //! A device has few reads at a time, in bytes, since they hold buffers that all fills share; the other fills wait
 //! without one. A device that does not answer is passed by.
@@ -31,7 +32,18 @@ pub(crate) struct SpillRead {
     bytes: usize,
     /// Device offsets, and where in the buffer.
     todo: VecDeque<(u64, Range<usize>)>,
-    parts: Vec<(Key, Entry, Range<usize>)>,
+    parts: Vec<Part>,
+}
+
+/// A granule of a fill.
+#[derive(Debug)]
+struct Part {
+    key: Key,
+    entry: Entry,
+    /// Where in the fill's buffer.
+    range: Range<usize>,
+    /// Not on the device yet: copied from memory.
+    under_way: bool,
 }
 
 /// A fill that waits.
@@ -43,17 +55,26 @@ pub(crate) struct Waiting {
 
 impl<B: Buffer> ShardCore<B> {
     /// The entry that has all of a granule that counts, if `valid` bytes of the chunk do.
-    fn spilled(&self, key: &FillKey, granule: u32, valid: u32) -> Option<(Key, Entry)> {
+    fn spilled(&self, key: &FillKey, granule: u32, valid: u32) -> Option<Part> {
         let (inode, chunk, content) = *key;
         let counts = valid.checked_sub(granule * GRANULE_BLOCKS * BLOCK as u32)?;
         let counts = counts.min(GRANULE_BLOCKS * BLOCK as u32);
         let blocks = counts.div_ceil(BLOCK as u32);
         let tail = counts.checked_sub(blocks.checked_sub(1)? * BLOCK as u32)?;
         let key = (inode, chunk, granule as u8);
-        let entry = self.spill.log.find(&key, content)?;
         // Cut shorter than the asker's view counts, or longer: another state of the file.
-        let whole = u32::from(entry.blocks) == blocks && u32::from(entry.tail) >= tail;
-        whole.then_some((key, entry))
+        let whole = |e: &Entry| u32::from(e.blocks) == blocks && u32::from(e.tail) >= tail;
+        let part = |entry: Entry, under_way| Part {
+            key,
+            entry,
+            range: 0..usize::from(entry.blocks) * BLOCK,
+            under_way,
+        };
+        if let Some(entry) = self.spill.log.find(&key, content).filter(whole) {
+            return Some(part(entry, false));
+        }
+        let (entry, _) = self.spill.under_way(&key, content).filter(|(e, _)| whole(e))?;
+        Some(part(entry, true))
     }
 
     /// Whether a granule would be read from the spill device.
@@ -62,24 +83,25 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     /// Where all of a fill is.
-    fn spilled_fill(&self, no: FillNo) -> Option<Vec<(Key, Entry, Range<usize>)>> {
+    fn spilled_fill(&self, no: FillNo) -> Option<Vec<Part>> {
         let fill = self.fills.get(&no).filter(|f| self.spill.is_on() && !f.spill_passed)?;
         let valid = fill.blocks.start * BLOCK as u32 + fill.valid;
         let granules = fill.blocks.start / GRANULE_BLOCKS..fill.blocks.end.div_ceil(GRANULE_BLOCKS);
         let mut parts = Vec::with_capacity(granules.len());
         let mut at = 0;
         for granule in granules {
-            let (key, entry) = self.spilled(&fill.key, granule, valid)?;
-            let end = at + usize::from(entry.blocks) * BLOCK;
-            parts.push((key, entry, at..end));
-            at = end;
+            let part = self.spilled(&fill.key, granule, valid)?;
+            let range = at..at + part.range.end;
+            at = range.end;
+            parts.push(Part { range, ..part });
         }
         (at == fill.blocks.len() * BLOCK).then_some(parts)
     }
 
     /// Whether a fill has to wait for its turn on the spill device; it is started again then.
     pub(crate) fn queues_for_spill(&mut self, no: FillNo) -> bool {
-        if self.spill_admits(no) || self.spilled_fill(no).is_none() {
+        let reads = |parts: Vec<Part>| parts.iter().any(|p| !p.under_way);
+        if self.spill_admits(no) || !self.spilled_fill(no).is_some_and(reads) {
             return false;
         }
         self.spill.queue.push_back(Waiting { no, since_ms: self.now_ms });
@@ -93,10 +115,17 @@ impl<B: Buffer> ShardCore<B> {
     }
 
     /// Reads a fill from the spill device, if all of it is there; else gives the buffer back.
-    pub(crate) fn read_spilled(&mut self, no: FillNo, buf: B) -> Option<B> {
+    pub(crate) fn read_spilled(&mut self, no: FillNo, mut buf: B) -> Option<B> {
         let Some(parts) = self.spilled_fill(no) else { return Some(buf) };
         let mut todo: VecDeque<(u64, Range<usize>)> = VecDeque::new();
-        for (_, entry, range) in &parts {
+        for Part { key, entry, range, under_way } in &parts {
+            if *under_way {
+                let Some((_, bytes)) = self.spill.under_way(key, entry.content) else {
+                    return Some(buf);
+                };
+                buf.bytes_mut()[range.clone()].copy_from_slice(bytes);
+                continue;
+            }
             let offset = offset_of(entry.at);
             match todo.back_mut() {
                 // What left together lies together.
@@ -105,12 +134,25 @@ impl<B: Buffer> ShardCore<B> {
             }
         }
         let id = self.next_id();
-        let bytes = parts.last().map_or(0, |p| p.2.end);
+        let bytes = parts.last().map_or(0, |p| p.range.end);
         self.spill.reads.insert(id, Waiting { no, since_ms: self.now_ms });
         self.spill.reads_out += 1;
         self.spill.read_bytes_out += bytes;
-        self.read_next(SpillRead { id, no, bytes, todo, parts }, buf);
+        let read = SpillRead { id, no, bytes, todo, parts };
+        if read.todo.is_empty() {
+            // Not now: whoever wants it is not known to the fill yet.
+            self.spill.found.push((read, buf));
+        } else {
+            self.read_next(read, buf);
+        }
         None
+    }
+
+    /// Serves the fills that were copied from what is on its way to the device.
+    pub(crate) fn serve_found(&mut self) {
+        for (read, buf) in std::mem::take(&mut self.spill.found) {
+            self.spill_read(read, buf, true);
+        }
     }
 
     fn read_next(&mut self, mut read: SpillRead, buf: B) {
@@ -135,16 +177,16 @@ impl<B: Buffer> ShardCore<B> {
         }
         let log = &self.spill.log;
         // What was written over while it was read is nobody's fault.
-        let there = read.parts.iter().all(|(key, entry, _)| log.has(key, entry));
-        let rotten = |p: &&(Key, Entry, Range<usize>)| crc32c(&buf.bytes()[p.2.clone()]) != p.1.crc;
+        let there = read.parts.iter().all(|p| p.under_way || log.has(&p.key, &p.entry));
+        let rotten = |p: &&Part| crc32c(&buf.bytes()[p.range.clone()]) != p.entry.crc;
         let wrong = match (ok, there) {
             (false, _) => Some(Wrong::Read),
             (true, true) if read.parts.iter().any(|p| rotten(&p)) => Some(Wrong::Checksum),
             _ => None,
         };
         if let Some(wrong) = wrong {
-            for (key, ..) in read.parts.iter().filter(|p| !ok || rotten(p)) {
-                self.spill.log.forget(key);
+            for part in read.parts.iter().filter(|p| !p.under_way && (!ok || rotten(p))) {
+                self.spill.log.forget(&part.key);
             }
             self.spill_wrong(wrong);
         }

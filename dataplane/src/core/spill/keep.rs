@@ -60,6 +60,7 @@ pub(crate) struct Capture {
 #[derive(Debug)]
 pub(super) struct Ready<B> {
     what: What,
+    crc: u32,
     buf: B,
 }
 
@@ -77,6 +78,8 @@ pub(super) struct Batch<B> {
 #[derive(Debug)]
 pub(super) struct Writing<B> {
     buf: Arc<B>,
+    /// Where the log has room for it.
+    at: u32,
     entries: Vec<(Key, Entry)>,
     bytes: u64,
 }
@@ -112,11 +115,42 @@ impl<B: Buffer> Spill<B> {
             && (self.captures > CAPTURES_MAX / 4 || self.capture_bytes > CAPTURE_BYTES_MAX / 3)
     }
 
+    /// Bytes that are read from the shard, gathered, or being written.
+    pub(crate) fn waiting_bytes(&self) -> u64 {
+        let open = self.open.as_ref().map_or(0, |o| o.blocks as usize * BLOCK);
+        let writing = self.writing.as_ref().map_or(0, |w| w.bytes);
+        (self.capture_bytes + open) as u64 + writing
+    }
+
+    /// A granule that is on its way to the device, and its bytes. Its entry's place means nothing yet. Looked
+    /// for one by one: at most 2,304, of which most are of other files.
+    pub(super) fn under_way(&self, key: &Key, content: ContentId) -> Option<(Entry, &[u8])> {
+        fn of(buf: &[u8], at: u32, blocks: u8) -> &[u8] {
+            &buf[at as usize * BLOCK..][..usize::from(blocks) * BLOCK]
+        }
+        let is_it = |e: &&(Key, Entry)| e.0 == *key && e.1.content == content;
+        if let Some(open) = &self.open
+            && let Some((_, e)) = open.entries.iter().find(is_it)
+        {
+            return Some((*e, of(open.buf.bytes(), e.at, e.blocks)));
+        }
+        if let Some(writing) = &self.writing
+            && let Some((_, e)) = writing.entries.iter().find(is_it)
+        {
+            return Some((*e, of(writing.buf.bytes(), e.at - writing.at, e.blocks)));
+        }
+        let ready = self.ready.iter().find(|r| r.what.key == *key && r.what.content == content)?;
+        let What { content, blocks, tail, .. } = ready.what;
+        let entry = Entry { content, at: 0, crc: ready.crc, tail, blocks };
+        Some((entry, of(ready.buf.bytes(), 0, blocks)))
+    }
+
     /// Whether this is here already, and for a while: what is about to go is worth a new copy.
     fn has_lately(&self, what: &What) -> bool {
-        self.log
-            .find(&what.key, what.content)
-            .is_some_and(|e| e.blocks == what.blocks && e.tail >= what.tail && !self.log.is_old(&e))
+        let same = |e: &Entry| e.blocks == what.blocks && e.tail >= what.tail;
+        let in_log = self.log.find(&what.key, what.content);
+        in_log.is_some_and(|e| same(&e) && !self.log.is_old(&e))
+            || self.under_way(&what.key, what.content).is_some_and(|(e, _)| same(&e))
     }
 }
 
@@ -224,7 +258,8 @@ impl<B: Buffer> ShardCore<B> {
         if sound && self.spill.is_on() {
             let bytes = what.bytes();
             buf.bytes_mut()[bytes - BLOCK + usize::from(what.tail)..bytes].fill(0);
-            self.spill.ready.push_back(Ready { what, buf });
+            let crc = crc32c(&buf.bytes()[..bytes]);
+            self.spill.ready.push_back(Ready { what, crc, buf });
             return self.pump_spill();
         }
         // What is wrong on the shard's device is gone from it now.
@@ -268,8 +303,9 @@ impl<B: Buffer> ShardCore<B> {
 
     /// Keeps a copy until it is in a batch; `false`: no room for it now.
     fn keep_bytes(&mut self, what: What, bytes: &[u8]) -> bool {
+        let crc = crc32c(bytes);
         if self.spill.ready.is_empty() && self.batch_has_room(u32::from(what.blocks)) {
-            self.append_to_batch(what, bytes);
+            self.append_to_batch(what, crc, bytes);
             return true;
         }
         let spill = &mut self.spill;
@@ -280,7 +316,7 @@ impl<B: Buffer> ShardCore<B> {
         buf.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
         spill.captures += 1;
         spill.capture_bytes += bytes.len();
-        spill.ready.push_back(Ready { what, buf });
+        spill.ready.push_back(Ready { what, crc, buf });
         true
     }
 
@@ -290,8 +326,8 @@ impl<B: Buffer> ShardCore<B> {
             if !self.batch_has_room(u32::from(front.what.blocks)) {
                 return;
             }
-            let Some(Ready { what, buf }) = self.spill.ready.pop_front() else { return };
-            self.append_to_batch(what, &buf.bytes()[..what.bytes()]);
+            let Some(Ready { what, crc, buf }) = self.spill.ready.pop_front() else { return };
+            self.append_to_batch(what, crc, &buf.bytes()[..what.bytes()]);
             self.spill.captures -= 1;
             self.spill.capture_bytes -= what.bytes();
         }
@@ -314,12 +350,12 @@ impl<B: Buffer> ShardCore<B> {
         true
     }
 
-    fn append_to_batch(&mut self, what: What, bytes: &[u8]) {
+    fn append_to_batch(&mut self, what: What, crc: u32, bytes: &[u8]) {
         let Some(open) = self.spill.open.as_mut() else { return };
         let at = open.blocks as usize * BLOCK;
         open.buf.bytes_mut()[at..at + bytes.len()].copy_from_slice(bytes);
         let What { key, content, blocks, tail } = what;
-        let entry = Entry { content, at: open.blocks, crc: crc32c(bytes), tail, blocks };
+        let entry = Entry { content, at: open.blocks, crc, tail, blocks };
         open.entries.push((key, entry));
         open.blocks += u32::from(blocks);
     }
@@ -336,15 +372,16 @@ impl<B: Buffer> ShardCore<B> {
             entry.at += at;
         }
         let (buf, range): (_, Range<usize>) = (Arc::new(buf), 0..blocks as usize * BLOCK);
-        spill.writing = Some(Writing { buf: Arc::clone(&buf), entries, bytes: range.len() as u64 });
+        let bytes = range.len() as u64;
+        spill.writing = Some(Writing { buf: Arc::clone(&buf), at, entries, bytes });
         let token = self.expect(Pending::SpillWrite);
         self.out.push(Command::SpillWrite { token, offset: offset_of(at), buf, range });
         true
     }
 
-    /// The batch was written, or not: only then it can be found.
+    /// The batch was written, or not: only then it can be found on the device.
     pub(crate) fn spill_written(&mut self, ok: bool) {
-        let Some(Writing { buf, entries, bytes }) = self.spill.writing.take() else { return };
+        let Some(Writing { buf, entries, bytes, .. }) = self.spill.writing.take() else { return };
         if ok {
             self.spill.write_errors = 0;
             self.stats.spill_written_bytes += bytes;
@@ -365,6 +402,7 @@ impl<B: Buffer> ShardCore<B> {
 
     /// Once a turn: a batch that nothing came to for a while is written.
     pub(crate) fn keep_spilling(&mut self) {
+        self.serve_found();
         self.pump_spill();
         let due = |b: &Batch<B>| b.blocks > 0 && self.now_ms >= b.since_ms + BATCH_MS;
         if self.spill.open.as_ref().is_some_and(due) {

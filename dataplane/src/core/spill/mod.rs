@@ -66,6 +66,8 @@ pub(crate) struct Spill<B> {
     /// Reads that the device has not answered, and their bytes; given up ones, too.
     reads_out: usize,
     read_bytes_out: usize,
+    /// Fills that are complete, for the end of the turn.
+    found: Vec<(SpillRead, B)>,
     /// Fills that wait for their turn.
     queue: VecDeque<Waiting>,
     write_errors: u32,
@@ -88,6 +90,7 @@ impl<B: Buffer> Spill<B> {
             reads: BTreeMap::new(),
             reads_out: 0,
             read_bytes_out: 0,
+            found: Vec::new(),
             queue: VecDeque::new(),
             write_errors: 0,
             read_errors: 0,
@@ -128,7 +131,10 @@ impl<B: Buffer> ShardCore<B> {
 
     /// The device did something wrong: that costs a miss, and the tier if it happens again and again.
     fn spill_wrong(&mut self, wrong: Wrong) {
-        self.stats.spill_errors += 1;
+        match wrong {
+            Wrong::Late => self.stats.spill_late += 1,
+            _ => self.stats.spill_errors += 1,
+        }
         let spill = &mut self.spill;
         let errors = match wrong {
             Wrong::Write => &mut spill.write_errors,
