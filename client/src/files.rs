@@ -6,6 +6,7 @@ use crate::error::ClientError;
 use crate::fs::{FileSystem, Owner};
 use crate::idle::{Kept, is_same};
 use crate::inode::{Hold, OpenInode, Remote};
+use crate::lent::Taken;
 use crate::readahead::Detector;
 use crate::unnamed::Which;
 use crate::writer::Unsent;
@@ -216,8 +217,8 @@ impl FileSystem {
     async fn reopened(&self, kept: Kept) -> Result<Option<OpenedFile>> {
         let cluster = &self.shared.cluster;
         let id = kept.attr.inode;
+        let taken = Taken::new(&self.shared, id, kept.hold);
         if kept.hold.epoch() != cluster.session.current().1 {
-            self.shared.let_go(id, kept.hold);
             return Ok(None);
         }
         let mut compared = kept.compared;
@@ -226,22 +227,19 @@ impl FileSystem {
             kept.attr.clone()
         } else {
             compared = Instant::now();
-            let fresh = cluster.query(Query::Freshen(id)).await;
-            let fresh = fresh.inspect_err(|_| self.shared.let_go(id, kept.hold))?;
-            let QueryReply::Attr(fresh) = fresh else {
+            let QueryReply::Attr(fresh) = cluster.query(Query::Freshen(id)).await? else {
                 return Err(ClientError::Metadata("no attributes in the answer".into()));
             };
             if fresh.nlink == 0 {
                 // It is there for this handle only.
-                self.shared.let_go(id, kept.hold);
                 return Err(ClientError::Stale);
             }
             if !is_same(&fresh, &kept.attr) {
-                self.shared.let_go(id, kept.hold);
                 return Ok(None);
             }
             fresh
         };
+        let Some(hold) = taken.keep() else { return Ok(None) };
         let inode = self.attach(&attr, attr.lineage);
         {
             let mut state = inode.state();
@@ -250,10 +248,10 @@ impl FileSystem {
                 state.grant = Some(kept.grant);
             }
         }
-        if let Hold::Loan(loan) = kept.hold {
+        if let Hold::Loan(loan) = hold {
             return Ok(self.enter_lent(inode, loan));
         }
-        let (handle, attr) = self.enter(inode, kept.hold, false);
+        let (handle, attr) = self.enter(inode, hold, false);
         Ok(Some(OpenedFile { handle, attr, created: false, parent: None }))
     }
 

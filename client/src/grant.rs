@@ -151,6 +151,16 @@ impl OpenInode {
             state.holds.keys().next_back().copied()
         };
         let Some(local) = old else { return Err(ClientError::BadHandle) };
+        let remote = self.open_anew(write, deadline).await?.ok_or(ClientError::Stale)?;
+        let old = self.state().holds.insert(local, Hold::Handle(remote));
+        if let Some(loan @ Hold::Loan(_)) = old {
+            self.shared.let_go(self.id, loan);
+        }
+        Ok(remote)
+    }
+
+    /// Another handle of the file as it is here. `None`: there is no such file any more; it is stale now.
+    pub(crate) async fn open_anew(&self, write: bool, deadline: Instant) -> Result<Option<Remote>> {
         let open = OpenMode { write, truncate: false };
         let op = Op::Open { inode: self.id, open };
         let (opened, epoch) = match self.shared.cluster.mutate_by(op, None, deadline).await {
@@ -158,17 +168,19 @@ impl OpenInode {
             Ok(_) => return Err(ClientError::Metadata("no handle in the answer".into())),
             Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
                 self.mark_stale();
-                return Err(ClientError::Stale);
+                return Ok(None);
             }
             Err(e) => return Err(e),
         };
         let remote = Remote { handle: opened.handle, epoch };
-        self.install(&opened, epoch)?;
-        let old = self.state().holds.insert(local, Hold::Handle(remote));
-        if let Some(loan @ Hold::Loan(_)) = old {
-            self.shared.let_go(self.id, loan);
+        match self.install(&opened, epoch) {
+            Ok(_) => Ok(Some(remote)),
+            Err(ClientError::Stale) => {
+                self.shared.linger(remote);
+                Ok(None)
+            }
+            Err(e) => Err(e),
         }
-        Ok(remote)
     }
 
     /// Takes over the attributes and the grant of an `Opened`. Another lineage makes the inode's

@@ -8,12 +8,11 @@ use crate::error::ClientError;
 use crate::files::{OpenFile, OpenedFile};
 use crate::fs::{FileSystem, Shared};
 use crate::grant::GrantState;
-use crate::inode::{Hold, OpenInode, Remote};
+use crate::inode::{Hold, OpenInode};
 use ebb_dataplane_protocol::InodeId;
 use ebb_metaplane_protocol::lease::{Lease, Ticket};
-use ebb_metaplane_protocol::op::OpenMode;
 use ebb_metaplane_protocol::query::LentFile;
-use ebb_metaplane_protocol::{FsError, Op, OpReply, Query, QueryReply};
+use ebb_metaplane_protocol::{FsError, Query, QueryReply};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
@@ -46,6 +45,31 @@ impl Drop for Use<'_> {
     fn drop(&mut self) {
         if !self.is_kept {
             self.shared.cluster.leased.loans().end(self.inode);
+        }
+    }
+}
+
+/// A hold that was taken from who kept it; ends with this, unless it is kept again.
+pub(crate) struct Taken<'a> {
+    shared: &'a Arc<Shared>,
+    inode: InodeId,
+    hold: Option<Hold>,
+}
+
+impl<'a> Taken<'a> {
+    pub(crate) fn new(shared: &'a Arc<Shared>, inode: InodeId, hold: Hold) -> Self {
+        Self { shared, inode, hold: Some(hold) }
+    }
+
+    pub(crate) fn keep(mut self) -> Option<Hold> {
+        self.hold.take()
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if let Some(hold) = self.hold.take() {
+            self.shared.let_go(self.inode, hold);
         }
     }
 }
@@ -169,7 +193,8 @@ impl OpenInode {
         if !is_lent() {
             return Ok(());
         }
-        let opened = if self.state().stale { None } else { self.open_anew(deadline).await? };
+        let opened =
+            if self.state().stale { None } else { self.open_anew(false, deadline).await? };
         let ended = {
             let mut state = self.state();
             match (state.holds.get(&local), &opened) {
@@ -186,30 +211,5 @@ impl OpenInode {
             self.shared.let_go(self.id, hold);
         }
         Ok(())
-    }
-
-    /// Another handle of the file as it is here. `None`: there is no such file any more; it is stale now.
-    async fn open_anew(&self, deadline: tokio::time::Instant) -> Result<Option<Remote>> {
-        let open = OpenMode { write: false, truncate: false };
-        let op = Op::Open { inode: self.id, open };
-        match self.shared.cluster.mutate_by(op, None, deadline).await {
-            Ok((OpReply::Opened(opened), epoch)) => {
-                let remote = Remote { handle: opened.handle, epoch };
-                match self.install(&opened, epoch) {
-                    Ok(_) => Ok(Some(remote)),
-                    Err(ClientError::Stale) => {
-                        self.shared.linger(remote);
-                        Ok(None)
-                    }
-                    Err(e) => Err(e),
-                }
-            }
-            Ok(_) => Err(ClientError::Metadata("no handle in the answer".into())),
-            Err(ClientError::Fs(FsError::Stale | FsError::NotFound)) => {
-                self.mark_stale();
-                Ok(None)
-            }
-            Err(e) => Err(e),
-        }
     }
 }

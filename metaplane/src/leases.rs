@@ -139,6 +139,11 @@ impl LeaseDesk {
         self.state().lent.sessions()
     }
 
+    /// Sessions that these files, which have no name any more, wait for.
+    pub(crate) fn borrowers_of(&self, files: &[InodeId]) -> HashSet<SessionId> {
+        self.state().lent.holders(files)
+    }
+
     /// Those of these files, which have no name any more, that nobody has open but by handles. The others are
     /// wanted back.
     pub(crate) fn may_go(&self, files: &[InodeId]) -> Vec<InodeId> {

@@ -1,8 +1,11 @@
 """Files that are open in a mount without a handle in the log (docs/PROTOCOL.md, R59)."""
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 from harness import check, cluster, wait_for
@@ -70,3 +73,33 @@ def test_what_is_open_is_read_on_whoever_leads_and_whoever_unlinks_it():
         wait_for("what nobody has open is gone", lambda: c.status()["inodes"] - first <= left, 30)
         check(entries <= FILES, f"{entries} log entries for {9 * FILES} opens")
         return f"{9 * FILES} opens, {entries} entries, {killed} leaders killed"
+
+
+def test_what_was_unlinked_does_not_come_back_though_somebody_had_it_open():
+    """A mount dies, or stands still, with files open that another one unlinks; `ebb down` waits for nobody, and they are not in the bucket."""
+    took = []
+    for options, signum in (((), signal.SIGKILL), (("-o", "strict"), signal.SIGKILL), ((), signal.SIGSTOP), (("-o", "strict"), signal.SIGSTOP)):
+        with cluster() as c:
+            a, b = c.mount("a", *options), c.mount("b")
+            (b / "kept").write_bytes(b"kept")
+            (b / "gone").write_bytes(b"x" * 100_000)
+            c.ebb("flush")
+            pid = serving(a)[0]
+            # Another process has it open: what this one has open each of its children would close, and wait.
+            hold = "import sys; f = open(sys.argv[1], 'rb'); f.read(10); print('open', flush=True); sys.stdin.read()"
+            reader = subprocess.Popen([sys.executable, "-c", hold, a / "gone"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            check(reader.stdout.readline() == b"open\n", "it is open")
+            os.kill(pid, signum)
+            os.unlink(b / "gone")
+            c.umount(b)
+            began = time.monotonic()
+            c.ebb("down")
+            took.append(time.monotonic() - began)
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+            reader.kill()
+            reader.wait()
+            c.up()
+            names = c.ebb("ls", "ebb:/").stdout.split()
+            check(names == ["kept"], f"{options}, {signum}: {names}")
+    return "down took " + ", ".join(f"{t:.1f}" for t in took) + " s"

@@ -7,6 +7,7 @@ use crate::kv::{Kv, KvRead};
 use crate::tables::*;
 use ebb_dataplane_protocol::{Grant, GrantMode, InodeId, SessionId};
 use ebb_metaplane_protocol::{Attr, FsError, FsResult};
+use std::collections::BTreeSet;
 
 impl<K: KvRead> Reader<'_, K> {
     /// Whether files may be lent to a session.
@@ -29,6 +30,23 @@ impl<K: KvRead> Reader<'_, K> {
 
     pub(crate) fn is_lingering(&self, inode: InodeId) -> bool {
         self.0.get(&key(LINGERING, &[&be(inode.0)])).is_some()
+    }
+
+    /// Sessions with handles of files that have no name any more, and an object.
+    pub fn holders_of_unlinked(&self) -> FsResult<Vec<SessionId>> {
+        let mut holders = BTreeSet::new();
+        let mut from = None;
+        loop {
+            let page = self.scan_prefix(&[OPEN], from.as_deref(), 1_024);
+            let Some((last, _)) = page.last() else { return Ok(holders.into_iter().collect()) };
+            from = Some(after(last));
+            for (k, v) in page {
+                let n = self.find_inode(InodeId(u64_at(&k, 1)?))?;
+                if n.is_some_and(|n| n.nlink == 0 && n.view.backing.is_some()) {
+                    holders.insert(SessionId(u64_at(&v, 0)?));
+                }
+            }
+        }
     }
 
     /// A file as an open for reading finds it, and an unsigned grant; `None`: it can't be opened so.
@@ -58,10 +76,11 @@ impl<K: Kv> Ctx<'_, K> {
 
     /// A file lost its last name. `true`: somebody may have it open, so it stays.
     pub(crate) fn lingers(&mut self, inode: InodeId) -> bool {
-        if self.read().any_with_prefix(&[BORROWER]) {
-            self.kv.put(&key(LINGERING, &[&be(inode.0)]), &[]);
+        if !self.read().any_with_prefix(&[BORROWER]) {
+            return self.read().is_open(inode);
         }
-        self.read().is_lingering(inode) || self.read().is_open(inode)
+        self.kv.put(&key(LINGERING, &[&be(inode.0)]), &[]);
+        true
     }
 
     /// Nobody has these files open but by handles.

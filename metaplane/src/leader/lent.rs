@@ -69,6 +69,19 @@ impl Service {
         Ok(self.voter.peek(|_, r| r.lingering(None, FILES)).map_err(fs_error)??.len() as u64)
     }
 
+    /// Sessions that keep files which have no name any more, and an object; `lent`: also those to which they were lent.
+    pub(crate) fn readers_of_unlinked(&self, lent: bool) -> FsResult<Vec<SessionId>> {
+        let look =
+            self.voter.peek(|_, r| Ok((r.holders_of_unlinked()?, r.lingering(None, FILES)?)));
+        let look: FsResult<_> = look.map_err(fs_error)?;
+        let (holders, lingering) = look?;
+        let mut readers: HashSet<SessionId> = holders.into_iter().collect();
+        if lent && !lingering.is_empty() {
+            readers.extend(self.voter.leases().borrowers_of(&lingering));
+        }
+        Ok(readers.into_iter().collect())
+    }
+
     /// The loop of a leader.
     pub(crate) async fn run_lent(&self, stop: Stop) {
         let mut looked = None;

@@ -137,6 +137,17 @@ impl Service {
             tracing::info!(%session, "the session expired; what it wrote is fenced");
             count(&self.counts.sessions_expired);
         }
-        self.submit(Command::EndSessions(gone)).await.map(drop)
+        self.end_sessions(gone).await
+    }
+
+    /// Ends sessions; nobody waits for them any more.
+    pub(crate) async fn end_sessions(&self, ended: Vec<SessionId>) -> FsResult<()> {
+        self.submit(Command::EndSessions(ended.clone())).await?;
+        for session in ended {
+            self.voter.leases().forget(session);
+            self.sessions.forget(session);
+        }
+        self.wakes.lent.notify_one();
+        Ok(())
     }
 }

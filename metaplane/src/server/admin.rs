@@ -10,6 +10,7 @@ use ebb_dataplane_protocol::{
 use ebb_metaplane_protocol::admin::FlushReport;
 use ebb_metaplane_protocol::check;
 use ebb_metaplane_protocol::dump::RECORDS_MAX;
+use ebb_metaplane_protocol::lease::LEASE;
 use ebb_metaplane_protocol::{AdminCall, AdminReply, Command, FileKind, FsError, FsResult};
 use ebb_namespace::FlushStage;
 use futures::StreamExt;
@@ -428,10 +429,22 @@ impl Service {
         let before = self.counts.flushed.load(Ordering::Relaxed);
         let bytes = self.counts.flushed_bytes.load(Ordering::Relaxed);
         let begun = Instant::now();
+        let mut stored = None;
         let mut report = loop {
             self.still_leads(term)?;
             let c = self.counts_now()?;
-            let left = c.dirty_inodes + c.pending_keys + c.notices + c.moves + self.lingering()?;
+            let rest = c.dirty_inodes + c.pending_keys + c.notices + c.moves;
+            let mut left = rest;
+            if rest == 0 {
+                let since = *stored.get_or_insert_with(Instant::now);
+                // The bucket is all that stays, and an unlinked file would be in it: who has one open loses it.
+                let readers = self.readers_of_unlinked(since.elapsed() >= LEASE)?;
+                left = self.lingering()? + readers.len() as u64;
+                if !readers.is_empty() {
+                    tracing::info!(?readers, "unlinked files end with who has them open");
+                    self.end_sessions(readers).await?;
+                }
+            }
             if left == 0 {
                 self.put_to_sleep().await?;
                 self.flushes.all.store(false, Ordering::Release);

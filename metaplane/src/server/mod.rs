@@ -165,9 +165,7 @@ impl Service {
                 Ok(SessionReply::Done)
             }
             SessionCall::Close(session) => {
-                self.voter.leases().forget(session);
-                self.submit(Command::EndSessions(vec![session])).await?;
-                self.sessions.forget(session);
+                self.end_sessions(vec![session]).await?;
                 Ok(SessionReply::Done)
             }
             SessionCall::Watch(_, watch) if watch.returned.len() > RETURNED_MAX => {

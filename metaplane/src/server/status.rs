@@ -98,6 +98,8 @@ impl Service {
             counters.push((name.to_owned(), value.load(Ordering::Relaxed)));
         }
         counters.push(("notices_pending".into(), counts.notices));
+        // Unlinked files that somebody may have open; no more than a page of them is counted.
+        counters.push(("lingering_files".into(), self.lingering()?));
         counters.push(("moves_pending".into(), counts.moves));
         counters.push(("dirty_bytes".into(), self.liveness.dirty_bytes()));
         // Wanted until somebody holds the groups.

@@ -10,6 +10,8 @@ const LENT_MAX: usize = 2_000_000;
 #[derive(Default)]
 struct Borrower {
     files: HashSet<InodeId>,
+    /// None of them was lent before this number.
+    settled: u64,
     /// Files that are to be given back, and by which number they were lent last. `true`: an answer has told so.
     wanted: BTreeMap<InodeId, (u64, bool)>,
 }
@@ -51,10 +53,11 @@ impl Lent {
     /// `session` gets a file, under that number of a lease; nothing is applied between the look at the file, which has
     /// a name, and this. `false`: it has too many.
     pub fn lend(&mut self, session: SessionId, inode: InodeId, number: u64) -> bool {
-        let borrower = self.sessions.entry(session).or_default();
-        if borrower.files.len() >= LENT_PER_SESSION_MAX || self.count >= LENT_MAX {
+        let has = self.sessions.get(&session).map_or(0, |b| b.files.len());
+        if has >= LENT_PER_SESSION_MAX || self.count >= LENT_MAX {
             return false;
         }
+        let borrower = self.sessions.entry(session).or_default();
         let holders = self.files.entry(inode).or_default();
         if borrower.files.insert(inode) {
             self.count += 1;
@@ -80,7 +83,11 @@ impl Lent {
         if let Some(unsettled) = &mut self.unsettled {
             unsettled.remove(&session);
         }
-        let Some(borrower) = self.sessions.get(&session) else { return };
+        let Some(borrower) = self.sessions.get_mut(&session) else { return };
+        // Every call says so.
+        if std::mem::replace(&mut borrower.settled, since) == since {
+            return;
+        }
         let old = |inode: &&InodeId| {
             let holders = self.files.get(inode).into_iter().flatten();
             holders.into_iter().any(|h| h.0 == session && h.1 < since)
@@ -115,6 +122,12 @@ impl Lent {
         for inode in files {
             self.remove(session, inode);
         }
+    }
+
+    /// Sessions that one of these files waits for.
+    pub fn holders(&self, files: &[InodeId]) -> HashSet<SessionId> {
+        let holders = files.iter().filter_map(|file| self.files.get(file)).flatten();
+        holders.map(|h| &h.0).chain(self.unsettled.iter().flatten()).copied().collect()
     }
 
     /// Sessions that are waited for.

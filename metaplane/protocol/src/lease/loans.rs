@@ -10,6 +10,7 @@ use std::collections::HashMap;
 pub struct Loans {
     /// How often, and by which number at most.
     files: HashMap<InodeId, (usize, u64)>,
+    /// No more than the leader has noted, which lends no more while they are many.
     returned: Vec<(InodeId, u64)>,
     settled: u64,
 }
@@ -56,11 +57,6 @@ impl Loans {
     /// Whether that was so before.
     pub fn is_settled(&self, epoch: u64) -> bool {
         self.settled == epoch
-    }
-
-    /// Whether much is to be told.
-    pub fn is_full(&self) -> bool {
-        self.returned.len() >= RETURNED_MAX
     }
 
     /// A call is about to be sent.
