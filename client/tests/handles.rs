@@ -73,11 +73,7 @@ async fn fsyncs_that_wait_together_share_a_commit() {
     let cluster = TestCluster::start(1).await;
     let (fs, other) = (cluster.fs("writers").await, cluster.fs("other").await);
     let made = fs.create(InodeId::ROOT, b"f", 0o644, OWNER, WRITE).await.expect("a create");
-    let requests = async || {
-        let status = cluster.status().await;
-        let counter = status.counters.iter().find(|(name, _)| name == "requests");
-        counter.expect("it is counted").1
-    };
+    let requests = async || cluster.count("requests").await;
     let before = requests().await;
     let written: Vec<_> = (0..TASKS)
         .map(|task| {

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{TestCluster, until};
-use ebb_client::{ClientError, Config, FileSystem, InodeId, OpenFlags, Owner, SetAttr};
+use ebb_client::{ClientError, FileSystem, InodeId, OpenFlags, Owner, SetAttr};
 use ebb_dataplane_protocol::SessionId;
 use ebb_metaplane_protocol::lease::{LEASE, Watch, Watched};
 use ebb_metaplane_protocol::{
@@ -16,18 +16,6 @@ use std::time::{Duration, Instant};
 const OWNER: Owner = Owner { uid: 5, gid: 6 };
 const NEW: OpenFlags = OpenFlags { write: true, truncate: false, exclusive: true };
 const PATIENCE: Duration = Duration::from_secs(20);
-
-async fn remembers(cluster: &TestCluster, label: &str) -> FileSystem {
-    let config = Config { lease_metadata: true, ..Config::default() };
-    let fs = FileSystem::new(&cluster.connect_with(label, config).await);
-    until("the root is remembered", || async {
-        let before = fs.cluster().lease_counts().hits;
-        fs.getattr(InodeId::ROOT).await.expect("the root");
-        (fs.cluster().lease_counts().hits > before).then_some(())
-    })
-    .await;
-    fs
-}
 
 async fn file(fs: &FileSystem, dir: InodeId, name: &str) -> InodeId {
     let file = fs.create(dir, name.as_bytes(), 0o640, OWNER, NEW).await.expect("a create");
@@ -49,7 +37,7 @@ async fn what_is_remembered_asks_nobody() {
     let other = cluster.fs("other").await;
     let dir = other.mkdir(InodeId::ROOT, b"d", 0o755, OWNER).await.expect("a mkdir").inode;
     let inode = file(&other, dir, "f").await;
-    let fs = remembers(&cluster, "remembers").await;
+    let fs = cluster.leased_fs("remembers").await;
     let look = async || {
         assert_eq!(fs.lookup(dir, b"f").await.expect("there").inode, inode);
         assert_eq!(fs.getattr(inode).await.expect("there").mode, 0o640);
@@ -93,7 +81,7 @@ async fn what_is_remembered_asks_nobody() {
 async fn a_change_is_seen_at_once() {
     let cluster = TestCluster::start(0).await;
     let other = cluster.fs("other").await;
-    let (fs, third) = (remembers(&cluster, "one").await, remembers(&cluster, "two").await);
+    let (fs, third) = (cluster.leased_fs("one").await, cluster.leased_fs("two").await);
     let dir = other.mkdir(InodeId::ROOT, b"d", 0o755, OWNER).await.expect("a mkdir").inode;
     let inode = file(&other, dir, "f").await;
     for round in 0..100u32 {

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{TestCluster, until};
-use ebb_client::{Config, FileHandle, FileSystem, InodeId, OpenFlags, Owner};
+use ebb_client::{FileHandle, FileSystem, InodeId, OpenFlags, Owner, SetAttr};
 use ebb_metaplane_protocol::AdminCall;
 use ebb_metaplane_protocol::lock::{Lock, LockMode};
 use std::time::{Duration, Instant};
@@ -13,18 +13,6 @@ const OWNER: Owner = Owner { uid: 0, gid: 0 };
 const READ: OpenFlags = OpenFlags { write: false, truncate: false, exclusive: false };
 const NEW: OpenFlags = OpenFlags { write: true, truncate: false, exclusive: true };
 const FILES: usize = 200;
-
-async fn borrower(cluster: &TestCluster, label: &str) -> FileSystem {
-    let config = Config { lease_metadata: true, ..Config::default() };
-    let fs = FileSystem::new(&cluster.connect_with(label, config).await);
-    until("the root is remembered", || async {
-        let before = fs.cluster().lease_counts().hits;
-        fs.getattr(InodeId::ROOT).await.expect("the root");
-        (fs.cluster().lease_counts().hits > before).then_some(())
-    })
-    .await;
-    fs
-}
 
 fn name(no: usize) -> Vec<u8> {
     format!("file {no}").into_bytes()
@@ -60,9 +48,10 @@ async fn check(fs: &FileSystem, handles: &[FileHandle]) {
     }
 }
 
-async fn count(cluster: &TestCluster, name: &str) -> u64 {
-    let status = cluster.status().await;
-    status.counters.iter().find(|(n, _)| n == name).expect("it is counted").1
+/// Waits until whatever is unlinked and open has a handle in the log.
+async fn settled(cluster: &TestCluster) {
+    let none = || async { (cluster.count("lingering_files").await == 0).then_some(()) };
+    until("what is open has handles", none).await;
 }
 
 async fn gone(fs: &FileSystem, files: &[InodeId]) {
@@ -76,14 +65,14 @@ async fn an_open_for_reading_is_no_entry_in_the_log() {
     let cluster = TestCluster::start(1).await;
     let other = cluster.fs("other").await;
     let files = make(&other, FILES).await;
-    let fs = borrower(&cluster, "borrower").await;
-    let before = count(&cluster, "mutations").await;
+    let fs = cluster.leased_fs("borrower").await;
+    let before = cluster.count("mutations").await;
     let handles = open(&fs, &files).await;
     check(&fs, &handles).await;
     for handle in handles {
         fs.release(handle).await.expect("a close");
     }
-    let entries = count(&cluster, "mutations").await - before;
+    let entries = cluster.count("mutations").await - before;
     assert!(entries <= FILES as u64 / 20, "{entries} changes");
     cluster.stop().await;
 }
@@ -96,7 +85,7 @@ async fn what_is_unlinked_is_read_on_by_who_has_it_open() {
     let files = make(&other, FILES).await;
     let call = AdminCall::Flush { inode: files[0], wait: true };
     other.cluster().admin(call, Duration::from_secs(30)).await.expect("a flush");
-    let fs = borrower(&cluster, "borrower").await;
+    let fs = cluster.leased_fs("borrower").await;
     let handles = open(&fs, &files).await;
     // Twice here: the one does not depend on the other.
     let again = open(&fs, &files[..FILES / 2]).await;
@@ -117,7 +106,7 @@ async fn what_is_unlinked_is_read_on_by_who_has_it_open() {
         }
     }
     check(&fs, &handles).await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    settled(&cluster).await;
     check(&fs, &handles).await;
     for handle in handles {
         fs.release(handle).await.expect("a close");
@@ -134,7 +123,7 @@ async fn an_open_that_meets_an_unlink_is_a_file_or_none() {
     let cluster = TestCluster::start(1).await;
     let other = cluster.fs("other").await;
     let files = make(&other, FILES).await;
-    let fs = borrower(&cluster, "borrower").await;
+    let fs = cluster.leased_fs("borrower").await;
     let unlinks = async {
         for no in 0..FILES {
             other.unlink(InodeId::ROOT, &name(no)).await.expect("an unlink");
@@ -150,7 +139,7 @@ async fn an_open_that_meets_an_unlink_is_a_file_or_none() {
         opened
     };
     let ((), opened) = tokio::join!(unlinks, opens);
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    settled(&cluster).await;
     for (no, handle) in &opened {
         let found = fs.read(*handle, 0, 1 << 20).await.expect("a read");
         assert_eq!(found, content(*no), "{no}");
@@ -166,7 +155,7 @@ async fn who_is_gone_keeps_nothing() {
     let cluster = TestCluster::start(1).await;
     let other = cluster.fs("other").await;
     let files = make(&other, 20).await;
-    let fs = borrower(&cluster, "borrower").await;
+    let fs = cluster.leased_fs("borrower").await;
     open(&fs, &files).await;
     cluster.end_session(fs.cluster().session()).await;
     for no in 0..files.len() {
@@ -182,14 +171,19 @@ async fn what_is_locked_has_a_handle() {
     let cluster = TestCluster::start(1).await;
     let other = cluster.fs("other").await;
     let files = make(&other, 1).await;
-    let fs = borrower(&cluster, "borrower").await;
+    let fs = cluster.leased_fs("borrower").await;
     let (first, second) = (open(&fs, &files).await[0], open(&fs, &files).await[0]);
     let lock = Lock { mode: LockMode::Shared, start: 0, end: u64::MAX, owner: 1, pid: 1 };
     fs.lock(first, lock, false, || false).await.expect("a lock");
+    let before = cluster.count("mutations").await;
     fs.release(second).await.expect("a close");
     let theirs = other.open(files[0], OpenFlags { write: true, ..READ }).await.expect("an open");
     let write = Lock { mode: LockMode::Exclusive, owner: 2, ..lock };
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    // Its client lets go of what it has closed, and of nothing else.
+    let mode = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+    other.setattr(files[0], mode).await.expect("a chmod");
+    let closed = || async { (cluster.count("mutations").await >= before + 3).then_some(()) };
+    until("an open, a chmod, and a close", closed).await;
     assert!(other.lock(theirs.handle, write, false, || false).await.is_err(), "it is locked");
     fs.release(first).await.expect("a close");
     until("the lock is free", || async {

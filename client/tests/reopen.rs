@@ -4,7 +4,7 @@
 mod common;
 
 use common::{TestCluster, until};
-use ebb_client::{Config, FileSystem, InodeId, OpenFlags, Owner};
+use ebb_client::{FileSystem, InodeId, OpenFlags, Owner};
 use ebb_metaplane_protocol::AdminCall;
 use ebb_s3::{Bucket, Condition, Metadata};
 use std::time::{Duration, Instant};
@@ -15,14 +15,7 @@ const WRITE: OpenFlags = OpenFlags { write: true, truncate: false, exclusive: fa
 const ROUNDS: u64 = 60;
 
 async fn clients(cluster: &TestCluster) -> Vec<(&'static str, FileSystem)> {
-    let config = Config { lease_metadata: true, ..Config::default() };
-    let leased = FileSystem::new(&cluster.connect_with("leased", config).await);
-    until("the root is remembered", || async {
-        let before = leased.cluster().lease_counts().hits;
-        leased.getattr(InodeId::ROOT).await.expect("the root");
-        (leased.cluster().lease_counts().hits > before).then_some(())
-    })
-    .await;
+    let leased = cluster.leased_fs("leased").await;
     vec![("with leases", leased), ("without", cluster.fs("asks").await)]
 }
 
@@ -50,10 +43,7 @@ async fn what_is_opened_again_soon_is_no_entry_in_the_log() {
     let cluster = TestCluster::start(1).await;
     let other = cluster.fs("other").await;
     make(&other, "f", b"content").await;
-    let count = async |name: &str| {
-        let status = cluster.status().await;
-        status.counters.iter().find(|(n, _)| n == name).expect("it is counted").1
-    };
+    let count = async |name: &str| cluster.count(name).await;
     for (who, fs) in clients(&cluster).await {
         assert_eq!(read(&fs, "f").await, b"content");
         let (asked, changed) = (count("queries").await, count("mutations").await);

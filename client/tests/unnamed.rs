@@ -77,10 +77,7 @@ async fn files_in_a_directory_of_ones_own_take_one_request_each() {
     let fs = cluster.fs("maker").await;
     let (dir, _, file) = filling(&fs, "d").await;
     close(&fs, &file).await;
-    let mutations = async || {
-        let status = cluster.status().await;
-        status.counters.iter().find(|(name, _)| name == "mutations").expect("counted").1
-    };
+    let mutations = async || cluster.count("mutations").await;
     let before = mutations().await;
     for n in 0..FILES {
         let file = make(&fs, dir, &format!("m{n}")).await;

@@ -244,6 +244,25 @@ impl TestCluster {
         FileSystem::new(&self.connect(label).await)
     }
 
+    /// The same with leases on metadata, which it has when this is back.
+    pub async fn leased_fs(&self, label: &str) -> FileSystem {
+        let config = Config { lease_metadata: true, ..Config::default() };
+        let fs = FileSystem::new(&self.connect_with(label, config).await);
+        until("the root is remembered", || async {
+            let before = fs.cluster().lease_counts().hits;
+            fs.getattr(ebb_client::InodeId::ROOT).await.expect("the root");
+            (fs.cluster().lease_counts().hits > before).then_some(())
+        })
+        .await;
+        fs
+    }
+
+    /// A counter of the metadata plane.
+    pub async fn count(&self, name: &str) -> u64 {
+        let status = self.status().await;
+        status.counters.iter().find(|(n, _)| n == name).expect("it is counted").1
+    }
+
     /// Stops a data node and starts it again on its store, on another port.
     pub async fn restart_node(&mut self, i: usize, pause: Duration) {
         let config = self.nodes.remove(i).stop().await;

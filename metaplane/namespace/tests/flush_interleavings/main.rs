@@ -55,13 +55,7 @@ fn a_stranger_at_one_name_of_a_file_takes_nothing_from_the_others() {
         r.links = 0.05;
         r.steps(300);
         finish(&mut r);
-        for (id, key) in r.w.tree() {
-            if !key.ends_with('/') && !r.w.expected.contains_key(&id) {
-                let body = r.w.bucket.objects[&key].body.clone();
-                assert!(r.w.bucket.foreign.contains(&body), "whose is {key}?");
-                r.w.expected.insert(id, body);
-            }
-        }
+        adopt_strangers(&mut r);
         r.w.check_bucket();
     }
 }
@@ -92,6 +86,17 @@ fn finish(r: &mut Run) {
     }
     r.forget_gone();
     r.w.settle_all();
+}
+
+/// Objects that appeared by conflicts are inodes now: their content is the stranger's.
+fn adopt_strangers(r: &mut Run) {
+    for (id, key) in r.w.tree() {
+        if !key.ends_with('/') && !r.w.expected.contains_key(&id) {
+            let body = r.w.bucket.objects[&key].body.clone();
+            assert!(r.w.bucket.foreign.contains(&body), "whose is {key}?");
+            r.w.expected.insert(id, body);
+        }
+    }
 }
 
 #[test]
@@ -177,14 +182,7 @@ fn strangers_objects_and_ours_both_survive() {
         println!("seed {seed}");
         let mut r = run(seed, true, 300);
         finish(&mut r);
-        // Objects that appeared by conflicts are inodes now: their content is the stranger's.
-        for (id, key) in r.w.tree() {
-            if !key.ends_with('/') && !r.w.expected.contains_key(&id) {
-                let body = r.w.bucket.objects[&key].body.clone();
-                assert!(r.w.bucket.foreign.contains(&body), "whose is {key}?");
-                r.w.expected.insert(id, body);
-            }
-        }
+        adopt_strangers(&mut r);
         r.w.check_bucket();
     }
 }
