@@ -182,7 +182,7 @@ mod tests {
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
 
-    /// A small xorshift: the seed is in the failure's text.
+    /// The seed is in the failure's text.
     struct Random(StdRng);
     impl Random {
         fn below(&mut self, n: u64) -> u64 {

@@ -38,6 +38,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_millis(800);
 /// One shutdown call works for so long, then reports how far it is; the caller calls again.
 const SHUTDOWN_SLICE: Duration = Duration::from_secs(20);
+/// How often a shutdown that waits looks for who has unlinked files open.
+const READERS_EVERY: Duration = Duration::from_millis(500);
 /// Limit of a control call.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Warm calls in flight at most, and the limit of one (it reads from S3).
@@ -430,6 +432,7 @@ impl Service {
         let bytes = self.counts.flushed_bytes.load(Ordering::Relaxed);
         let begun = Instant::now();
         let mut stored = None;
+        let mut looked: Option<Instant> = None;
         let mut report = loop {
             self.still_leads(term)?;
             let c = self.counts_now()?;
@@ -437,12 +440,17 @@ impl Service {
             let mut left = rest;
             if rest == 0 {
                 let since = *stored.get_or_insert_with(Instant::now);
+                left = self.lingering()?;
                 // The bucket is all that stays, and an unlinked file would be in it: who has one open loses it.
-                let readers = self.readers_of_unlinked(since.elapsed() >= LEASE)?;
-                left = self.lingering()? + readers.len() as u64;
-                if !readers.is_empty() {
-                    tracing::info!(?readers, "unlinked files end with who has them open");
-                    self.end_sessions(readers).await?;
+                // Who has, takes a look at every open file.
+                if left == 0 || looked.is_none_or(|at| at.elapsed() >= READERS_EVERY) {
+                    let readers = self.readers_of_unlinked(since.elapsed() >= LEASE)?;
+                    looked = Some(Instant::now());
+                    left += readers.len() as u64;
+                    if !readers.is_empty() {
+                        tracing::info!(?readers, "unlinked files end with who has them open");
+                        self.end_sessions(readers).await?;
+                    }
                 }
             }
             if left == 0 {
