@@ -552,3 +552,58 @@ async fn a_fence_waits_for_the_map_it_speaks_of() {
     assert_eq!(client.write_status(&file, 4, 0, b"late").await, Status::StaleGeneration);
     node.shutdown().await;
 }
+
+/// A flush that this core was not told the end of: its bytes are those of the object unless somebody else wrote that,
+/// or this core cannot know whether somebody did. The objects here are others, to see which it takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_flush_stored_is_served_before_its_end_is_told_though_groups_come() {
+    let world = World::new(128 * MIB, 1).await;
+    let node = world.start().await;
+    world.beats(2).await;
+    let mut client = Client::new(&world, node.port(), 5).await;
+    let meta = MetaPeer::new(&world, node.port()).await;
+    let group = |inode: u64| PgId::of_chunk(InodeId(inode), ChunkIndex(0), PGS);
+    let mut inodes = (1..).filter(|n| group(*n) != PgId(0) && group(*n) != PgId(1));
+    let mut next = || inodes.next().expect("endless");
+    let (kept, outside) = (next(), next());
+    let anew = inodes.find(|n| ![group(kept), group(outside)].contains(&group(*n))).expect("some");
+
+    let (written, other) = (pattern(1, 50_000), pattern(2, 50_000));
+    let none = ebb_s3::Condition::None;
+    let mut files = Vec::new();
+    for inode in [kept, outside, anew] {
+        let file = File::new(inode);
+        assert_eq!(client.present(&file).await, Status::Ok);
+        client.write(&file, 0, 0, &written).await;
+        seal(&meta, &file).await;
+        let key = format!("f{inode}");
+        let tag = world.bucket.put(&key, other.clone(), &Default::default(), &none).await;
+        let mut after = File::backed(inode, &key, tag.expect("PUT").as_str(), 50_000);
+        after.view.version = ViewVersion(2);
+        after.view.content = ContentId(2);
+        after.view.clean_generation = Generation(1);
+        after.view.lineage = Lineage(u64::from(inode == outside));
+        files.push(after);
+    }
+    // Of the file's group nothing changes, but another one comes; one of the files has its group led anew.
+    world
+        .change_map(|map| {
+            let since = map.version;
+            for pg in [PgId(0), group(anew)] {
+                map.pgs[usize::from(pg.0)].since_map_version = since;
+            }
+        })
+        .await;
+    client.map_version = world.meta().map.version;
+    let expected = [(&written, 50_000), (&other, 0), (&other, 0)];
+    for (file, (bytes, dirty)) in files.iter_mut().zip(expected) {
+        file.least_map = client.map_version;
+        let before = meta.stats().await;
+        assert_eq!(client.present(file).await, Status::Ok);
+        let read = client.read(file, 0, 0, 50_000).await;
+        assert!(read == *bytes, "inode {}", file.inode.0);
+        let after = meta.stats().await;
+        assert_eq!(after.misses - before.misses, u64::from(dirty == 0), "inode {}", file.inode.0);
+    }
+    node.shutdown().await;
+}

@@ -369,7 +369,7 @@ impl<B: Buffer> ShardCore<B> {
                     let Some(task) = self.controls.remove(&id) else { return };
                     return self.refuse(task.owed, Refusal::after(Status::Busy, RETRY_BUSY_MS));
                 }
-                self.grants.install_view(inode, view);
+                self.grants.install_view(inode, view, self.placement.version());
                 self.step_taken(id, None);
                 continue;
             }

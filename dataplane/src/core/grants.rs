@@ -43,8 +43,9 @@ pub(crate) enum Freshness {
     Stale,
     /// The same.
     Same,
-    /// To be installed; `lineage` is that of the view it replaces, if one is known.
-    Newer { lineage: Option<Lineage> },
+    /// To be installed; `lineage` is that of the view it replaces, if one is known, and the map by which that
+    /// was installed: it says nothing of groups that this core leads since a later one.
+    Newer { lineage: Option<(Lineage, MapVersion)> },
 }
 
 /// What of a view the store needs.
@@ -55,37 +56,47 @@ pub(crate) fn base_of(view: &FileView) -> BaseView {
     }
 }
 
+/// A view, and the map by which it was installed.
+struct Known {
+    view: Arc<FileView>,
+    at: MapVersion,
+}
+
 pub(crate) struct Grants {
     held: Lru<(InodeId, SessionId), Held>,
     /// The keys of `held` in order: a Drop notice names inodes.
     by_inode: BTreeSet<(InodeId, SessionId)>,
-    views: Lru<InodeId, Arc<FileView>>,
-    views_max: usize,
+    views: Lru<InodeId, Known>,
+    /// Views installed by an earlier map are not served by: they have to be presented again.
+    served_from: MapVersion,
 }
 
 impl Grants {
     pub(crate) fn new(grants_max: usize, views_max: usize) -> Self {
         let (held, views) = (Lru::new(grants_max), Lru::new(views_max));
-        Self { held, by_inode: BTreeSet::new(), views, views_max }
+        Self { held, by_inode: BTreeSet::new(), views, served_from: MapVersion(0) }
     }
 
     pub(crate) fn view(&mut self, inode: InodeId) -> Option<Arc<FileView>> {
-        self.views.get(&inode).map(Arc::clone)
+        let served_from = self.served_from;
+        self.views.get(&inode).filter(|v| v.at >= served_from).map(|v| Arc::clone(&v.view))
     }
 
     pub(crate) fn freshness(&self, inode: InodeId, version: ViewVersion) -> Freshness {
         match self.views.peek(&inode) {
-            Some(known) if known.version > version => Freshness::Stale,
-            Some(known) if known.version == version => Freshness::Same,
-            Some(known) => Freshness::Newer { lineage: Some(known.lineage) },
+            Some(known) if known.view.version > version => Freshness::Stale,
+            Some(known) if known.view.version == version && known.at >= self.served_from => {
+                Freshness::Same
+            }
+            Some(known) => Freshness::Newer { lineage: Some((known.view.lineage, known.at)) },
             None => Freshness::Newer { lineage: None },
         }
     }
 
-    /// Makes a view the inode's, unless a newer one came in the meantime.
-    pub(crate) fn install_view(&mut self, inode: InodeId, view: Arc<FileView>) {
-        if self.views.peek(&inode).is_none_or(|known| known.version <= view.version) {
-            self.views.insert(inode, view);
+    /// Makes a view the inode's, by the map `at`, unless a newer one came in the meantime.
+    pub(crate) fn install_view(&mut self, inode: InodeId, view: Arc<FileView>, at: MapVersion) {
+        if self.views.peek(&inode).is_none_or(|known| known.view.version <= view.version) {
+            self.views.insert(inode, Known { view, at });
         }
     }
 
@@ -125,9 +136,10 @@ impl Grants {
         self.views.remove(&inode);
     }
 
-    /// Every view has to be presented again.
-    pub(crate) fn forget_views(&mut self) {
-        self.views = Lru::new(self.views_max);
+    /// Every view that was installed by an earlier map than `at` has to be presented again. What lineage it was
+    /// of is remembered.
+    pub(crate) fn present_again(&mut self, at: MapVersion) {
+        self.served_from = at;
     }
 
     pub(crate) fn counts(&self) -> (usize, usize) {
@@ -191,11 +203,33 @@ mod tests {
             })
         };
         assert_eq!(g.freshness(InodeId(1), ViewVersion(3)), Freshness::Newer { lineage: None });
-        g.install_view(InodeId(1), view(3, 30));
-        g.install_view(InodeId(1), view(2, 20));
+        g.install_view(InodeId(1), view(3, 30), MapVersion(1));
+        g.install_view(InodeId(1), view(2, 20), MapVersion(1));
         assert_eq!(g.view(InodeId(1)).map(|v| v.content), Some(ContentId(30)));
         assert_eq!(g.freshness(InodeId(1), ViewVersion(2)), Freshness::Stale);
         assert_eq!(g.freshness(InodeId(1), ViewVersion(3)), Freshness::Same);
         assert!(matches!(g.freshness(InodeId(1), ViewVersion(4)), Freshness::Newer { .. }));
+    }
+
+    #[test]
+    fn a_view_to_be_presented_again_is_not_served_and_its_lineage_is_known() {
+        let mut g = Grants::new(8, 8);
+        let view = |v, l| {
+            Arc::new(FileView {
+                version: ViewVersion(v),
+                lineage: Lineage(l),
+                ..FileView::default()
+            })
+        };
+        g.install_view(InodeId(1), view(3, 9), MapVersion(4));
+        g.present_again(MapVersion(5));
+        assert!(g.view(InodeId(1)).is_none());
+        let newer = Freshness::Newer { lineage: Some((Lineage(9), MapVersion(4))) };
+        assert_eq!(g.freshness(InodeId(1), ViewVersion(3)), newer, "also the same one");
+        assert_eq!(g.freshness(InodeId(1), ViewVersion(4)), newer);
+        assert_eq!(g.freshness(InodeId(1), ViewVersion(2)), Freshness::Stale);
+        g.install_view(InodeId(1), view(3, 9), MapVersion(5));
+        assert!(g.view(InodeId(1)).is_some());
+        assert_eq!(g.freshness(InodeId(1), ViewVersion(3)), Freshness::Same);
     }
 }

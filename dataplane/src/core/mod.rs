@@ -311,7 +311,7 @@ impl<B: Buffer> ShardCore<B> {
                 if self.placement.leads_anew(before.as_deref()) {
                     // Views in memory are of this core's other groups: in those that it leads now, what they say
                     // need not be journaled. Everything has to be presented again, also what is being presented.
-                    self.grants.forget_views();
+                    self.grants.present_again(self.placement.version());
                     self.leads += 1;
                 }
                 self.note_moves(before);

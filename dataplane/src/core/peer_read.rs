@@ -7,7 +7,8 @@
 //! has nothing time after time, is forgotten.
 //!
 //! **The one who is asked** keeps what a released group left (`ebb_store::remnant`) as space that counts as
-//! free, and answers without lease or epoch: clean data is named by its content (R34), so it can't be
+//! free; what a group has that it was not told to release yet counts, too, as the new holder does not wait
+//! for that. It answers without lease or epoch: clean data is named by its content (R34), so it can't be
 //! stale, and the asker's view names the content and how many bytes of it count. Only another node's core
 //! may ask (I12): there is no grant in the request.
 //!

@@ -11,7 +11,7 @@ use super::{Buffer, Owed, PeerInfo, ShardCore};
 use ebb_dataplane_protocol::control::FlushDone;
 use ebb_dataplane_protocol::grant::CUTS_MAX;
 use ebb_dataplane_protocol::{
-    ContentId, FileView, Grant, GrantMode, InodeId, Lineage, SignedGrant, Status, codec,
+    ContentId, FileView, Grant, GrantMode, InodeId, Lineage, MapVersion, SignedGrant, Status, codec,
 };
 use ebb_store::{Scope, ViewUpdate};
 use std::sync::Arc;
@@ -116,15 +116,18 @@ impl<B: Buffer> ShardCore<B> {
 
     /// Dirty data that a committed flush put into S3 and whose `FlushDone` never came here is still
     /// right as long as only flushes changed the object. After an outside change (another lineage), or
-    /// when the lineage it was written under is no longer known, it must not cover the new object.
+    /// when the lineage it was written under is not known (since a restart, or since this core leads its group),
+    /// it must not cover the new object.
     fn superseded_dirt(
         &self,
         scope: Scope,
         view: &FileView,
-        lineage: Option<Lineage>,
+        known: Option<(Lineage, MapVersion)>,
     ) -> Option<Step> {
         let g = view.clean_generation;
-        if lineage == Some(view.lineage) || self.store.sealed(scope, g).is_none() {
+        let led_since = self.placement.led(scope.pg)?.since_map_version;
+        let same = known.is_some_and(|(lineage, at)| lineage == view.lineage && at >= led_since);
+        if same || self.store.sealed(scope, g).is_none() {
             return None;
         }
         let done = FlushDone {

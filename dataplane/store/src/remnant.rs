@@ -159,7 +159,8 @@ impl Store {
         self.collect();
     }
 
-    /// Plans a read of what is left of a chunk under one content. `None`: not all of it is here.
+    /// Plans a read of what is left of a chunk under one content, or of what is clean of it if its group was
+    /// not released yet: its new holder may ask before that. `None`: not all of it is here.
     pub fn plan_remnant(
         &mut self,
         inode: InodeId,
@@ -167,8 +168,15 @@ impl Store {
         blocks: Range<u32>,
         base: BaseView,
     ) -> Option<ReadPlan> {
-        let list = &self.remnants.chunks.get(&(inode, chunk))?.1;
-        let pieces = crate::read::lay(list, None, chunk, blocks, base);
+        let key = (inode, chunk);
+        let pieces = match self.remnants.chunks.get(&key) {
+            Some((_, list)) => crate::read::lay(list, None, chunk, blocks, base),
+            None => {
+                let extents = &self.index.chunks.get(&key)?.extents.0;
+                let clean = extents.iter().filter(|e| !e.origin.is_dirty()).cloned().collect();
+                crate::read::lay(&ExtentList(clean), None, chunk, blocks, base)
+            }
+        };
         let whole = pieces.iter().all(|p| match &p.source {
             PieceSource::Zero => true,
             PieceSource::Miss => false,

@@ -56,6 +56,18 @@ fn what_is_left_is_read_by_content_and_only_whole() {
     assert_eq!(r.read(0..1, base(7, VALID)), vec![b'S'; 4096]);
 }
 
+/// The new holder may ask before the group was released: what is clean is there, what is dirty is nobody else's.
+#[test]
+fn what_is_not_released_yet_is_read_by_content_too() {
+    let mut r = Rig::new(32 << 20);
+    r.fill(0, 64, 7, b'a', 4096 - 100);
+    assert_eq!(left(&mut r, 10..20, base(7, VALID)), Some(vec![b'a'; 10 * 4096]));
+    assert_eq!(left(&mut r, 10..20, base(8, VALID)), None);
+    r.write(12 * 4096, 4096, 1, b'b', base(7, VALID));
+    assert_eq!(left(&mut r, 10..20, base(7, VALID)), None);
+    assert_eq!(left(&mut r, 13..20, base(7, VALID)), Some(vec![b'a'; 7 * 4096]));
+}
+
 #[test]
 fn a_restart_a_flush_and_a_return_know_nothing_of_it() {
     let mut r = released();
