@@ -52,7 +52,7 @@ pub(crate) struct OpenFile {
     id: u64,
     pub(crate) inode: Arc<OpenInode>,
     write: bool,
-    detector: Mutex<Detector>,
+    pub(crate) detector: Mutex<Detector>,
     /// Failed background writes of the inode that this handle has reported, or that happened
     /// before it was opened.
     seen_failures: AtomicU64,

@@ -41,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) runtime: Handle,
     pub(crate) write_budget: Budget,
     pub(crate) read_budget: Budget,
+    /// Ranges that will be needed, and are being fetched.
+    pub(crate) advices: Arc<Semaphore>,
     /// Data writes in flight.
     pub(crate) window: Semaphore,
     inodes: Mutex<HashMap<InodeId, Arc<OpenInode>>>,
@@ -77,6 +79,7 @@ impl FileSystem {
             runtime: Handle::current(),
             write_budget: Budget::new(config.write_buffer_bytes),
             read_budget: Budget::new(config.read_cache_bytes),
+            advices: Arc::new(Semaphore::new(crate::advise::RANGES_MAX)),
             window: Semaphore::new(config.write_window.max(1)),
             inodes: Mutex::default(),
             files: Mutex::default(),

@@ -15,6 +15,7 @@
 //!
 //! What POSIX keeps and what it does not: `docs/SEMANTICS.md`.
 
+mod advise;
 mod begin;
 mod budget;
 mod buffer;
@@ -44,6 +45,7 @@ mod unnamed;
 mod writer;
 mod xattr;
 
+pub use advise::Advice;
 pub use begin::begin;
 pub use cluster::Cluster;
 pub use config::Config;

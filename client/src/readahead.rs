@@ -1,6 +1,7 @@
 //! When and how far to read ahead, and the blocks that were: pure bookkeeping, no I/O.
 
 use bytes::Bytes;
+use ebb_dataplane_protocol::header::{FLAG_RANDOM, FLAG_SEQUENTIAL};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Instant;
@@ -11,9 +12,20 @@ const SLACK_BYTES: u64 = 4 << 20;
 /// Sequential bytes before reading ahead begins.
 const STREAK_BYTES: u64 = 256 << 10;
 
+/// How a reader says that it will read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Pattern {
+    /// It does not say: its reads do.
+    #[default]
+    Unknown,
+    Sequential,
+    Random,
+}
+
 /// Follows one reader of one file.
 #[derive(Debug, Default)]
 pub(crate) struct Detector {
+    pattern: Pattern,
     /// One past the furthest byte read.
     expected: u64,
     streak: u64,
@@ -21,8 +33,28 @@ pub(crate) struct Detector {
 }
 
 impl Detector {
+    /// Follows a reader that says how it will read. What was seen of it before is forgotten.
+    pub(crate) fn of(pattern: Pattern) -> Self {
+        Self { pattern, ..Self::default() }
+    }
+
+    /// What the nodes are told with the reads, as flags of their headers; nothing: they look for themselves.
+    pub(crate) fn hint(&self) -> u16 {
+        match self.pattern {
+            Pattern::Random => FLAG_RANDOM,
+            Pattern::Sequential => FLAG_SEQUENTIAL,
+            Pattern::Unknown if self.window > 0 => FLAG_SEQUENTIAL,
+            Pattern::Unknown => 0,
+        }
+    }
+
     /// Takes note of a read and says how many bytes past its end to have in flight.
     pub(crate) fn observe(&mut self, offset: u64, len: u64, block: u64, window_max: u64) -> u64 {
+        match self.pattern {
+            Pattern::Unknown => {}
+            Pattern::Sequential => return window_max.max(block),
+            Pattern::Random => return 0,
+        }
         let near = offset <= self.expected.saturating_add(SLACK_BYTES)
             && offset.saturating_add(SLACK_BYTES) >= self.expected;
         let forward = offset + len > self.expected;
@@ -180,6 +212,26 @@ mod tests {
             assert!(windows[8..].iter().all(|w| *w > 0), "seed {seed}: {windows:?}");
             assert_eq!(windows.last(), Some(&(8 * MIB)), "seed {seed}");
         }
+    }
+
+    #[test]
+    fn who_says_how_it_reads_is_believed() {
+        let mut d = Detector::of(Pattern::Sequential);
+        for at in [900 * MIB, 0, 77] {
+            assert_eq!(d.observe(at, 4096, MIB, 8 * MIB), 8 * MIB);
+            assert_eq!(d.hint(), FLAG_SEQUENTIAL);
+        }
+        let mut d = Detector::of(Pattern::Random);
+        for at in 0..100 {
+            assert_eq!(d.observe(at * MIB, MIB, MIB, 8 * MIB), 0);
+            assert_eq!(d.hint(), FLAG_RANDOM);
+        }
+        let mut d = Detector::default();
+        assert_eq!((d.observe(0, 4096, MIB, 8 * MIB), d.hint()), (0, 0));
+        d.observe(4096, MIB, MIB, 8 * MIB);
+        assert_eq!(d.hint(), FLAG_SEQUENTIAL, "its reads say it");
+        d.observe(700 * MIB, 4096, MIB, 8 * MIB);
+        assert_eq!(d.hint(), 0);
     }
 
     #[test]

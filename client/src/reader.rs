@@ -13,14 +13,23 @@ use bytes::{Bytes, BytesMut};
 use ebb_dataplane_protocol::{CHUNK_BYTES, ChunkIndex};
 use futures::FutureExt;
 use futures::future::try_join_all;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use tokio::task::JoinHandle;
 
 /// A part of a read: a read-ahead block to slice, or a range to ask for.
 enum Part {
-    Block { fetch: Fetch, skip: usize, len: usize },
-    Ask { start: u64, end: u64 },
+    Block {
+        fetch: Fetch,
+        skip: usize,
+        len: usize,
+    },
+    /// `hint`: flags of the request.
+    Ask {
+        start: u64,
+        end: u64,
+        hint: u16,
+    },
 }
 
 /// Stops a fetch nobody waits for any more.
@@ -56,15 +65,14 @@ impl OpenInode {
                 return Ok(bytes.clone());
             }
             let config = &self.shared.cluster.config;
-            let ahead = detector.lock().unwrap_or_else(std::sync::PoisonError::into_inner).observe(
-                offset,
-                end - offset,
-                config.read_block_bytes,
-                config.read_window_bytes,
-            );
+            let (block, window) = (config.read_block_bytes, config.read_window_bytes);
+            let mut detector = detector.lock().unwrap_or_else(PoisonError::into_inner);
+            let ahead = detector.observe(offset, end - offset, block, window);
+            let hint = detector.hint();
+            drop(detector);
             let parts = match ahead {
-                0 => by_chunk(offset, end),
-                ahead => self.by_block(&mut state, offset, end, ahead),
+                0 => by_chunk(offset, end, hint),
+                ahead => self.by_block(&mut state, offset, end, ahead, hint),
             };
             (overlay, parts, offset, end)
         };
@@ -84,7 +92,7 @@ impl OpenInode {
 
     async fn fetch(&self, part: Part) -> Result<Bytes> {
         match part {
-            Part::Ask { start, end } => transfer::read(self, start, end).await,
+            Part::Ask { start, end, hint } => transfer::read(self, start, end, hint).await,
             Part::Block { fetch, skip, len } => Ok(fetch.await?.slice(skip..skip + len)),
         }
     }
@@ -96,6 +104,7 @@ impl OpenInode {
         offset: u64,
         end: u64,
         ahead: u64,
+        hint: u16,
     ) -> Vec<Part> {
         let config = &self.shared.cluster.config;
         let block = config.read_block_bytes;
@@ -108,7 +117,7 @@ impl OpenInode {
             let upto = end.min(first + block);
             let (mut found, freed) = state.blocks.get(first, upto, upto - at, oldest);
             self.shared.read_budget.give(freed as usize);
-            if found.is_none() && self.begin_block(state, first, size, true) {
+            if found.is_none() && self.begin_block(state, first, size, true, hint) {
                 let (begun, freed) = state.blocks.get(first, upto, upto - at, None);
                 self.shared.read_budget.give(freed as usize);
                 found = begun;
@@ -117,13 +126,13 @@ impl OpenInode {
                 Some(fetch) => {
                     Part::Block { fetch, skip: (at - first) as usize, len: (upto - at) as usize }
                 }
-                None => Part::Ask { start: at, end: upto },
+                None => Part::Ask { start: at, end: upto, hint },
             });
             at = upto;
         }
         let mut next = end.div_ceil(block) * block;
         while next < size && next < end + ahead {
-            if !state.blocks.contains(next) && !self.begin_block(state, next, size, false) {
+            if !state.blocks.contains(next) && !self.begin_block(state, next, size, false, hint) {
                 break;
             }
             next += block;
@@ -138,6 +147,7 @@ impl OpenInode {
         first: u64,
         size: u64,
         demanded: bool,
+        hint: u16,
     ) -> bool {
         let end = size.min(first + self.shared.cluster.config.read_block_bytes);
         if end <= first {
@@ -155,7 +165,7 @@ impl OpenInode {
         let weak = Arc::downgrade(self);
         let task = self.shared.runtime.spawn(async move {
             let inode = weak.upgrade().ok_or(ClientError::BadHandle)?;
-            transfer::read(&inode, first, end).await
+            transfer::read(&inode, first, end, hint).await
         });
         let mut task = Abandon(task);
         let fetch: Fetch = async move {
@@ -172,12 +182,12 @@ impl OpenInode {
 }
 
 /// Parts of a range, one per chunk.
-fn by_chunk(offset: u64, end: u64) -> Vec<Part> {
+fn by_chunk(offset: u64, end: u64, hint: u16) -> Vec<Part> {
     let mut parts = Vec::new();
     let mut start = offset;
     while start < end {
         let upto = end.min(ChunkIndex::of_offset(start).start() + u64::from(CHUNK_BYTES));
-        parts.push(Part::Ask { start, end: upto });
+        parts.push(Part::Ask { start, end: upto, hint });
         start = upto;
     }
     parts
@@ -192,8 +202,8 @@ mod tests {
         let chunk = u64::from(CHUNK_BYTES);
         for (a, b) in [(0, 1), (0, chunk), (chunk - 1, chunk + 1), (5, 3 * chunk + 7)] {
             let mut at = a;
-            for part in by_chunk(a, b) {
-                let Part::Ask { start, end } = part else { panic!("asked") };
+            for part in by_chunk(a, b, 0) {
+                let Part::Ask { start, end, .. } = part else { panic!("asked") };
                 assert_eq!(start, at);
                 assert_eq!(start / chunk, (end - 1) / chunk);
                 at = end;

@@ -16,6 +16,7 @@ use crate::status::{Action, action};
 use bytes::{Bytes, BytesMut};
 use ebb_dataplane_protocol::checksum::piece_checksums;
 use ebb_dataplane_protocol::data::{DataContext, WriteReply, decode_checksums, encode_checksums};
+use ebb_dataplane_protocol::header::FLAG_PREFETCH;
 use ebb_dataplane_protocol::{
     BLOCK_BYTES, CHUNK_BYTES, ChunkIndex, ClusterMap, Generation, Header, Opcode, PgEntry, PgEpoch,
     PgId, Status, crc32c,
@@ -35,9 +36,10 @@ const PAUSE_MAX: Duration = Duration::from_millis(500);
 const SPACE_LOOK: Duration = Duration::from_secs(1);
 
 /// Reads `start..end`, which lies in one chunk. The answer has exactly that length; its checksums
-/// were compared.
-pub(crate) async fn read(inode: &OpenInode, start: u64, end: u64) -> Result<Bytes> {
+/// were compared. `hint`: what the node is told of the reads that follow, as flags of the header.
+pub(crate) async fn read(inode: &OpenInode, start: u64, end: u64, hint: u16) -> Result<Bytes> {
     let mut t = Transfer::new(inode, start, end, None);
+    t.flags = hint;
     loop {
         let (frame, _) = t.run().await?;
         match check_read(&frame, start, end) {
@@ -48,6 +50,13 @@ pub(crate) async fn read(inode: &OpenInode, start: u64, end: u64) -> Result<Byte
             }
         }
     }
+}
+
+/// Has the node bring what it lacks of `start..end`, which lies in one chunk, into its cache.
+pub(crate) async fn prefetch(inode: &OpenInode, start: u64, end: u64) -> Result<()> {
+    let mut t = Transfer::new(inode, start, end, None);
+    t.flags = FLAG_PREFETCH;
+    t.run().await.map(drop)
 }
 
 /// Writes `data` at `start`, inside one chunk. Answers with the generation it was taken under.
@@ -101,6 +110,8 @@ struct Transfer<'a> {
     start: u64,
     end: u64,
     outgoing: Option<Outgoing>,
+    /// Of the request's header.
+    flags: u16,
     deadline: Instant,
     /// When NoSpace becomes ENOSPC; set at the first one.
     space: Option<Space>,
@@ -133,6 +144,7 @@ impl<'a> Transfer<'a> {
             start,
             end,
             outgoing,
+            flags: 0,
             deadline: Instant::now() + shared.config.patience,
             space: None,
             bad: None,
@@ -285,6 +297,7 @@ impl<'a> Transfer<'a> {
             chunk,
             offset: (self.start - chunk.start()) as u32,
             length: (self.end - self.start) as u32,
+            flags: self.flags,
             ..Header::request(opcode, 0)
         };
         let mut context = DataContext {

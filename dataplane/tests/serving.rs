@@ -5,6 +5,7 @@ mod common;
 use common::client::*;
 use common::*;
 use ebb_dataplane_protocol::control::{Control, ControlReply};
+use ebb_dataplane_protocol::header::{FLAG_PREFETCH, FLAG_RANDOM, FLAG_SEQUENTIAL};
 use ebb_dataplane_protocol::*;
 
 const MIB: u64 = 1 << 20;
@@ -282,5 +283,60 @@ async fn a_full_device_evicts_clean_data_then_says_no_space() {
     let other = File::new(502);
     assert_eq!(client.present(&other).await, Status::Ok);
     client.write(&other, 0, 0, &pattern(1, 4 << 20)).await;
+    node.shutdown().await;
+}
+
+/// What a client says of its reads goes before what they look like.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_says_whether_more_is_fetched_than_it_asks_for() {
+    let world = World::new(256 * MIB, 1).await;
+    let body = pattern(6, 32 * MIB as usize);
+    let none = ebb_s3::Condition::None;
+    let etag = world.bucket.put("k", body.clone(), &Default::default(), &none).await.expect("PUT");
+    let node = world.start().await;
+    world.beats(2).await;
+    let mut client = Client::new(&world, node.port(), 10).await;
+    let meta = MetaPeer::new(&world, node.port()).await;
+    let file = |inode: u64| {
+        let mut f = File::backed(inode, "k", etag.as_str(), body.len() as u64);
+        f.mode = GrantMode::Read;
+        f
+    };
+    let cached = async |least: u64| {
+        meta.eventually_clean(least).await;
+        meta.stats().await.clean_bytes
+    };
+    // Neither at the start of the file nor right behind the last one.
+    client.flags = FLAG_RANDOM;
+    let random = file(1);
+    assert_eq!(client.present(&random).await, Status::Ok);
+    for offset in [0, 4096, 1 << 20, 2 << 20] {
+        assert!(client.read(&random, 0, offset, 4096).await == body[offset as usize..][..4096]);
+    }
+    // In the middle, and somewhere else, and back: two readers of one client.
+    client.flags = FLAG_SEQUENTIAL;
+    let streams = file(2);
+    assert_eq!(client.present(&streams).await, Status::Ok);
+    client.read(&streams, 1, 1 << 20, 4096).await;
+    let least = (3 << 18) + (3 << 20);
+    assert_eq!(cached(least).await, least, "3 MiB from 5 MiB on, and 256 KiB three times");
+    client.read(&streams, 6, 0, 4096).await;
+    assert_eq!(cached(least + (3 << 20)).await, least + (3 << 20));
+    client.read(&streams, 2, 0, 4096).await;
+    assert_eq!(cached(least + (6 << 20)).await, least + (6 << 20), "up to 11 MiB");
+    // The reply has no bytes, and comes when they are there.
+    client.flags = FLAG_PREFETCH;
+    let ahead = file(3);
+    assert_eq!(client.present(&ahead).await, Status::Ok);
+    let reply = client.read_frame(&ahead, 3, 100, 2 << 20).await;
+    assert_eq!((reply.header.status, reply.body.len(), reply.payload.len()), (Status::Ok, 0, 0));
+    let least = least + (6 << 20) + (9 << 18);
+    assert_eq!(cached(least).await, least);
+    world.bucket.delete("k", None).await.expect("deleted");
+    client.flags = FLAG_RANDOM;
+    assert!(client.read(&ahead, 3, 100, 2 << 20).await == body[3 * (4 << 20) + 100..][..2 << 20]);
+    // A grant is needed for it like for any read.
+    client.flags = FLAG_PREFETCH;
+    assert_eq!(client.read_status(&file(4), 0, 0, 4096).await, Status::NeedGrant);
     node.shutdown().await;
 }

@@ -3,7 +3,7 @@
 
 use crate::exit::CliError;
 use ebb_client::{
-    Attr, FileKind, FileSystem, InodeId, OpenFlags, Owner, SetAttr, Time, TimeChange,
+    Advice, Attr, FileKind, FileSystem, InodeId, OpenFlags, Owner, SetAttr, Time, TimeChange,
 };
 use indicatif::ProgressBar;
 use std::ffi::OsStr;
@@ -410,6 +410,7 @@ async fn file_out(
     let told = |e: &dyn std::fmt::Display| CliError::new(format!("{}: {e}", path.display()));
     let file = fs.open(attr.inode, OpenFlags::default()).await.map_err(|e| told(&e))?;
     let result: Result<u64, CliError> = async {
+        fs.advise(file.handle, 0..attr.size, Advice::Sequential).map_err(|e| told(&e))?;
         let mut local = tokio::fs::File::create(path).await.map_err(|e| told(&e))?;
         let mut at = 0u64;
         loop {

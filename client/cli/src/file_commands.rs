@@ -5,7 +5,7 @@ use crate::copy::{Copier, Place};
 use crate::exit::CliError;
 use crate::{find, output};
 use ebb_client::{
-    Attr, ClientError, Cluster, Config, FileKind, FileSystem, OpenFlags, Owner, Time,
+    Advice, Attr, ClientError, Cluster, Config, FileKind, FileSystem, OpenFlags, Owner, Time,
 };
 use std::io::Write;
 
@@ -154,6 +154,7 @@ pub(crate) async fn cat(cli: &Cli, args: &Paths) -> Result<(), CliError> {
         for path in &args.paths {
             let attr = fs.resolve_following(inside(path)).await.map_err(on(path))?;
             let file = fs.open(attr.inode, OpenFlags::default()).await.map_err(on(path))?;
+            fs.advise(file.handle, 0..attr.size, Advice::Sequential).map_err(on(path))?;
             let mut at = 0;
             let result = loop {
                 match fs.read(file.handle, at, 1 << 20).await {

@@ -1,7 +1,7 @@
 //! The 64-byte frame header, little-endian, the same on every port.
 //!
 //! ```text
-//!  0 u32 magic "EBB1"      4 u8 version   5 u8 opcode   6 u16 flags (bit 0: reply)
+//!  0 u32 magic "EBB1"      4 u8 version   5 u8 opcode   6 u16 flags
 //!  8 u64 request id (chosen by the caller, echoed)
 //! 16 u32 body bytes       20 u32 payload bytes
 //! 24 u16 status (replies) 26 u16 placement group       28 u32 feature bits
@@ -33,6 +33,13 @@ pub const BODY_BYTES_MAX_META: u32 = 4 << 20;
 pub const PAYLOAD_BYTES_MAX: u32 = crate::ids::CHUNK_BYTES;
 /// Flag: this frame answers a request.
 pub const FLAG_REPLY: u16 = 1;
+/// Flag of a read: what comes after it will be read next. A hint, like the other two: who does not know it answers
+/// as if it was not set.
+pub const FLAG_SEQUENTIAL: u16 = 2;
+/// Flag of a read: what comes after it will not be read next.
+pub const FLAG_RANDOM: u16 = 4;
+/// Flag of a read: the range is to be brought into the cache; the reply, without bytes, says that it was gone through.
+pub const FLAG_PREFETCH: u16 = 8;
 
 /// What a frame asks for. A reply carries the opcode of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -124,7 +131,7 @@ pub enum BadHeader {
 pub struct Header {
     /// What is asked, or was.
     pub opcode: Opcode,
-    /// [`FLAG_REPLY`] and reserved bits.
+    /// [`FLAG_REPLY`] and the hints of reads; others are ignored.
     pub flags: u16,
     /// Chosen by the caller, echoed in the reply.
     pub request_id: u64,
@@ -200,6 +207,11 @@ impl Header {
     /// Whether this frame answers a request.
     pub const fn is_reply(&self) -> bool {
         self.flags & FLAG_REPLY != 0
+    }
+
+    /// Whether a flag is set.
+    pub const fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
     }
 
     /// Sets the body's length and checksum.

@@ -3,8 +3,9 @@
 use super::assembly::{Assembled, For, Wanted};
 use super::placement::{Claim, Refusal};
 use super::{Buffer, Owed, PeerInfo, Purpose, Reply, ShardCore, Waiter};
-use ebb_dataplane_protocol::Status;
 use ebb_dataplane_protocol::data::{DataContext, encode_checksums};
+use ebb_dataplane_protocol::header::{FLAG_PREFETCH, FLAG_RANDOM, FLAG_SEQUENTIAL};
+use ebb_dataplane_protocol::{ByteRange, Status};
 use ebb_store::BLOCK;
 use std::ops::Range;
 
@@ -31,8 +32,15 @@ impl<B: Buffer> ShardCore<B> {
         let end = (header.offset + header.length).div_ceil(BLOCK as u32);
         let at = header.chunk.start() + u64::from(header.offset);
         let to = at + u64::from(header.length);
-        let sequential =
-            self.read_ahead.is_sequential(header.inode, admitted.context.session, at, to);
+        if header.has(FLAG_PREFETCH) {
+            let range = ByteRange { start: at, end: to };
+            return self.prefetch(owed, header.inode, admitted.view, range);
+        }
+        let sequential = if header.has(FLAG_SEQUENTIAL | FLAG_RANDOM) {
+            header.has(FLAG_SEQUENTIAL)
+        } else {
+            self.read_ahead.is_sequential(header.inode, admitted.context.session, at, to)
+        };
         let id = self.next_id();
         let task = ReadTask { owed, claim: admitted.claim, blocks: start..end };
         self.reads.insert(id, task);

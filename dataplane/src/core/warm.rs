@@ -1,13 +1,17 @@
 //! Warming: bringing the missing blocks of a range into the cache, a few fills at a time.
 //!
-//! Only chunks whose group this core holds. The answer comes when the range was gone through; a fetch
-//! that fails is skipped, since a later read will say why.
+//! The metadata plane asks for it (`ebb warm`), and clients whose readers said what they will need. Only
+//! chunks whose group this core holds. The answer comes when the range was gone through; a fetch that
+//! fails is skipped, since a later read will say why.
 
 use super::fill::Target;
 use super::grants::base_of;
-use super::{Buffer, Owed, ShardCore};
+use super::placement::Refusal;
+use super::{Buffer, Owed, RETRY_BUSY_MS, ShardCore};
 use ebb_dataplane_protocol::control::ControlReply;
-use ebb_dataplane_protocol::{ByteRange, CHUNK_BYTES, ChunkIndex, FileView, Grant, InodeId, PgId};
+use ebb_dataplane_protocol::{
+    ByteRange, CHUNK_BYTES, ChunkIndex, FileView, Grant, InodeId, Opcode, PgId, Status,
+};
 use ebb_store::{BLOCK, PieceSource};
 use std::sync::Arc;
 
@@ -15,6 +19,8 @@ use std::sync::Arc;
 const STEP_BYTES: u64 = 1 << 20;
 /// Fills of one task in flight.
 const FILLS_IN_FLIGHT: usize = 4;
+/// Tasks under way above which clients are told to come again.
+const PREFETCHES_MAX: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct WarmId(u64);
@@ -33,12 +39,28 @@ pub(crate) struct WarmTask {
 
 impl<B: Buffer> ShardCore<B> {
     pub(crate) fn warm(&mut self, owed: Owed, grant: Grant, range: ByteRange) {
-        let view = Arc::new(grant.view);
+        self.begin_warm(owed, grant.inode, Arc::new(grant.view), range);
+    }
+
+    /// The same for a client, of a range that it may read.
+    pub(crate) fn prefetch(
+        &mut self,
+        owed: Owed,
+        inode: InodeId,
+        view: Arc<FileView>,
+        range: ByteRange,
+    ) {
+        if self.warms.len() >= PREFETCHES_MAX {
+            return self.refuse(owed, Refusal::after(Status::Busy, RETRY_BUSY_MS));
+        }
+        self.begin_warm(owed, inode, view, range);
+    }
+
+    fn begin_warm(&mut self, owed: Owed, inode: InodeId, view: Arc<FileView>, range: ByteRange) {
         let end = range.end.min(base_of(&view).valid_bytes);
-        let at = range.start / STEP_BYTES * STEP_BYTES;
+        let at = range.start / BLOCK as u64 * BLOCK as u64;
         let id = WarmId(self.next_id());
-        let task =
-            WarmTask { owed, inode: grant.inode, view, at, end, in_flight: 0, stepping: false };
+        let task = WarmTask { owed, inode, view, at, end, in_flight: 0, stepping: false };
         self.warms.insert(id, task);
         self.step_warm(id);
     }
@@ -69,15 +91,19 @@ impl<B: Buffer> ShardCore<B> {
             }
             let (inode, at, end) = (task.inode, task.at, task.end);
             let view = Arc::clone(&task.view);
-            task.at += STEP_BYTES;
-            self.warm_step(id, inode, &view, at, end.min(at + STEP_BYTES));
+            let to = end.min((at / STEP_BYTES + 1) * STEP_BYTES);
+            task.at = to;
+            self.warm_step(id, inode, &view, at, to);
         }
         let Some(task) = self.warms.get_mut(&id) else { return };
         task.stepping = false;
         if task.at >= task.end && task.in_flight == 0 {
             let owed = task.owed;
             self.warms.remove(&id);
-            self.control_reply(owed, &ControlReply::Done);
+            match owed.header.opcode {
+                Opcode::Read => self.reply(owed, Status::Ok, Vec::new()),
+                _ => self.control_reply(owed, &ControlReply::Done),
+            }
         }
     }
 

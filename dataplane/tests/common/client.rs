@@ -71,6 +71,8 @@ pub struct Client {
     pub sequence: Arc<std::sync::atomic::AtomicU64>,
     /// Sequences this far back are answered.
     pub unanswered_max: u64,
+    /// Of the headers of reads.
+    pub flags: u16,
 }
 
 impl Client {
@@ -82,6 +84,7 @@ impl Client {
             epoch: PgEpoch(1),
             sequence: Arc::new(1.into()),
             unanswered_max: 1000,
+            flags: 0,
         }
     }
 
@@ -178,7 +181,8 @@ impl Client {
     }
 
     pub async fn read_frame(&self, file: &File, chunk: u32, offset: u32, length: u32) -> Frame {
-        let header = self.header(Opcode::Read, file, chunk, offset, length);
+        let mut header = self.header(Opcode::Read, file, chunk, offset, length);
+        header.flags = self.flags;
         let body = self.context(file, Sequence(0)).encode().to_vec();
         self.connection
             .call(header, body.into(), bytes::Bytes::new(), TIMEOUT)
