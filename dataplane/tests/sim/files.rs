@@ -4,6 +4,7 @@ use super::*;
 use ebb_dataplane_protocol::checksum::{crc32c, piece_checksums};
 use ebb_dataplane_protocol::control::{FlushDone, PutCondition, PutObject, SealItem, SealedItem};
 use ebb_dataplane_protocol::data::{DataContext, WriteReply, decode_checksums, encode_checksums};
+use ebb_dataplane_protocol::header::{FLAG_RANDOM, FLAG_SEQUENTIAL};
 
 const CHUNK: u64 = CHUNK_BYTES as u64;
 /// Bytes of a file at most: two chunks and a bit, in one run.
@@ -396,7 +397,8 @@ impl Sim {
     }
 
     fn send_read(&mut self, file: usize, at: u64, expected: Vec<u8>, session: SessionId) {
-        let header = self.header(Opcode::Read, file, at, expected.len());
+        let mut header = self.header(Opcode::Read, file, at, expected.len());
+        header.flags = [0, FLAG_SEQUENTIAL, FLAG_RANDOM][(at % 3) as usize];
         let body = self.context(file, session, Sequence(0)).encode().to_vec();
         self.files.all[file].busy.push(at..at + expected.len() as u64);
         let o = Outstanding { session, what: What::Read { file, at, expected } };
