@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from harness import check, cluster
+from harness import check, cluster, wait_for
 
 
 def test_engines_are_compared_or_it_says_what_to_build():
@@ -47,6 +47,30 @@ def test_a_chunk_bench_tells_how_writes_were_grouped():
         check(c.ebb("ls", "/").stdout.strip() == "", "its file is gone")
         check(not list(c.dir.glob(".ebb-bench-*")), "and the other one")
         return f"with {' and '.join(tools) or 'neither fio nor iperf3'}"
+
+
+def test_two_clusters_are_measured_in_turn():
+    """Two copies beside one: a ratio of each run, and a bar; neither keeps a file. What can't be compared is refused."""
+    with cluster(nodes=2, replicas=2, min_in_sync=2) as two, cluster(nodes=1) as one:
+        wait_for("copies", lambda: two.status()["groups"]["in_sync"] == len(two.status()["map"]["pgs"]))
+        args = ["bench", "chunk", "--size", "4KiB", "--depth", "1,16", "--seconds", 1, "--runs", 2, "--file", "16MiB",
+                "--only", "write"]
+        out = json.loads(two.ebb("--json", *args, "--beside", one.dir).stdout)["beside"]
+        check(out["replicas"] == [2, 1] and out["runs"] == 2, str(out))
+        check([p["depth"] for p in out["pairs"]] == [1, 16], str(out))
+        for p in out["pairs"]:
+            check(len(p["ratio_runs"]) == 2 and p["iops"] > 0 and p["other_iops"] > 0, str(p))
+            check((p["bar"] or {}).get("limit") == (0.45 if p["depth"] == 16 else None), str(p))
+        for c in (one, two):
+            check(c.ebb("ls", "/").stdout.strip() == "", "its file is gone")
+        text = one.ebb(*args, "--beside", two.dir).stdout
+        check("the other cluster: 2" in text and "bar" not in text, text)
+        p = one.ebb(*args, "--beside", one.dir, ok=False)
+        check(p.returncode == 2 and "same cluster" in p.stderr, p.stderr)
+        p = one.ebb(*args, "--beside", one.dir.parent, ok=False)
+        check(p.returncode == 3 and "no cluster" in p.stderr, p.stderr)
+        ratios = " and ".join(f"{p['ratio']:.2f}" for p in out["pairs"])
+        return f"two copies of one: {ratios}, depth 1 and 16"
 
 
 def test_a_recovery_bench_opens_what_it_filled_and_leaves_nothing():

@@ -31,8 +31,10 @@
 //!
 //! CPU is that of this process and of the servers on this machine, from /proc, per GB moved.
 
+mod beside;
 mod outcome;
 
+pub use beside::{Beside, Pair, Side, beside, beside_table};
 pub use outcome::{Against, Grouped, Outcome, Row, Verdict, table};
 
 use crate::BenchError;

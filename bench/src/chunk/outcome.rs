@@ -141,7 +141,7 @@ pub(crate) struct Measured {
 
 /// A core is judged by what it does with this many requests in flight, or more: with fewer it waits for the
 /// network and the client, and nothing is grouped.
-const JUDGED_DEPTH: u32 = 16;
+pub(super) const JUDGED_DEPTH: u32 = 16;
 
 /// 8 connections to Redis, each with 4 requests in flight.
 const REDIS_DEPTH: u32 = 32;

@@ -460,6 +460,9 @@ pub(crate) struct BenchChunk {
     /// Ask all server cores, not one
     #[arg(long)]
     pub all_cores: bool,
+    /// Measure another cluster of this machine in turn, and print the ratios: of another version, or with other settings
+    #[arg(long, value_name = "DIR", conflicts_with = "baseline")]
+    pub beside: Option<PathBuf>,
 }
 
 /// `ebb bench mount`

@@ -9,7 +9,7 @@ use ebb_bench::memory::{Kind, Subject};
 use ebb_bench::{BenchError, chunk, engines, index, memory, meta, mount, recovery};
 use ebb_client::{Cluster, Config, FileSystem, InodeId};
 use ebb_controller::Layout;
-use ebb_dataplane_protocol::auth::Role;
+use ebb_dataplane_protocol::auth::{ClusterKey, Role};
 use ebb_metaplane_protocol::{AdminCall, AdminReply, Request, Response};
 use ebb_rpc::{Identity, MetaClient};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use std::time::Duration;
 
 /// A flush between jobs may take this long.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1800);
+const STATUS_PATIENCE: Duration = Duration::from_secs(30);
 
 impl From<BenchError> for CliError {
     fn from(e: BenchError) -> Self {
@@ -31,6 +32,12 @@ impl From<BenchError> for CliError {
 /// `ebb bench`
 pub(crate) async fn bench(cli: &Cli, args: &Bench) -> Result<(), CliError> {
     match &args.what {
+        BenchWhat::Chunk(a) if a.beside.is_some() => {
+            let machine = machine();
+            let outcome = run_beside(cli, a).await?;
+            let document = serde_json::json!({ "machine": machine, "beside": outcome });
+            print(cli, &document, || format!("{machine}\n\n{}", chunk::beside_table(&outcome)))
+        }
         BenchWhat::Chunk(a) => {
             let outcome = run_chunk(cli, plan(cli, a)?).await?;
             print(cli, &outcome, || chunk::table(&outcome))
@@ -108,7 +115,44 @@ fn plan(cli: &Cli, args: &BenchChunk) -> Result<chunk::Plan, CliError> {
 }
 
 async fn run_chunk(cli: &Cli, plan: chunk::Plan) -> Result<chunk::Outcome, CliError> {
-    let (addresses, key) = find::cluster(cli)?;
+    let fs = connect(find::cluster(cli)?, &plan).await?;
+    let result = chunk::run(&fs, &plan, say(cli)).await;
+    let closed = fs.close().await;
+    let outcome = result?;
+    closed?;
+    Ok(outcome)
+}
+
+/// `ebb bench chunk --beside DIR`
+async fn run_beside(cli: &Cli, args: &BenchChunk) -> Result<chunk::Beside, CliError> {
+    let plan = plan(cli, args)?;
+    let side = async |found: (Vec<String>, ClusterKey)| {
+        let key = found.1.clone();
+        let fs = connect(found, &plan).await?;
+        let replicas = match fs.cluster().admin(AdminCall::Status, STATUS_PATIENCE).await? {
+            AdminReply::Status(status) => status.replicas,
+            other => return Err(CliError::new(format!("unexpected reply {other:?}"))),
+        };
+        Ok(chunk::Side { fs, key, replicas: replicas.into() })
+    };
+    let dir = args.beside.as_deref().unwrap_or(Path::new("."));
+    let (this, other) = (find::cluster(cli)?, find::cluster_in(dir)?);
+    if this.0 == other.0 {
+        return Err(CliError::usage("--beside names the same cluster"));
+    }
+    let (this, other) = (side(this).await?, side(other).await?);
+    let result = chunk::beside(&this, &other, &plan, say(cli)).await;
+    let closed = (this.fs.close().await, other.fs.close().await);
+    let outcome = result?;
+    closed.0?;
+    closed.1?;
+    Ok(outcome)
+}
+
+async fn connect(
+    (addresses, key): (Vec<String>, ClusterKey),
+    plan: &chunk::Plan,
+) -> Result<FileSystem, CliError> {
     let label = format!("ebb bench, pid {}", std::process::id());
     // No readahead: every read is to be a request to a chunk server.
     let patience = Duration::from_secs(30);
@@ -117,12 +161,7 @@ async fn run_chunk(cli: &Cli, plan: chunk::Plan) -> Result<chunk::Outcome, CliEr
     let write_window = Config::default().write_window.max(deepest);
     let config = Config { patience, read_cache_bytes: 0, write_window, ..Config::default() };
     let cluster = Cluster::connect(addresses, key, &label, config).await?;
-    let fs = FileSystem::new(&cluster);
-    let result = chunk::run(&fs, &plan, say(cli)).await;
-    let closed = fs.close().await;
-    let outcome = result?;
-    closed?;
-    Ok(outcome)
+    Ok(FileSystem::new(&cluster))
 }
 
 /// Puts everything into S3.
@@ -329,6 +368,7 @@ async fn all(cli: &Cli, args: &BenchMount) -> Result<(), CliError> {
         runs: args.runs,
         baseline: true,
         all_cores: false,
+        beside: None,
     };
     check_mounted(&args.target)?;
     let machine = machine();

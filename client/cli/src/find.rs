@@ -6,7 +6,7 @@ use crate::exit::CliError;
 use ebb_controller::Layout;
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
 use ebb_rpc::{Identity, MetaClient};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Directory of the local cluster.
 pub(crate) fn layout(cli: &Cli) -> Result<Layout, CliError> {
@@ -37,15 +37,7 @@ pub(crate) fn cluster(cli: &Cli) -> Result<(Vec<String>, ClusterKey), CliError> 
                     layout.dir().display()
                 )));
             }
-            layout
-                .load_endpoints()
-                .map_err(|_| {
-                    CliError::no_cluster(format!(
-                        "the cluster in {} is not running: `ebb up --dir {0}` brings it back",
-                        layout.dir().display()
-                    ))
-                })?
-                .meta
+            running(&layout)?
         }
     };
     if addresses.is_empty() {
@@ -61,6 +53,29 @@ pub(crate) fn cluster(cli: &Cli) -> Result<(Vec<String>, ClusterKey), CliError> 
         })?,
     };
     Ok((addresses, key))
+}
+
+/// The same of another cluster of this machine.
+pub(crate) fn cluster_in(dir: &Path) -> Result<(Vec<String>, ClusterKey), CliError> {
+    let dir =
+        std::path::absolute(dir).map_err(|e| CliError::usage(format!("{}: {e}", dir.display())))?;
+    let layout = Layout::new(dir);
+    if !layout.exists() {
+        let dir = layout.dir().display();
+        return Err(CliError::no_cluster(format!("there is no cluster in {dir}")));
+    }
+    let key = layout.load_key().map_err(|e| CliError::no_cluster(e.to_string()))?;
+    Ok((running(&layout)?, key))
+}
+
+fn running(layout: &Layout) -> Result<Vec<String>, CliError> {
+    let endpoints = layout.load_endpoints().map_err(|_| {
+        CliError::no_cluster(format!(
+            "the cluster in {} is not running: `ebb up --dir {0}` brings it back",
+            layout.dir().display()
+        ))
+    })?;
+    Ok(endpoints.meta)
 }
 
 /// A client for operators' calls.
