@@ -67,6 +67,9 @@ pub struct ClusterConfig {
     /// A kernel thread takes each core's submissions, and sleeps after so many ms without one; 0: none.
     #[serde(default)]
     pub sqpoll_idle_ms: u32,
+    /// Cores under load look for what comes next for so many µs before they sleep.
+    #[serde(default)]
+    pub spin_us: u32,
     /// Dirty data goes to S3 after this long, in ms.
     pub flush_after_ms: u64,
     /// Address the servers listen on.
@@ -326,6 +329,7 @@ mod tests {
             spill_dirs: vec![],
             send_zc: false,
             sqpoll_idle_ms: 0,
+            spin_us: 0,
             flush_after_ms: 5000,
             host: "127.0.0.1".into(),
             meta_port: 0,

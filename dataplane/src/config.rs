@@ -85,6 +85,10 @@ pub struct NodeConfig {
     /// one; 0: none. It takes a processor of its own, and with `cpus` it shares its core's. ADR 0009.
     #[serde(default)]
     pub sqpoll_idle_ms: u32,
+    /// Microseconds that a core under load looks for what comes next before it sleeps for it; 0: it sleeps at once. A
+    /// core that spins uses all of its processor, one with nothing to do none. ADR 0009.
+    #[serde(default)]
+    pub spin_us: u32,
     /// Written when the node serves: JSON with node, host, ports, pid.
     #[serde(default)]
     pub ready_file: Option<PathBuf>,
@@ -200,6 +204,9 @@ impl NodeConfig {
         if self.index_bytes < INDEX_BYTES_MIN {
             return bad("index_bytes", self.index_bytes.to_string(), "at least 16 MiB");
         }
+        if self.spin_us > ebb_ring::SPIN_US_MAX {
+            return bad("spin_us", self.spin_us.to_string(), "at most 10000");
+        }
         if self.sqpoll_idle_ms > ebb_ring::SQPOLL_IDLE_MS_MAX {
             return bad("sqpoll_idle_ms", self.sqpoll_idle_ms.to_string(), "at most 60000");
         }
@@ -262,7 +269,7 @@ mod tests {
         let c: NodeConfig = toml::from_str(LEAST).expect("valid");
         let two = || vec!["/dev/a".into(), "/dev/a".into()];
         let shared = NodeConfig { spill: vec!["/dev/a".into()], ..c.clone() };
-        let broken: [(&str, NodeConfig); 12] = [
+        let broken: [(&str, NodeConfig); 13] = [
             ("devices", NodeConfig { devices: two(), ..c.clone() }),
             ("devices", NodeConfig { devices: two(), cores: 2, ..c.clone() }),
             ("spill", NodeConfig { devices: vec!["/dev/a".into()], ..shared.clone() }),
@@ -272,6 +279,7 @@ mod tests {
             ("cores", NodeConfig { cores: 0, ..c.clone() }),
             ("arena_bytes", NodeConfig { arena_bytes: 1, ..c.clone() }),
             ("index_bytes", NodeConfig { index_bytes: 1 << 20, ..c.clone() }),
+            ("spin_us", NodeConfig { spin_us: 10_001, ..c.clone() }),
             ("sqpoll_idle_ms", NodeConfig { sqpoll_idle_ms: 60_001, ..c.clone() }),
             ("meta", NodeConfig { meta: vec![], ..c.clone() }),
             ("cluster", NodeConfig { cluster: "x".into(), ..c }),

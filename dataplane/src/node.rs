@@ -394,6 +394,7 @@ fn ring_config(config: &NodeConfig) -> ebb_ring::Config {
         conns_max: CONNS_MAX,
         send_zc: config.send_zc,
         sqpoll_idle_ms: config.sqpoll_idle_ms,
+        spin_us: config.spin_us,
         ..ebb_ring::Config::default()
     }
 }

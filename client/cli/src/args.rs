@@ -133,6 +133,9 @@ pub(crate) struct Up {
     /// A kernel thread takes each core's submissions (SQPOLL) and sleeps after MS without one; it needs a processor of its own. 0: none
     #[arg(long, value_name = "MS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=60_000))]
     pub sqpoll: u32,
+    /// A core under load looks for what comes next for US microseconds before it sleeps; it uses all of its processor then. 0: it sleeps
+    #[arg(long, value_name = "US", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=10_000))]
+    pub spin: u32,
     /// Dirty data goes to S3 after this many ms, or earlier when a node fills up
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     pub flush_after: u64,

@@ -152,6 +152,7 @@ fn data_config(
         spill_bytes: config.spill_bytes,
         send_zc: config.send_zc,
         sqpoll_idle_ms: config.sqpoll_idle_ms,
+        spin_us: config.spin_us,
         cluster: config.cluster.0.to_string(),
         key_file: layout.key(),
         meta: config.meta_addresses(),

@@ -147,6 +147,7 @@ fn configure(args: &Up, layout: &Layout) -> Result<(ClusterConfig, bool), CliErr
         spill_dirs: spill_dirs(args)?,
         send_zc: args.send_zc,
         sqpoll_idle_ms: args.sqpoll,
+        spin_us: args.spin,
         flush_after_ms: args.flush_after,
         host: args.host.clone(),
         meta_port: args.meta_port,

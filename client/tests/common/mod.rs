@@ -164,6 +164,7 @@ impl TestCluster {
                 spill_bytes: 0,
                 send_zc: false,
                 sqpoll_idle_ms: 0,
+                spin_us: 0,
                 index_bytes: 144 << 20,
                 cluster: cluster.to_string(),
                 key_file: key_file.clone(),

@@ -3,6 +3,9 @@
 /// The most of [`Config::sqpoll_idle_ms`]: longer than this an idle kernel thread need not spin.
 pub const SQPOLL_IDLE_MS_MAX: u32 = 60_000;
 
+/// The most of [`Config::spin_us`]: what takes longer is worth a sleep on any machine.
+pub const SPIN_US_MAX: u32 = 10_000;
+
 /// Limits and sizes of one core's reactor.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -34,6 +37,9 @@ pub struct Config {
     /// A kernel thread takes submissions (SQPOLL): it spins, and sleeps after so many milliseconds
     /// without one; 0: there is none. Off by default (ADR 0009).
     pub sqpoll_idle_ms: u32,
+    /// Microseconds to look for what is expected soon before the thread sleeps for it; 0: it sleeps at once.
+    /// At most [`SPIN_US_MAX`]. Off by default (ADR 0009).
+    pub spin_us: u32,
 }
 
 impl Default for Config {
@@ -51,6 +57,7 @@ impl Default for Config {
             send_queue_max: 256,
             send_zc: false,
             sqpoll_idle_ms: 0,
+            spin_us: 0,
         }
     }
 }
@@ -92,6 +99,9 @@ impl Config {
         }
         if self.sqpoll_idle_ms > SQPOLL_IDLE_MS_MAX {
             return Err("sqpoll_idle_ms must be at most 60000");
+        }
+        if self.spin_us > SPIN_US_MAX {
+            return Err("spin_us must be at most 10000");
         }
         if self.arena_bytes > 1 << 40 {
             return Err("arena_bytes must be at most 1 TiB");

@@ -71,7 +71,7 @@ mod wake;
 
 pub use accept::ListenerId;
 pub use arena::{Arena, Buf};
-pub use config::{Config, SQPOLL_IDLE_MS_MAX};
+pub use config::{Config, SPIN_US_MAX, SQPOLL_IDLE_MS_MAX};
 pub use conn::ConnId;
 pub use disk::{Durability, FileId};
 pub use error::{

@@ -47,6 +47,10 @@ pub struct Stats {
     pub retried: u64,
     /// Times the kernel asked for completions to be taken first.
     pub busy: u64,
+    /// Waits that began without a sleep.
+    pub spins: u64,
+    /// Waits that were over before a sleep.
+    pub spun: u64,
     /// Connections closed as they were accepted.
     pub conns_refused: u64,
     /// Completions for an operation that is not alive; always 0 unless there is a bug.
@@ -80,6 +84,8 @@ pub struct Reactor {
     /// A device operation waits for submission that goes before sends.
     pub(crate) urgent: bool,
     pub(crate) stopping: bool,
+    /// What the last wait was for came within `spin_us`.
+    soon: bool,
     arena: Arena,
     waker: Waker,
     pub(crate) cfg: Config,
@@ -119,6 +125,7 @@ impl Reactor {
             disk_in_flight: 0,
             urgent: false,
             stopping: false,
+            soon: false,
             arena: built.arena,
             waker,
             cfg,
@@ -228,11 +235,17 @@ impl Reactor {
             && self.cqes.is_empty()
             && self.runnable.is_empty()
             && timeout != Some(Duration::ZERO);
+        let mut timeout = timeout;
+        let idle = idle && !self.spin(&mut timeout).map_err(TurnError::Enter)?;
         // Order matters: announce the sleep, then look for a wake-up once more (see `wake`).
         let sleep = idle && self.waker.park();
+        let asleep = (sleep && self.cfg.spin_us > 0).then(Instant::now);
         let entered = self.ring.enter(u32::from(sleep), timeout);
         if sleep {
             self.waker.unpark();
+        }
+        if let Some(asleep) = asleep {
+            self.soon = asleep.elapsed() <= self.spin_limit() && self.ring.has_completions();
         }
         match entered.map_err(TurnError::Enter)? {
             Entered::Done => {}
@@ -244,6 +257,43 @@ impl Reactor {
         }
         events.append(&mut self.ready);
         Ok(())
+    }
+
+    fn spin_limit(&self) -> Duration {
+        Duration::from_micros(self.cfg.spin_us.into())
+    }
+
+    /// Submits what is queued and looks for what comes of it, for at most `spin_us`, if what the last wait was for
+    /// came as soon as that: a sleep and its end can cost more than the wait. `true` if there is something to handle;
+    /// else the time is taken off `timeout`. Who has nothing to do waits long, and so sleeps at once.
+    fn spin(&mut self, timeout: &mut Option<Duration>) -> Result<bool, Errno> {
+        if self.cfg.spin_us == 0 || !self.soon {
+            return Ok(false);
+        }
+        self.stats.spins += 1;
+        let begin = Instant::now();
+        let limit = timeout.map_or(self.spin_limit(), |t| t.min(self.spin_limit()));
+        if matches!(self.ring.enter(0, None)?, Entered::Busy) {
+            self.stats.busy += 1;
+            return Ok(true);
+        }
+        loop {
+            if self.waker.take() {
+                self.ready.push(Event::Woken);
+                break;
+            }
+            if self.ring.has_completions() {
+                break;
+            }
+            if begin.elapsed() >= limit {
+                self.soon = false;
+                *timeout = timeout.map(|t| t.saturating_sub(limit));
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+        self.stats.spun += 1;
+        Ok(true)
     }
 
     /// Submits the device operations asked for so far, ahead of the turn: for those that somebody waits for while

@@ -121,6 +121,11 @@ impl Ring {
         }
     }
 
+    /// Whether an enter that does not wait would bring a completion.
+    pub(crate) fn has_completions(&mut self) -> bool {
+        !self.uring.completion().is_empty() || self.kernel_has_work()
+    }
+
     /// Moves all completions into `out`.
     pub(crate) fn reap(&mut self, out: &mut Vec<Cqe>) {
         for cqe in self.uring.completion() {

@@ -215,6 +215,7 @@ impl World {
             spill_bytes: 0,
             send_zc: false,
             sqpoll_idle_ms: 0,
+            spin_us: 0,
             index_bytes: 144 << 20,
             cluster: format!("{CLUSTER}"),
             key_file,

@@ -48,6 +48,7 @@ impl Nodes {
                 spill_bytes: 0,
                 send_zc: false,
                 sqpoll_idle_ms: 0,
+                spin_us: 0,
                 scrub_bytes_per_s: ebb_dataplane::config::SCRUB_BYTES_PER_S,
                 scrub_rest_s: ebb_dataplane::config::SCRUB_REST_S,
                 ready_file: None,

@@ -7,7 +7,7 @@ use ebb_ring::{Buf, Config, ConnId, DeviceFile, Event, FileId, OpenMode, Reactor
 
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
-/// In the binary `polled` with a kernel thread that submits.
+/// In the binary `polled` with a kernel thread that submits, in `spinning` with waits that begin without a sleep.
 pub fn small() -> Config {
     let sqpoll_idle_ms = if is_polled() { 20 } else { 0 };
     Config {
@@ -15,6 +15,7 @@ pub fn small() -> Config {
         conns_max: 64,
         entries: 128,
         sqpoll_idle_ms,
+        spin_us: if module_path!().starts_with("spinning::") { 300 } else { 0 },
         ..Config::default()
     }
 }
