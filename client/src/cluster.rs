@@ -151,6 +151,11 @@ impl Cluster {
         self.shared.leased.counts()
     }
 
+    /// Questions that metadata servers which do not lead have answered, with [`Config::follower_reads`].
+    pub fn followed(&self) -> u64 {
+        self.shared.meta.followed()
+    }
+
     /// A linearizable read, repeated while the metadata plane says `Again`.
     pub async fn query(&self, query: Query) -> Result<QueryReply> {
         self.shared.query(query).await
@@ -221,7 +226,11 @@ impl Shared {
         deadline: Instant,
     ) -> Result<Option<QueryReply>> {
         let request = Request::Query { session, query: query.clone() };
-        match self.meta.call(&request, left(deadline)).await? {
+        let answer = match self.config.follower_reads && query.may_be_followed() {
+            true => self.meta.ask(&request, left(deadline)).await?,
+            false => self.meta.call(&request, left(deadline)).await?,
+        };
+        match answer {
             Response::Query(Err(FsError::Again { retry_after_ms, why })) => {
                 wait_again(deadline, retry_after_ms, why).await?;
                 Ok(None)

@@ -33,6 +33,10 @@ pub struct Config {
     /// Remember attributes and names under leases (docs/PROTOCOL.md, R52): a look at what is remembered asks
     /// nobody, and is never old. Who changes something that another client remembers waits until that has forgotten it.
     pub lease_metadata: bool,
+    /// Ask a metadata server that does not lead for names, attributes and pages of directories (docs/PROTOCOL.md, R60):
+    /// its answers are as true as the leader's, which has less to do. Those servers leave it to the leader while any
+    /// client has leases ([`Self::lease_metadata`]).
+    pub follower_reads: bool,
     /// A file that is opened again so soon is not compared again with its object in S3, if it is leased.
     pub compare_age_max: Duration,
     /// Attributes of files this client writes are answered from memory for this long.
@@ -55,6 +59,7 @@ impl Default for Config {
             space_patience: Duration::from_secs(30),
             request_timeout: Duration::from_secs(30),
             lease_metadata: false,
+            follower_reads: false,
             compare_age_max: Duration::from_secs(1),
             attr_age_max: Duration::from_secs(1),
         }

@@ -6,6 +6,7 @@ use crate::error::MetaError;
 use crate::ground::Ground;
 use crate::leases::{LeaseDesk, Waits};
 use crate::raft::disk::{self, Disk};
+use crate::raft::follow::FollowIndex;
 use crate::raft::identity::VoterIdentity;
 use crate::raft::kv::{Moment, Reader as View};
 use crate::raft::log::{LogOptions, LogStore};
@@ -31,6 +32,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{Mutex, watch};
 
+/// A voter that follows and is further behind than this does not answer.
+const BEHIND_MAX: Duration = Duration::from_millis(500);
 /// The state is made durable at least this often while it changes.
 const PERSIST_EVERY: Duration = Duration::from_secs(5);
 
@@ -49,6 +52,7 @@ pub(crate) struct Voter {
     taking_part: Mutex<()>,
     proposer: Proposer,
     reads: ReadIndex,
+    follow: FollowIndex,
     state: StateReader,
     pub(crate) log: LogStore,
     snapshots: PathBuf,
@@ -128,6 +132,7 @@ impl Voter {
         let voter = Self {
             proposer: Proposer::start(raft.clone(), ground.clock),
             reads: ReadIndex::new(raft.clone()),
+            follow: FollowIndex::default(),
             raft,
             taken_part: AtomicBool::new(own.joined),
             own,
@@ -257,10 +262,16 @@ impl Voter {
     }
 
     fn leader_elsewhere(&self) -> Option<String> {
+        self.leader().map(|(_, node)| node.addr)
+    }
+
+    /// Who leads, if it is somebody else.
+    fn leader(&self) -> Option<(u64, VoterNode)> {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
         let leader = metrics.current_leader.filter(|l| *l != metrics.id)?;
-        metrics.membership_config.membership().get_node(&leader).map(|n| n.addr.clone())
+        let node = metrics.membership_config.membership().get_node(&leader).cloned()?;
+        Some((leader, node))
     }
 
     /// Never sends a caller back to where it comes from.
@@ -295,6 +306,38 @@ impl Voter {
         let (result, waits) = self.look(read, |seen| self.leases().looked(seen))?;
         self.settle(&waits, &mut ended).await?;
         Ok(result)
+    }
+
+    /// Up to where a voter that follows must have applied to answer what it was asked before it asked this (R60). Only
+    /// who serves says so.
+    async fn read_index(&self) -> Result<u64, ProposeError> {
+        let mut ended = self.ended.subscribe();
+        self.serves().map_err(ProposeError::NotLeader)?;
+        tokio::select! {
+            biased;
+            confirmed = self.reads.confirm() => confirmed?,
+            _ = ended.changed() => return Err(ProposeError::NotLeader(None)),
+        }
+        Ok(self.state.applied_index())
+    }
+
+    /// Reads the state linearizably where this voter follows (R60). Nothing can be read so while some client may
+    /// remember what it would contradict.
+    pub(crate) async fn read_behind<T>(
+        &self,
+        read: impl FnOnce(&View<'_>, Reader<'_, View<'_>>) -> T,
+    ) -> Result<T, ProposeError> {
+        let nobody = || ProposeError::NotLeader(None);
+        let (id, node) = self.leader().ok_or_else(nobody)?;
+        let index = self.follow.ask(&self.network, id, &node).await.ok_or_else(nobody)?;
+        let reached = tokio::time::timeout(BEHIND_MAX, self.state.reach(index)).await;
+        reached.map_err(|_| nobody())?;
+        // Leases are given once the log says that there are any (R55): by then nobody has one on what came before.
+        let look = |view: &View<'_>, r: Reader<'_, View<'_>>| match r.has_leases() {
+            Ok(false) => Some(read(view, r)),
+            _ => None,
+        };
+        self.peek(look)?.ok_or_else(nobody)
     }
 
     /// Reads the state as applied here: for the leader's own work, whose commands are checked again
@@ -377,6 +420,11 @@ impl Voter {
             Message::PreVote(rpc) => {
                 let answer = self.raft.pre_vote(rpc).await;
                 serde_json::to_vec(&answer.map_err(|e| failed(e.to_string()))?)
+            }
+            Message::ReadIndex => {
+                let index = self.read_index().await;
+                let index = index.map_err(|e| (Status::NotLeader, e.to_string()))?;
+                serde_json::to_vec(&index)
             }
             Message::Snapshot { vote, meta, offset, total } => {
                 let answer = self

@@ -16,7 +16,7 @@ import time
 import harness
 from harness import check, cluster, wait_for
 from partitions import in_namespaces, machines
-from voters import complete, leader, voter_elsewhere, voters
+from voters import complete, leader, process, voter_elsewhere, voters
 
 ROUNDS = int(os.environ.get("EBB_SOAK", "1"))
 
@@ -81,7 +81,7 @@ def told(said, changes):
     checked, recorded = said["checked"], said["recorded"]
     return (f"{changes} changes of leader, {checked['operations']} operations, {checked['unknown']} of them without an answer, "
             f"{checked['partitions']} trees, {checked['longest']} in the largest, {checked['concurrent']} at once; "
-            f"{sum(recorded['read_at'].values())} reads at {len(recorded['read_at'])} voters, {recorded['answered_late']} answers and {recorded['refused_late']} refusals late, "
+            f"{sum(recorded['read_at'].values())} reads at {len(recorded['read_at'])} voters, {recorded['read_behind'] + recorded['followed']} answers of voters that follow, {recorded['answered_late']} answers and {recorded['refused_late']} refusals late, "
             f"{recorded['asked_again']} requests asked again, the longest wait {recorded['longest_ms'] / 1000:.1f} s; "
             f"checked in {said['check_ms'] / 1000:.1f} s")
 
@@ -144,15 +144,42 @@ def in_step(voters, n=3):
     return len(voters) == n and all(v["role"] != "learner" and (v["heard_ms"] or 0) < 1000 and v["lag"] is not None and v["lag"] < 50 for v in voters)
 
 
+def test_histories_have_an_order_while_followers_answer():
+    """So they do, while leaders are killed and whoever leads or follows stands still."""
+    with cluster(meta=3, flush_after=1000) as c:
+        changes = 0
+        with recording(c, 24 * ROUNDS, "--followers", "--readers", 2) as r:
+            while not r.is_over() and changes < 6 * ROUNDS:
+                name = leader(c)
+                if changes % 3 == 0:
+                    old = c.kill9(name)
+                    wait_for(f"{name} to be back", lambda: c.pid(name) not in (None, old), 30)
+                else:
+                    # Every second time one that follows, and is behind when it goes on.
+                    still = name if changes % 3 == 1 else next(n for n in map(process, voters(c)) if n != name)
+                    with standing_still(c.pid(still)):
+                        if still == name:
+                            wait_for("another to lead", lambda: leader(c) != name, 30)
+                        # That others write meanwhile is what is tried.
+                        time.sleep(1)
+                changes += 1
+                complete(c)
+            said = r.finish(2_000 * ROUNDS)
+        check(changes >= 3 * ROUNDS, f"only {changes} troubles")
+        check(said["recorded"]["read_behind"] >= 100, f"voters that follow answered readers: {said['recorded']}")
+        check(said["recorded"]["followed"] >= 500, f"voters that follow answered the library: {said['recorded']}")
+        return told(said, changes)
+
+
 @in_namespaces
 def test_histories_have_an_order_while_leaders_are_cut_off():
     """The leader and the other voters don't hear each other, in both directions or in one, or it stood still meanwhile; clients reach everybody,
-    and go on reading there."""
+    and go on reading there, also of who follows."""
     with voters_apart() as (c, net, servers, addresses):
         def leads():
             return next(v["id"] for v in listed(c, addresses) if v["role"] == "leader")
         changes = 0
-        with recording(c, 24 * ROUNDS, "--readers", 3, "--voters", addresses, "--cluster", addresses) as r:
+        with recording(c, 24 * ROUNDS, "--readers", 3, "--voters", addresses, "--cluster", addresses, "--followers") as r:
             while not r.is_over() and changes < 5 * ROUNDS:
                 first = leads()
                 machine, server = servers[first]
@@ -171,5 +198,6 @@ def test_histories_have_an_order_while_leaders_are_cut_off():
             said = r.finish(2_000 * ROUNDS)
         check(changes >= 2 * ROUNDS, f"only {changes} changes of leader")
         check(said["recorded"]["refused_late"] >= 20, f"reads waited at the one that stood still: {said['recorded']}")
+        check(said["recorded"]["read_behind"] >= 100, f"voters that follow answered readers: {said['recorded']}")
         check(len(said["recorded"]["read_at"]) >= 2, f"reads were answered by more than one: {said['recorded']}")
         return told(said, changes)

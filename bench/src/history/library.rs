@@ -48,7 +48,7 @@ impl Client {
     pub(super) async fn connect(plan: &Plan, n: u32, dice: Dice) -> Result<Self, BenchError> {
         // Every second one remembers what it was told.
         let label = format!("ebb bench history, client {n}");
-        let (_, fs) = super::connect(plan, &label, n % 2 == 1).await?;
+        let (_, fs) = super::connect(plan, &label, n % 2 == 1 && !plan.followers).await?;
         Ok(Self { looks: n % 2 == 1, ..Self::of(fs, &format!("client {n}"), dice) })
     }
 
@@ -71,7 +71,9 @@ impl Client {
             }
         }
         let remembered = self.fs.cluster().lease_counts();
+        let followed = self.fs.cluster().followed();
         recorder.count(|c| {
+            c.followed += followed;
             c.answered_from_memory += remembered.hits;
             c.recalled += remembered.recalls;
         });

@@ -42,6 +42,9 @@ pub struct Plan {
     pub hasty: u32,
     /// Readers at each voter.
     pub readers: u32,
+    /// Voters that follow answer, too (R60): clients of the library have no leases and ask them, and so do half of the
+    /// reads of readers.
+    pub followers: bool,
     /// Independent trees.
     pub trees: u32,
     /// Names in a directory.
@@ -63,6 +66,10 @@ pub struct Counts {
     pub answered: BTreeMap<String, u64>,
     /// Answered reads of readers, by voter.
     pub read_at: BTreeMap<String, u64>,
+    /// Reads that a voter which follows answered: to readers, and to clients of the library.
+    pub read_behind: u64,
+    /// The same.
+    pub followed: u64,
     /// Reads that a voter refused, since it does not lead.
     pub refused: u64,
     /// Of both, those that were asked half a second before, or more.
@@ -92,7 +99,8 @@ async fn connect(
     label: &str,
     lease_metadata: bool,
 ) -> Result<(Cluster, FileSystem), BenchError> {
-    let config = Config { patience: PATIENCE, lease_metadata, ..Config::default() };
+    let follower_reads = plan.followers;
+    let config = Config { patience: PATIENCE, lease_metadata, follower_reads, ..Config::default() };
     let cluster = Cluster::connect(plan.addresses.clone(), plan.key.clone(), label, config).await?;
     let fs = FileSystem::new(&cluster);
     Ok((cluster, fs))
@@ -131,7 +139,7 @@ pub async fn run(plan: &Plan, begun: impl FnOnce()) -> Result<(Vec<Line>, Counts
     for n in 0..plan.readers {
         for (at, address) in plan.voters.iter().enumerate() {
             let dice = dice(3 + at as u64, n);
-            let reader = reader::Reader::new(address, n, plan.key.clone(), dice);
+            let reader = reader::Reader::new(address, n, plan, dice);
             tasks.spawn(reader.work(Arc::clone(&recorder), plan.names));
         }
     }

@@ -4,11 +4,11 @@
 //! another one leads: what was asked last it reads when it knows. So a reader has several connections, and turns to the
 //! next one when the last one has not answered for a moment: in some socket what was asked last is the first.
 
-use super::Came;
 use super::dice::Dice;
 use super::hasty::{query, told};
 use super::record::Recorder;
-use ebb_dataplane_protocol::auth::{ClusterKey, Role};
+use super::{Came, Plan};
+use ebb_dataplane_protocol::auth::Role;
 use ebb_dataplane_protocol::{SessionId, Status};
 use ebb_history::history::Operation;
 use ebb_metaplane_protocol::{FsError, Request, Response};
@@ -65,14 +65,15 @@ pub(super) struct Reader {
     address: String,
     label: String,
     identity: Identity,
+    followers: bool,
     dice: Dice,
 }
 
 impl Reader {
-    pub(super) fn new(address: &str, n: u32, key: ClusterKey, dice: Dice) -> Self {
+    pub(super) fn new(address: &str, n: u32, plan: &Plan, dice: Dice) -> Self {
         let label = format!("reader {n} at {address}");
-        let identity = Identity::new(key, Role::Client);
-        Self { address: address.to_owned(), label, identity, dice }
+        let identity = Identity::new(plan.key.clone(), Role::Client);
+        Self { address: address.to_owned(), label, identity, followers: plan.followers, dice }
     }
 
     /// Works until the time is over and everything is answered.
@@ -104,6 +105,7 @@ impl Reader {
                 recorder: Arc::clone(&recorder),
                 label: self.label.clone(),
                 number: asked,
+                near: self.followers && asked % 2 == 0,
                 unanswered: Arc::clone(&lane.unanswered),
             };
             reads.spawn(read.ask(connection, tree, operation));
@@ -118,6 +120,8 @@ struct Read {
     recorder: Arc<Recorder>,
     label: String,
     number: u64,
+    /// Who follows may answer.
+    near: bool,
     unanswered: Unanswered,
 }
 
@@ -127,18 +131,22 @@ impl Read {
         let called = recorder.now();
         lock(&self.unanswered).insert((called, self.number));
         let request = Request::Query { session: SessionId(0), query: query(operation) };
-        let reply = connection.meta(&request, PATIENCE).await;
+        let reply = match self.near {
+            true => connection.meta_near(&request, PATIENCE).await,
+            false => connection.meta(&request, PATIENCE).await.map(|reply| (reply, false)),
+        };
         lock(&self.unanswered).remove(&(called, self.number));
         let is_late = recorder.now() - called >= LONG.as_nanos() as u64;
         match reply {
-            Ok(Response::Query(Err(FsError::Again { .. }))) => {}
-            Ok(Response::Query(reply)) => {
+            Ok((Response::Query(Err(FsError::Again { .. })), _)) => {}
+            Ok((Response::Query(reply), behind)) => {
                 let came = told(reply);
                 if matches!(came, Came::Answer(_)) {
                     let at = connection.address().to_owned();
                     recorder.count(|c| {
                         *c.read_at.entry(at).or_default() += 1;
                         c.answered_late += u64::from(is_late);
+                        c.read_behind += u64::from(behind);
                     });
                 }
                 recorder.did((KIND, &self.label), tree, called, operation, came);

@@ -15,7 +15,7 @@ use ebb_rpc::MetaClient;
 use futures::future::try_join_all;
 use hdrhistogram::Histogram;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
@@ -41,6 +41,8 @@ struct Client {
     meta: MetaClient,
     session: SessionId,
     sequence: AtomicU64,
+    /// It asks voters that follow first.
+    followers: AtomicBool,
     renewing: JoinHandle<()>,
 }
 
@@ -68,7 +70,8 @@ impl Client {
                 let _ = renewer.call(&Request::Session(SessionCall::Renew(session)), every).await;
             }
         });
-        Ok(Self { meta, session, sequence: AtomicU64::new(0), renewing })
+        let (sequence, followers) = (AtomicU64::new(0), AtomicBool::new(false));
+        Ok(Self { meta, session, sequence, followers, renewing })
     }
 
     /// One mutation at a time: every earlier one was answered.
@@ -97,7 +100,11 @@ impl Client {
 
     async fn query(&self, query: Query) -> Result<QueryReply, BenchError> {
         let request = Request::Query { session: self.session, query };
-        match self.meta.call(&request, PATIENCE).await.map_err(failed)? {
+        let answer = match self.followers.load(Ordering::Relaxed) {
+            true => self.meta.ask(&request, PATIENCE).await,
+            false => self.meta.call(&request, PATIENCE).await,
+        };
+        match answer.map_err(failed)? {
             Response::Query(result) => refused(result),
             _ => Err(odd()),
         }
@@ -244,6 +251,16 @@ impl Clients {
             all.push((Arc::new(client), dir));
         }
         Ok(Self { all, name, top: top.unwrap_or(InodeId::ROOT) })
+    }
+
+    /// From now on voters that follow are asked first, or not.
+    pub(super) fn ask_followers(&self, so: bool) {
+        self.all.iter().for_each(|(client, _)| client.followers.store(so, Ordering::Relaxed));
+    }
+
+    /// Answers of voters that follow.
+    pub(super) fn followed(&self) -> u64 {
+        self.all.iter().map(|(client, _)| client.meta.followed()).sum()
     }
 
     pub(super) async fn voters(&self) -> Result<u32, BenchError> {

@@ -39,6 +39,8 @@ pub struct Plan {
     pub runs: u32,
     /// Entries of a directory that is filled and listed, once; 0: none.
     pub entries: u32,
+    /// Voters that follow are measured, too, for what they may answer; our library, whose clients have leases, is not.
+    pub followers: bool,
     /// A directory of the local file system, to compare with it and with Redis.
     pub plain: Option<PathBuf>,
     /// The metadata servers.
@@ -83,6 +85,8 @@ impl Operation {
 pub enum Side {
     /// Requests to our metadata servers.
     Ours,
+    /// The same, of voters that do not lead where they answer.
+    Followers,
     /// Our client library, with an fsync of the directory at the end.
     Library,
     /// System calls on the local file system.
@@ -97,6 +101,7 @@ impl Side {
     const fn name(self) -> &'static str {
         match self {
             Self::Ours => "ours",
+            Self::Followers => "ours, followers",
             Self::Library => "ours, library",
             Self::Local => "local",
             Self::LocalSynced => "local, synced",
@@ -217,6 +222,12 @@ async fn measure(plan: &Plan, many: &Clients, say: &impl Fn(&str)) -> Result<Out
             say(&format!("run {run}: {} by {} clients", operation.name(), plan.clients));
             let sample = many.phase(operation, plan.files, plan.clients).await?;
             all.push(((operation, Side::Ours, plan.clients), sample));
+            if plan.followers && matches!(operation, Operation::Stat | Operation::Readdir) {
+                many.ask_followers(true);
+                let sample = many.phase(operation, plan.files, plan.clients).await;
+                many.ask_followers(false);
+                all.push(((operation, Side::Followers, plan.clients), sample?));
+            }
         }
         let alone = plan.files.min(ALONE_FILES);
         for operation in Operation::ALL {
@@ -224,12 +235,14 @@ async fn measure(plan: &Plan, many: &Clients, say: &impl Fn(&str)) -> Result<Out
             let sample = many.phase(operation, alone, 1).await?;
             all.push(((operation, Side::Ours, 1), sample));
         }
-        let clients = plan.clients.min(LIBRARY_CLIENTS_MAX);
-        say(&format!(
-            "run {run}: create, look again and unlink by {clients} clients through the library"
-        ));
-        for (operation, sample) in clients::library(plan, clients).await? {
-            all.push(((operation, Side::Library, clients), sample));
+        if !plan.followers {
+            let clients = plan.clients.min(LIBRARY_CLIENTS_MAX);
+            say(&format!(
+                "run {run}: create, look again and unlink by {clients} clients through the library"
+            ));
+            for (operation, sample) in clients::library(plan, clients).await? {
+                all.push(((operation, Side::Library, clients), sample));
+            }
         }
         let Some(dir) = &plan.plain else { continue };
         say(&format!("run {run}: the same in {}", dir.display()));
@@ -250,6 +263,9 @@ async fn measure(plan: &Plan, many: &Clients, say: &impl Fn(&str)) -> Result<Out
                 }
             }
         }
+    }
+    if plan.followers {
+        outcome.notes.push(format!("{} answers of voters that do not lead", many.followed()));
     }
     outcome.rows = rows(&all, plan, voters);
     if plan.entries > 0 {
@@ -356,6 +372,7 @@ mod tests {
             runs: 3,
             entries: 0,
             plain: None,
+            followers: false,
             addresses: Vec::new(),
             identity: Identity::new(
                 ebb_dataplane_protocol::auth::ClusterKey::from_hex(&"00".repeat(32)).unwrap(),

@@ -506,6 +506,9 @@ pub(crate) struct BenchMeta {
     /// Also fill one directory with so many entries, and list it
     #[arg(long, value_name = "ENTRIES", default_value_t = 0)]
     pub entries: u32,
+    /// Also measure what metadata servers answer that do not lead; the library's clients, which have leases, are left out
+    #[arg(long)]
+    pub followers: bool,
     /// Do the same with system calls in the cluster's directory, and run Redis there, turn by turn
     #[arg(long)]
     pub baseline: bool,
@@ -549,6 +552,9 @@ pub(crate) struct BenchHistory {
     /// Readers at each metadata server, whoever leads
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub readers: u32,
+    /// Metadata servers that do not lead answer, too: clients of the library have no leases, and ask them; so do half of the reads of readers
+    #[arg(long)]
+    pub followers: bool,
     /// Where hasty clients and readers find the metadata servers, if not where everybody does
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
     pub voters: Vec<String>,

@@ -212,6 +212,7 @@ async fn run_meta(cli: &Cli, args: &BenchMeta) -> Result<meta::Outcome, CliError
         files: args.files,
         runs: args.runs,
         entries: args.entries,
+        followers: args.followers,
         plain,
         addresses,
         identity: Identity::new(key, Role::Client),

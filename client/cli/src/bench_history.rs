@@ -63,6 +63,7 @@ async fn record(cli: &Cli, args: &BenchHistory) -> Result<(Vec<Line>, u64, Count
         clients: args.clients,
         hasty: args.hasty,
         readers: args.readers,
+        followers: args.followers,
         trees: args.trees,
         names: args.names,
         seed,

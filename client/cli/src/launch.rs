@@ -174,7 +174,13 @@ pub(crate) async fn run_mount(
     let source = addresses.join(",");
     let label = format!("mount on {}, pid {}", dir.display(), std::process::id());
     let strict = options.iter().any(|o| o == "strict");
-    let config = Config { lease_metadata: strict, ..Config::default() };
+    let follower_reads = options.iter().any(|o| o == "follower_reads");
+    if strict && follower_reads {
+        return Err(CliError::usage(
+            "a mount has either strict or follower_reads: servers that do not lead answer nothing while there are strict mounts",
+        ));
+    }
+    let config = Config { lease_metadata: strict, follower_reads, ..Config::default() };
     let cluster = Cluster::connect(addresses, key, &label, config).await?;
     let mut config = ebb_fuse::MountConfig::new(FileSystem::new(&cluster), dir);
     config.source = source;
@@ -184,13 +190,14 @@ pub(crate) async fn run_mount(
             "rw" | "defaults" | "_netdev" | "nofail" | "auto" | "noauto" | "nosuid" | "nodev" => {}
             "allow_other" => config.allow_other = true,
             "local_locks" => config.local_locks = true,
+            "follower_reads" => {}
             "strict" => {
                 config.attr_ttl = std::time::Duration::ZERO;
                 config.entry_ttl = std::time::Duration::ZERO;
             }
             other => {
                 return Err(CliError::usage(format!(
-                    "unknown mount option {other:?}: known are ro, rw, allow_other, strict, local_locks, nosuid, nodev, _netdev, nofail"
+                    "unknown mount option {other:?}: known are ro, rw, allow_other, strict, follower_reads, local_locks, nosuid, nodev, _netdev, nofail"
                 )));
             }
         }

@@ -10,7 +10,7 @@ use crate::handshake::{self, Identity};
 use crate::writer::FrameWriter;
 use bytes::Bytes;
 use ebb_dataplane_protocol::control::{Control, ControlReply};
-use ebb_dataplane_protocol::header::BODY_BYTES_MAX_META;
+use ebb_dataplane_protocol::header::{BODY_BYTES_MAX_META, FLAG_ANY_VOTER};
 use ebb_dataplane_protocol::{ClusterId, Header, Opcode, Status, codec};
 use ebb_metaplane_protocol::{Request, Response};
 use std::collections::HashMap;
@@ -141,6 +141,11 @@ impl Connection {
         self.inner.closed.load(Ordering::Acquire)
     }
 
+    /// Whether it is this one.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// A handle that does not keep it open.
     pub(crate) fn downgrade(&self) -> WeakConnection {
         WeakConnection(Arc::downgrade(&self.inner))
@@ -251,6 +256,19 @@ impl Connection {
         let body = codec::encode(request).into();
         let reply = self.call_ok(header, body, Bytes::new(), timeout).await?;
         Ok((codec::decode(&reply.body)?, reply.header.membership()))
+    }
+
+    /// A question that this very node may answer though it does not lead, and whether it answered so.
+    pub async fn meta_near(
+        &self,
+        request: &Request,
+        timeout: Duration,
+    ) -> Result<(Response, bool), RpcError> {
+        let mut header = Header::request(Opcode::Meta, 0);
+        header.flags |= FLAG_ANY_VOTER;
+        let body = codec::encode(request).into();
+        let reply = self.call_ok(header, body, Bytes::new(), timeout).await?;
+        Ok((codec::decode(&reply.body)?, reply.header.has(FLAG_ANY_VOTER)))
     }
 }
 

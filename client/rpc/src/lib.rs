@@ -12,6 +12,7 @@ mod error;
 mod frame;
 mod handshake;
 mod meta;
+mod near;
 pub mod server;
 mod writer;
 

@@ -8,6 +8,7 @@ use crate::connection::{Connection, WeakConnection};
 use crate::error::RpcError;
 use crate::frame::Frame;
 use crate::handshake::Identity;
+use crate::near::Near;
 use ebb_dataplane_protocol::Status;
 use ebb_metaplane_protocol::{Request, Response};
 use std::pin::Pin;
@@ -49,6 +50,7 @@ struct Inner {
     identity: Identity,
     current: Mutex<Current>,
     known: std::sync::Mutex<Known>,
+    near: Near,
     /// There is something to learn.
     changed: Arc<Notify>,
 }
@@ -63,6 +65,8 @@ struct Current {
 /// Where voters are, or were.
 struct Known {
     addresses: Vec<String>,
+    /// Those of them that are voters' by the latest word of one, which came with a connection to who led then.
+    voters: Vec<String>,
     /// The change of the voters that brought them.
     membership: u64,
     /// Index of the address to try next.
@@ -85,7 +89,8 @@ impl Inner {
     /// another did is old.
     fn learn(&self, there: &Frame) {
         let text = String::from_utf8_lossy(&there.body);
-        let voters = text.split(',').filter(|a| !a.is_empty()).map(str::to_owned);
+        let voters: Vec<String> =
+            text.split(',').filter(|a| !a.is_empty()).map(str::to_owned).collect();
         let mut known = self.known();
         if there.header.membership() < known.membership {
             return;
@@ -95,7 +100,9 @@ impl Inner {
             known.next = 0;
         }
         let before = std::mem::take(&mut known.addresses);
-        for address in voters.chain(before).chain(self.addresses.iter().cloned()) {
+        known.voters.clone_from(&voters);
+        known.voters.truncate(KNOWN_MAX);
+        for address in voters.into_iter().chain(before).chain(self.addresses.iter().cloned()) {
             if !known.addresses.contains(&address) && known.addresses.len() < KNOWN_MAX {
                 known.addresses.push(address);
             }
@@ -106,10 +113,15 @@ impl Inner {
 impl MetaClient {
     /// A client of the servers at `addresses` (host:port each; at least one). Connects when used.
     pub fn new(addresses: Vec<String>, identity: Identity) -> Self {
-        let known = Known { addresses: addresses.clone(), membership: 0, next: 0 };
+        let voters = Vec::new();
+        let known = Known { addresses: addresses.clone(), voters, membership: 0, next: 0 };
         let (current, known) = (Mutex::default(), std::sync::Mutex::new(known));
+        let mut turn = [0; 2];
+        // Without it all clients begin with the same voter.
+        let _ = getrandom::fill(&mut turn);
+        let near = Near::new(usize::from(u16::from_le_bytes(turn)));
         let changed = Arc::default();
-        Self { inner: Arc::new(Inner { addresses, identity, current, known, changed }) }
+        Self { inner: Arc::new(Inner { addresses, identity, current, known, near, changed }) }
     }
 
     /// The addresses it was made with.
@@ -120,6 +132,28 @@ impl MetaClient {
     /// The addresses that it would try now: the voters, as far as it has heard, then what it knew before.
     pub fn known_addresses(&self) -> Vec<String> {
         self.inner.known().addresses.clone()
+    }
+
+    /// The answer to a question that a voter which follows may answer (docs/PROTOCOL.md, R60): one is asked, if there
+    /// is any, and then the leader, if need be. No less true than the leader's.
+    pub async fn ask(&self, request: &Request, patience: Duration) -> Result<Response, RpcError> {
+        let inner = &*self.inner;
+        let mut voters = inner.known().voters.clone();
+        // Who leads has enough to do.
+        let leader = inner.current.try_lock().ok().and_then(|c| {
+            let connection = c.connection.as_ref()?;
+            Some(connection.address().to_owned())
+        });
+        voters.retain(|v| Some(v) != leader.as_ref());
+        if let Some(response) = inner.near.ask(&voters, &inner.identity, request).await {
+            return Ok(response);
+        }
+        self.call(request, patience).await
+    }
+
+    /// Questions that voters which follow have answered, through [`Self::ask`].
+    pub fn followed(&self) -> u64 {
+        self.inner.near.answered()
     }
 
     /// The leader's answer. Tries for at most `patience`; a wrong key fails at once.

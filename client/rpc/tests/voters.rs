@@ -2,10 +2,12 @@
 
 use bytes::Bytes;
 use ebb_dataplane_protocol::auth::{ClusterKey, Role};
-use ebb_dataplane_protocol::{ClusterId, Opcode, SessionId, Status, codec};
-use ebb_metaplane_protocol::{Request, Response, SessionCall, SessionReply};
+use ebb_dataplane_protocol::header::FLAG_ANY_VOTER;
+use ebb_dataplane_protocol::{ClusterId, InodeId, Opcode, SessionId, Status, codec};
+use ebb_metaplane_protocol::{FsError, Query, Request, Response, SessionCall, SessionReply};
 use ebb_rpc::server::{Counters, Handler, Peer, serve};
 use ebb_rpc::{Frame, Identity, MetaClient};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -25,6 +27,7 @@ struct Server {
     asked: watch::Sender<u64>,
     /// Dies when it is asked so: of a question without, of a call with an answer.
     mortal: Mortal,
+    behind: Arc<AtomicBool>,
     stop: CancellationToken,
 }
 
@@ -41,6 +44,15 @@ impl Handler for Server {
                 self.asked.send_modify(|n| *n += 1);
                 Bytes::from(addresses.join(","))
             }
+            _ if frame.header.has(FLAG_ANY_VOTER) => {
+                if self.behind.load(Ordering::SeqCst) {
+                    return Frame::refusal(&frame.header, Status::Busy, "behind");
+                }
+                let mut header = frame.header.reply(Status::Ok).with_membership(membership);
+                header.flags |= FLAG_ANY_VOTER;
+                let body = codec::encode(&Response::Query(Err(FsError::NotFound)));
+                return Frame::new(header, body.into(), Bytes::new());
+            }
             _ => codec::encode(&Response::Session(Ok(SessionReply::Done))).into(),
         };
         let header = frame.header.reply(Status::Ok).with_membership(membership);
@@ -52,6 +64,7 @@ struct Running {
     address: String,
     asked: watch::Receiver<u64>,
     mortal: Mortal,
+    behind: Arc<AtomicBool>,
     stop: CancellationToken,
 }
 
@@ -60,12 +73,18 @@ async fn server(voters: &Voters) -> Running {
     let address = listener.local_addr().expect("bound").to_string();
     let (tx, asked) = watch::channel(0);
     let (stop, mortal) = (CancellationToken::new(), Mortal::default());
-    let (m, s) = (Arc::clone(&mortal), stop.clone());
-    let handler = Arc::new(Server { voters: Arc::clone(voters), asked: tx, mortal: m, stop: s });
-    let (s, key) = (stop.clone(), ClusterKey::new(KEY));
+    let behind = Arc::<AtomicBool>::default();
+    let handler = Server {
+        voters: Arc::clone(voters),
+        asked: tx,
+        mortal: Arc::clone(&mortal),
+        behind: Arc::clone(&behind),
+        stop: stop.clone(),
+    };
+    let (handler, s, key) = (Arc::new(handler), stop.clone(), ClusterKey::new(KEY));
     let counters = Arc::new(Counters::default());
     tokio::spawn(serve(listener, key, ClusterId(7), 1 << 20, handler, counters, s));
-    Running { address, asked, mortal, stop }
+    Running { address, asked, mortal, behind, stop }
 }
 
 async fn call(client: &MetaClient) {
@@ -152,4 +171,31 @@ async fn old_news_of_voters_are_not_believed() {
     asked.wait_for(|n| *n >= 1).await.expect("asked");
     call(&client).await;
     assert_eq!(client.known_addresses(), both);
+}
+
+/// Of the voters that follow another one is asked, when the one that was cannot say.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_follows_and_is_behind_is_left_for_another() {
+    let voters: Voters = Arc::default();
+    let all = [server(&voters).await, server(&voters).await, server(&voters).await];
+    *voters.lock().expect("whole") = (1, all.iter().map(|s| s.address.clone()).collect());
+    let identity = Identity::new(ClusterKey::new(KEY), Role::Client);
+    let client = MetaClient::new(vec![all[0].address.clone()], identity);
+    call(&client).await;
+    knows(&client, &all[2].address).await;
+    let query = Query::GetAttr(InodeId::ROOT);
+    let question = Request::Query { session: SessionId(1), query };
+    let follows = async || {
+        let before = client.followed();
+        while client.followed() == before {
+            // Somebody answers, always.
+            client.ask(&question, PATIENCE).await.expect("an answer");
+        }
+    };
+    for round in 0..4 {
+        for (i, server) in all.iter().enumerate() {
+            server.behind.store(i == 1 + round % 2, Ordering::SeqCst);
+        }
+        tokio::time::timeout(PATIENCE, follows()).await.expect("another one is asked");
+    }
 }

@@ -40,6 +40,8 @@ pub const FLAG_SEQUENTIAL: u16 = 2;
 pub const FLAG_RANDOM: u16 = 4;
 /// Flag of a read: the range is to be brought into the cache; the reply, without bytes, says that it was gone through.
 pub const FLAG_PREFETCH: u16 = 8;
+/// Flag of a metadata question: a voter that follows may answer it (docs/PROTOCOL.md, R60). Of its answer: one did.
+pub const FLAG_ANY_VOTER: u16 = 16;
 
 /// What a frame asks for. A reply carries the opcode of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

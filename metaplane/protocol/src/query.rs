@@ -66,6 +66,28 @@ pub enum Query {
     Lend(InodeId),
 }
 
+impl Query {
+    /// Whether the state alone may answer it, so that a voter that follows can (docs/PROTOCOL.md, R60). The others
+    /// are the leader's: they need what it knows by heart, or have it ask S3.
+    pub const fn may_be_followed(&self) -> bool {
+        match self {
+            Self::Lookup { .. }
+            | Self::Resolve { .. }
+            | Self::GetAttr(_)
+            | Self::ReadDir { .. }
+            | Self::ReadLink(_)
+            | Self::Xattrs(_)
+            | Self::Parent(_) => true,
+            Self::Map { .. }
+            | Self::StatFs
+            | Self::Compare(_)
+            | Self::Freshen(_)
+            | Self::Locked(..)
+            | Self::Lend(_) => false,
+        }
+    }
+}
+
 /// An entry of a directory page.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct DirEntry {

@@ -7,6 +7,7 @@
 
 pub mod dial;
 pub mod disk;
+pub mod follow;
 pub mod identity;
 pub mod kv;
 mod layers;

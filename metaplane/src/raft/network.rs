@@ -55,6 +55,18 @@ impl Network {
         self.greet_on(&*connection, GREET_TIMEOUT).await
     }
 
+    /// A connection to a voter of the membership, for questions beside those of Raft.
+    pub async fn line(
+        &self,
+        target: u64,
+        node: &VoterNode,
+        timeout: Duration,
+    ) -> Result<Arc<dyn Line>, String> {
+        let (network, node) = (self.clone(), node.clone());
+        let peer = Peer { target, node, network, connection: None };
+        peer.connect(timeout).await.map_err(|e| e.to_string())
+    }
+
     async fn greet_on(&self, on: &dyn Line, timeout: Duration) -> Result<Greeting, String> {
         let hello = Message::Greet { id: self.own.id, store: self.own.store.clone() };
         let body = Bytes::from(wire::encode(&hello, &[]));

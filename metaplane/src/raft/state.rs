@@ -252,6 +252,24 @@ impl StateReader {
         base(database).map(Moment::new)
     }
 
+    /// The last entry that is applied.
+    pub fn applied_index(&self) -> u64 {
+        self.shared.read().position.last.map_or(0, |last| last.index)
+    }
+
+    /// Returns when that entry is applied.
+    pub async fn reach(&self, index: u64) {
+        loop {
+            let applied = self.shared.applied.notified();
+            tokio::pin!(applied);
+            applied.as_mut().enable();
+            if self.applied_index() >= index || self.is_closed() {
+                return;
+            }
+            applied.await;
+        }
+    }
+
     /// Wakes when entries were applied.
     pub fn applied(&self) -> &Notify {
         &self.shared.applied

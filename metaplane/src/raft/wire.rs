@@ -45,6 +45,9 @@ pub enum Message {
         /// Its directory's name.
         store: String,
     },
+    /// A voter that follows asks up to where it must have applied to answer what it was asked before it sent this.
+    /// Answered by an index of the log.
+    ReadIndex,
     /// A piece of a snapshot; the bytes are the frame's payload.
     Snapshot {
         /// The leader's vote.

@@ -8,6 +8,7 @@
 mod admin;
 pub(crate) mod check;
 pub(crate) mod dump;
+mod follow;
 mod mutate;
 pub(crate) mod names;
 mod nodes;
@@ -17,6 +18,7 @@ mod status;
 use crate::service::{Service, count, fs_error};
 use bytes::Bytes;
 use ebb_dataplane_protocol::auth::Role;
+use ebb_dataplane_protocol::header::FLAG_ANY_VOTER;
 use ebb_dataplane_protocol::{Opcode, Status, codec};
 use ebb_metaplane_protocol::lease::{DROPPED_MAX, RETURNED_MAX};
 use ebb_metaplane_protocol::{
@@ -63,6 +65,7 @@ impl Handler for Port {
             }
             Opcode::Meta => match self.service.voter.serves() {
                 Ok(term) => self.meta(&peer, &frame, term).await,
+                Err(hint) if frame.header.has(FLAG_ANY_VOTER) => self.follow(&frame, hint).await,
                 Err(hint) => {
                     let hint = hint.unwrap_or_default();
                     Frame::refusal(&frame.header, Status::NotLeader, &hint)
@@ -104,6 +107,30 @@ impl Port {
         let header =
             frame.header.reply(Status::Ok).with_membership(self.service.voter.membership());
         Frame::new(header, body, Bytes::new())
+    }
+}
+
+impl Port {
+    /// A question to whoever is near, which is not the leader: answered, or `NotLeader` if it is the leader's, or
+    /// `Busy` if nobody can be answered here now.
+    async fn follow(&self, frame: &Frame, leader: Option<String>) -> Frame {
+        let Ok(Request::Query { session, query }) = codec::decode(&frame.body) else {
+            return Frame::refusal(&frame.header, Status::BadRequest, "not a question");
+        };
+        let _permit = self.permits.acquire().await.ok();
+        match self.service.follow(session, &query).await {
+            Ok(Some(reply)) => {
+                let body = Bytes::from(codec::encode(&Response::Query(reply)));
+                let voters = self.service.voter.membership();
+                let mut header = frame.header.reply(Status::Ok).with_membership(voters);
+                header.flags |= FLAG_ANY_VOTER;
+                Frame::new(header, body, Bytes::new())
+            }
+            Ok(None) => {
+                Frame::refusal(&frame.header, Status::NotLeader, &leader.unwrap_or_default())
+            }
+            Err(e) => Frame::refusal(&frame.header, Status::Busy, &e.to_string()),
+        }
     }
 }
 

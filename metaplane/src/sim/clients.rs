@@ -40,19 +40,35 @@ fn entry(number: u64) -> Vec<u8> {
     format!("a{number:06}").into_bytes()
 }
 
-/// How many commands were applied, and up to which number a client's directory has every entry from `from` on.
+/// How many commands were applied, and up to which number a directory has every entry from `from` on.
+fn seen_of(r: &Reader<'_, View<'_>>, dir: InodeId, from: u64) -> (u64, u64) {
+    let page = r.entries(dir, &entry(from.saturating_sub(1)), PAGE).unwrap_or_default();
+    let there = (from.max(1)..).zip(&page).take_while(|(n, (name, _))| *name == entry(*n));
+    (r.sequence().unwrap_or(0), there.last().map_or(0, |(n, _)| n))
+}
+
+/// What [`seen_of`] says of a client's directory where a voter leads.
 async fn entries(
     life: Arc<Life>,
     dir: InodeId,
     from: u64,
     unconfirmed: bool,
 ) -> Result<(u64, u64), ProposeError> {
-    let look = move |_: &View<'_>, r: Reader<'_, View<'_>>| {
-        let page = r.entries(dir, &entry(from.saturating_sub(1)), PAGE).unwrap_or_default();
-        let there = (from.max(1)..).zip(&page).take_while(|(n, (name, _))| *name == entry(*n));
-        (r.sequence().unwrap_or(0), there.last().map_or(0, |(n, _)| n))
-    };
+    let look = move |_: &View<'_>, r: Reader<'_, View<'_>>| seen_of(&r, dir, from);
     if unconfirmed { life.voter.peek(look) } else { life.voter.read(look).await }
+}
+
+/// The same by a voter that follows.
+async fn entries_behind(
+    life: Arc<Life>,
+    dir: InodeId,
+    from: u64,
+    unconfirmed: bool,
+) -> Result<(u64, u64), ProposeError> {
+    if unconfirmed {
+        return entries(life, dir, from, true).await;
+    }
+    life.voter.read_behind(move |_, r| seen_of(&r, dir, from)).await
 }
 
 impl Client {
@@ -81,6 +97,12 @@ impl Client {
         let life = self.dice().pick(&lives)?;
         self.target = life.id;
         Some(life)
+    }
+
+    fn somebody_who_follows(&self) -> Option<u64> {
+        let mut lives = self.world.lives();
+        lives.retain(|life| life.leads().is_none());
+        self.dice().pick(&lives).map(|life| life.id)
     }
 
     fn look_elsewhere(&mut self, hint: Option<&str>) {
@@ -214,7 +236,25 @@ impl Client {
             seen.begin(of)
         };
         let unconfirmed = self.world.broken == Some(Break::Reads);
+        let behind = self.world.broken == Some(Break::Behind);
         loop {
+            // Not for ever: who is cut off from the leader answers nothing.
+            if self.world.follows
+                && self.dice().chance(0.5)
+                && let Some(id) = self.somebody_who_follows()
+            {
+                let leader = std::mem::replace(&mut self.target, id);
+                let read = self.attempt(|life| entries_behind(Arc::clone(life), dir, from, behind));
+                if let Some((sequence, last)) = read.await {
+                    self.world.count("reads of a voter that follows");
+                    let found = self.world.seen().read(known, of, (sequence, last));
+                    self.wrong(found);
+                    self.target = leader;
+                    return;
+                }
+                self.target = leader;
+                continue;
+            }
             if unconfirmed && self.somebody().is_none_or(|l| l.leads().is_none()) {
                 self.look_elsewhere(None);
                 tokio::time::sleep(Duration::from_millis(5)).await;

@@ -30,6 +30,8 @@ pub(super) enum Break {
     Replies,
     /// A leader answers reads without asking a majority.
     Reads,
+    /// A voter that follows answers reads without asking the leader.
+    Behind,
     /// A voter that lost its directory keeps its name.
     Lost,
 }
@@ -109,6 +111,8 @@ pub(super) struct World {
     pub(super) dice: Dice,
     pub(super) net: Net,
     pub(super) broken: Option<Break>,
+    /// Clients ask voters that follow, too.
+    pub(super) follows: bool,
     pub(super) seen: Mutex<Seen>,
     nodes: Mutex<BTreeMap<u64, Node>>,
     tally: Mutex<BTreeMap<&'static str, u64>>,
@@ -139,6 +143,7 @@ impl World {
         let world = Self {
             net: Net::new(dice.clone()),
             broken,
+            follows: !super::MENDED.contains(&seed),
             seen: Mutex::default(),
             nodes: Mutex::default(),
             tally: Mutex::default(),
@@ -260,10 +265,11 @@ impl World {
             if let Err(e) = running {
                 self.fail(format!("Raft of voter {} stopped: {e}", life.id));
             }
-            if let Some(term) = life.leads()
-                && self.seen().leads(term, life.id)
-            {
-                self.count("leads");
+            if let Some(term) = life.leads() {
+                life.voter.serve_term(term);
+                if self.seen().leads(term, life.id) {
+                    self.count("leads");
+                }
             }
             if whole && let Some((sequence, digest)) = life.digest() {
                 self.dice.note(digest);

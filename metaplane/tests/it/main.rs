@@ -5,6 +5,7 @@ mod bucket;
 mod common;
 mod data;
 mod faults;
+mod followers;
 mod names;
 mod owner;
 mod truncates;

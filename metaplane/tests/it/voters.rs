@@ -20,7 +20,7 @@ fn free_addresses<const N: usize>() -> [String; N] {
     listeners.map(|l| l.local_addr().expect("an address").to_string())
 }
 
-fn configs(world: &World) -> Vec<MetaConfig> {
+pub(crate) fn configs(world: &World) -> Vec<MetaConfig> {
     let addresses: [String; 3] = free_addresses();
     let members: BTreeMap<String, String> =
         (1..).map(|id: u64| id.to_string()).zip(addresses.iter().cloned()).collect();
@@ -36,12 +36,12 @@ fn configs(world: &World) -> Vec<MetaConfig> {
         .collect()
 }
 
-async fn start_all(world: &World, configs: &[MetaConfig]) -> Vec<Option<Meta>> {
+pub(crate) async fn start_all(world: &World, configs: &[MetaConfig]) -> Vec<Option<Meta>> {
     let starting = configs.iter().map(|c| world.start_with(c.clone()));
     futures::future::join_all(starting).await.into_iter().map(Some).collect()
 }
 
-async fn client_of_all(configs: &[MetaConfig]) -> Client {
+pub(crate) async fn client_of_all(configs: &[MetaConfig]) -> Client {
     Client::open(client_of(configs.iter().map(|c| c.listen.clone()).collect()), 5).await
 }
 
@@ -53,7 +53,7 @@ async fn voters(c: &Client) -> Vec<VoterStatus> {
 }
 
 /// Index of the leader's configuration.
-async fn leader(c: &Client) -> usize {
+pub(crate) async fn leader(c: &Client) -> usize {
     let voters = voters(c).await;
     let leads = voters.iter().find(|v| v.role == VoterRole::Leader).expect("a leader");
     usize::try_from(leads.id).expect("small") - 1
